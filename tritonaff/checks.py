@@ -1,0 +1,121 @@
+"""The checks that public functions share, so that the same mistake gets the same words everywhere.
+
+TypeError for what an argument is, ValueError for what it holds; each says what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_logits_and_target(logits: Any, target: Any) -> None:
+    check_tensor("logits", logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
+    check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
+    if logits.device != target.device:
+        raise ValueError(
+            f"logits and target must be on one device, got {logits.device} and {target.device}"
+        )
+    n, c, height, width = logits.shape
+    if c < 1 or height < 1 or width < 1:
+        raise ValueError(
+            f"logits must have at least one class, row and column, got shape {tuple(logits.shape)}"
+        )
+    if tuple(target.shape) != (n, height, width):
+        raise ValueError(
+            f"target must have the shape (N, H, W) = {(n, height, width)} of logits {tuple(logits.shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+
+
+def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """ValueError for a label that is neither a class nor ignore_index, where looking costs nothing: on a CPU, eagerly.
+
+    Elsewhere the look would stall the stream or break the graph: there such pixels are ignored.
+    """
+    if torch.compiler.is_compiling() or type(target) is not Tensor or target.device.type != "cpu":
+        return
+    label = target.to(torch.int64)
+    wrong = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"target must hold classes in [0, {num_classes}) or ignore_index {ignore_index}, "
+            f"got {label[wrong].unique()[:5].tolist()} at {int(wrong.sum())} pixels"
+        )
+
+
+def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
+    if isinstance(kernel_sizes, str) or not isinstance(kernel_sizes, Sequence):
+        raise TypeError(
+            f"kernel_sizes must be a sequence of int, got {type(kernel_sizes).__name__}"
+        )
+    for size in kernel_sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"kernel_sizes must be a sequence of int, got {size!r} in it")
+    if (
+        not kernel_sizes
+        or len(set(kernel_sizes)) != len(kernel_sizes)
+        or any(s < 3 or s % 2 == 0 for s in kernel_sizes)
+    ):
+        raise ValueError(
+            f"kernel_sizes must be odd, at least 3 and distinct, at least one of them, got {kernel_sizes}"
+        )
+    return tuple(kernel_sizes)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> float:
+    """A finite Python number within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (at_least <= value <= at_most and above < value < below):
+        low = f"in [{at_least}" if at_least > above else f"in ({above}"
+        high = f"{at_most}]" if at_most < below else f"{below})"
+        raise ValueError(f"{name} must be {low}, {high}, got {value}")
+    return float(value)
+
+
+def check_int(name: str, value: Any, *, at_least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return value
+
+
+def check_option(name: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {tuple(options)}, got {value!r}")
+
+
+def check_tensor(
+    name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[str | int]
+) -> None:
+    """A tensor of one of the dtypes and of this rank; where ``shape`` holds ints, of these sizes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}"
+        )
+    sizes = tuple(value.shape)
+    fits = all(
+        not isinstance(want, int) or want == size for want, size in zip(shape, sizes, strict=False)
+    )
+    if len(sizes) != len(shape) or not fits:
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {sizes}")

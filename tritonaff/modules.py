@@ -1,0 +1,191 @@
+"""The losses as modules, for training scripts that keep their options, and the learned size weights, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonaff import checks
+from tritonaff.functional import VARIANTS, affinity_field_loss
+
+
+class AffinityFieldLoss(nn.Module):
+    """:func:`tritonaff.affinity_field_loss` with fixed options and the papers' decay.
+
+    Args:
+        kernel_sizes: K distinct odd sizes, each at least 3.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see :func:`tritonaff.affinity_field_loss`.
+
+    Shapes:
+        ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar.
+        ``progress`` in [0, 1], the fraction of training done, multiplies it by 10 ** -progress as the authors do. Under
+        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> loss_fn = tritonaff.AffinityFieldLoss(kernel_sizes=(3, 5))
+        >>> logits, target = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randint(0, 3, (1, 8, 8))
+        >>> loss_fn(logits, target, progress=0.5).backward()
+    """
+
+    def __init__(
+        self,
+        kernel_sizes: Sequence[int] = (3,),
+        *,
+        edge_lambda: float = 1.0,
+        non_edge_lambda: float = 1.0,
+        margin: float = 3.0,
+        eps: float = 1e-4,
+        ignore_index: int = 255,
+        variant: str = "paper",
+    ) -> None:
+        super().__init__()
+        self.kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
+        self.edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
+        self.non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
+        self.margin = checks.check_number("margin", margin, at_least=0)
+        self.eps = checks.check_number("eps", eps, above=0, below=0.5)
+        self.ignore_index = checks.check_int("ignore_index", ignore_index)
+        checks.check_option("variant", variant, VARIANTS)
+        self.variant = variant
+
+    def forward(
+        self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
+    ) -> Tensor:
+        return self._loss(logits, target, progress)
+
+    def _loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None,
+        **weights: Tensor | None,
+    ) -> Tensor:
+        loss = affinity_field_loss(
+            logits,
+            target,
+            self.kernel_sizes,
+            edge_lambda=self.edge_lambda,
+            non_edge_lambda=self.non_edge_lambda,
+            margin=self.margin,
+            eps=self.eps,
+            ignore_index=self.ignore_index,
+            variant=self.variant,
+            **weights,
+        )
+        return loss if progress is None else loss * _decay(progress)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_sizes={self.kernel_sizes}, edge_lambda={self.edge_lambda}, "
+            f"non_edge_lambda={self.non_edge_lambda}, margin={self.margin}, eps={self.eps}, "
+            f"ignore_index={self.ignore_index}, variant={self.variant!r}"
+        )
+
+
+class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
+    """The adaptive affinity field loss: every class learns which neighbourhood sizes matter, by a minimax game.
+
+    The weights of the edge and of the non-edge term are softmaxes over the K sizes of free parameters (C, K) that start
+    at 0. The network minimises the loss and the weights maximise it; the gradient of the weights is reversed inside,
+    so one ordinary optimiser step does both. Give the weights no weight decay: :meth:`optimizer_group`.
+
+    Args:
+        num_classes: C, at least 1.
+        kernel_sizes: K distinct odd sizes, each at least 3.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see :func:`tritonaff.affinity_field_loss`.
+
+    Shapes:
+        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have C classes.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is called.
+
+    Paper: Ke et al., ECCV 2018, Eq. 6 and 7.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> net = torch.nn.Conv2d(3, 5, 1)
+        >>> aaf = tritonaff.AdaptiveAffinityFieldLoss(num_classes=5)
+        >>> optimizer = torch.optim.SGD([{"params": net.parameters()}, aaf.optimizer_group(lr=0.1)], lr=0.1)
+        >>> image, target = torch.randn(1, 3, 16, 16), torch.randint(0, 5, (1, 16, 16))
+        >>> aaf(net(image), target).backward()
+        >>> optimizer.step()
+        >>> aaf.edge_weight.shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self, num_classes: int, kernel_sizes: Sequence[int] = (3, 5, 7), **options: Any
+    ) -> None:
+        super().__init__(kernel_sizes, **options)
+        self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
+        self.edge_scores = nn.Parameter(torch.zeros(num_classes, len(self.kernel_sizes)))
+        self.non_edge_scores = nn.Parameter(torch.zeros(num_classes, len(self.kernel_sizes)))
+
+    @property
+    def edge_weight(self) -> Tensor:
+        """(C, K) weights of the sizes in the edge term; each row sums to 1."""
+        return self.edge_scores.softmax(dim=1)
+
+    @property
+    def non_edge_weight(self) -> Tensor:
+        """(C, K) weights of the sizes in the non-edge term; each row sums to 1."""
+        return self.non_edge_scores.softmax(dim=1)
+
+    def effective_kernel_size(self) -> tuple[Tensor, Tensor]:
+        """The mean kernel size of every class, (C,), by the edge weights and by the non-edge weights (paper, 5.4)."""
+        sizes = self.edge_scores.new_tensor(self.kernel_sizes)
+        return self.edge_weight.detach() @ sizes, self.non_edge_weight.detach() @ sizes
+
+    def optimizer_group(self, lr: float) -> dict[str, Any]:
+        """The weights as a parameter group for a torch optimiser: this learning rate and no weight decay."""
+        checks.check_number("lr", lr, at_least=0)
+        return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
+
+    def forward(
+        self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
+    ) -> Tensor:
+        if isinstance(logits, Tensor) and logits.dim() == 4 and logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits must have num_classes = {self.num_classes} classes, got {logits.shape[1]}"
+            )
+        return self._loss(
+            logits,
+            target,
+            progress,
+            edge_weight=_ReverseGradient.apply(self.edge_scores).float().softmax(dim=1),
+            non_edge_weight=_ReverseGradient.apply(self.non_edge_scores).float().softmax(dim=1),
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, {super().extra_repr()}"
+
+
+class _ReverseGradient(torch.autograd.Function):
+    """The identity, with the negated gradient: what the loss's minimiser does to it maximises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return -grad
+
+
+def _decay(progress: float | Tensor) -> float | Tensor:
+    """10 ** -progress."""
+    if isinstance(progress, Tensor):
+        if progress.dim() != 0:
+            raise ValueError(
+                f"progress must be a number or a 0-d tensor, got shape {tuple(progress.shape)}"
+            )
+        return torch.pow(10.0, -progress)
+    return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))

@@ -1,0 +1,1 @@
+"""The operations as torch.library custom ops: schema, fake, autograd formula, choice of implementation."""

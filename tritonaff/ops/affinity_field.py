@@ -1,0 +1,133 @@
+"""The affinity field as custom ops: opaque to the compiler, differentiable, whatever implementation runs inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonaff.ops.backend import tile_runs
+from tritonaff.portable import affinity_field as portable
+from tritonaff.portable import affinity_field_authors as portable_authors
+
+
+@torch.library.custom_op("tritonaff::affinity_field", mutates_args=())
+def affinity_field(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tables (C, K): edge_sum, non_edge_sum, edge_count, non_edge_count; softmax statistics (N, 1, H, W): top, rest."""
+    implementation = _implementation(logits, variant, backend)
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = implementation.forward(
+        logits, target, list(kernel_sizes), margin, eps, ignore_index
+    )
+    return result
+
+
+@affinity_field.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c, height, width = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    table, statistic = (c, len(kernel_sizes)), (n, 1, height, width)
+    return (
+        logits.new_empty(table, dtype=dtype),
+        logits.new_empty(table, dtype=dtype),
+        logits.new_empty(table, dtype=torch.int64),
+        logits.new_empty(table, dtype=torch.int64),
+        logits.new_empty(statistic, dtype=dtype),
+        logits.new_empty(statistic, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("tritonaff::affinity_field_backward", mutates_args=())
+def affinity_field_backward(
+    grad_edge_sum: Tensor,
+    grad_non_edge_sum: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+    backend: str,
+) -> Tensor:
+    """The gradient with respect to the logits, in their dtype and memory format."""
+    implementation = _implementation(logits, variant, backend)
+    grad: Tensor = implementation.backward(
+        grad_edge_sum.contiguous(),
+        grad_non_edge_sum.contiguous(),
+        logits,
+        target,
+        top,
+        rest,
+        list(kernel_sizes),
+        margin,
+        eps,
+        ignore_index,
+    )
+    return torch.empty_like(logits).copy_(grad)
+
+
+@affinity_field_backward.register_fake
+def _(
+    grad_edge_sum: Tensor,
+    grad_non_edge_sum: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, *ctx.options = inputs
+    *_, edge_count, non_edge_count, top, rest = output
+    ctx.save_for_backward(logits, target, top, rest)
+    ctx.mark_non_differentiable(edge_count, non_edge_count, top, rest)
+
+
+def _backward(
+    ctx: Any, grad_edge_sum: Tensor, grad_non_edge_sum: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    grad = affinity_field_backward(
+        grad_edge_sum, grad_non_edge_sum, *ctx.saved_tensors, *ctx.options
+    )
+    return grad, *(None for _ in range(7))
+
+
+affinity_field.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _implementation(logits: Tensor, variant: str, backend: str) -> Any:
+    if tile_runs(backend, logits, variant_has_tile=variant == "paper"):
+        from tritonaff.kernels import affinity_field as kernels
+
+        return kernels
+    return portable if variant == "paper" else portable_authors

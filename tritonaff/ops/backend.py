@@ -1,0 +1,81 @@
+"""Which implementation runs: chosen by the tensors, or by the user for tests, benches and bug reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "portable", "reference")
+# The tiles hold a pixel's classes in one block of this size at most.
+MAX_TILE_CLASSES = 1024
+
+_current = "auto"
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Chooses the implementation of every operation of this library inside a ``with`` block.
+
+    Args:
+        backend: ``"auto"`` (the default: Triton tiles where they can run, portable torch operations elsewhere),
+            ``"triton"``, ``"portable"``, or ``"reference"`` (the papers' equations in eager PyTorch).
+
+    Raises:
+        ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run.
+
+    The choice holds for the whole process, and a backward pass runs what its forward pass ran.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits, target = torch.randn(1, 3, 8, 8), torch.randint(0, 3, (1, 8, 8))
+        >>> with tritonaff.use_backend("reference"):
+        ...     expected = tritonaff.affinity_field_loss(logits, target)
+        >>> torch.allclose(tritonaff.affinity_field_loss(logits, target), expected)
+        True
+    """
+    global _current
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    previous, _current = _current, backend
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def current_backend() -> str:
+    return _current
+
+
+def tile_runs(backend: str, logits: Tensor, variant_has_tile: bool = True) -> bool:
+    """Whether a Triton tile takes this call; ValueError where the user insists on one that cannot."""
+    if backend == "portable":
+        return False
+    obstacle = _obstacle(logits, variant_has_tile)
+    if obstacle and backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
+    return obstacle is None
+
+
+def _obstacle(logits: Tensor, variant_has_tile: bool) -> str | None:
+    if not variant_has_tile:
+        return "this variant has no tile"
+    if logits.element_size() > 4:
+        return f"the tiles compute in float32, got {logits.dtype}"
+    if logits.shape[1] > MAX_TILE_CLASSES:
+        return f"the tiles take at most {MAX_TILE_CLASSES} classes, got {logits.shape[1]}"
+    if not _triton_installed():
+        return "triton is not installed"
+    if logits.device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"no Triton on device {logits.device} (TRITON_INTERPRET=1 would interpret the tiles)"
+    return None
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,387 @@
+"""The affinity field (variant "paper") in torch operations: any device, no Triton.
+
+Dense plus sparse; docs/affinity_field.md derives it. With l = log(p / q), the two directed terms of a pair add up to
+(p_i - p_j)(l_i - l_j), so the sum over *all* pairs of one size is a linear stencil of p and l: the dense part. Pairs of
+different labels are edges in two of the C channels only: the sparse part takes those out of the non-edge sum again and
+adds their hinge to the edge sum.
+
+The dense part runs on u = p - 1 = -q in the channel of a pixel's own label and u = p elsewhere. Non-edge pairs do not
+notice, and in an edge pair the product to take out is small where the network is right: nothing cancels.
+
+Masks are floating-point tensors: comparisons into those are vectorised on CPUs, into boolean ones they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Elements in one step of the dense part: its eight buffers of this size stay in a CPU's cache; a GPU wants fewer launches.
+CPU_BLOCK = 1 << 18
+DEVICE_BLOCK = 1 << 24
+# Pixel pairs in one step of the sparse part: bounds its memory when most of the label map is edges.
+PAIRS = 1 << 17
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: list[int],
+    margin: float,
+    eps: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four tables (C, K), then the softmax statistics (N, 1, H, W) that the backward pass needs."""
+    logits = at_least_float32(logits).contiguous()
+    top, rest = softmax_statistics(logits)
+    image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
+    edge_sum = new_table(logits, len(kernel_sizes))
+    non_edge_sum = new_table(logits, len(kernel_sizes))
+    edge_count = torch.zeros_like(edge_sum, dtype=torch.int64)
+    pair_count = edge_count.new_zeros(len(kernel_sizes))
+
+    for k, d in enumerate(image.radii):
+        # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large image.
+        pair_count[k] = (image.valid * (image.boxes[k] - 1)).sum(dim=-1).to(torch.int64).sum()
+        for edge in edges(image, d):
+            hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba()))
+            product = edge.u_step().mul_(edge.l_step())
+            edge_sum[:, k].index_add_(0, edge.channel, hinge.mul_(edge.weight).to(edge_sum.dtype))
+            non_edge_sum[:, k].index_add_(
+                0, edge.channel, product.mul_(edge.weight).to(edge_sum.dtype), alpha=-1
+            )
+            edge_count[:, k].index_add_(0, edge.channel, edge.weight.to(edge_count.dtype), alpha=2)
+
+    for block in dense_blocks(image):
+        for k, d in enumerate(image.radii):
+            # The sum of u_i - u_j over the valid neighbours j, times l_i.
+            products = (
+                block.box_sum(block.u_padded, d)
+                .neg_()
+                .addcmul_(image.boxes[k, block.images], block.u)
+                .mul_(block.l)
+            )
+            per_plane = products.sum(dim=(2, 3))
+            non_edge_sum[block.classes, k] += per_plane.sum(dim=0, dtype=non_edge_sum.dtype)
+
+    tables = (
+        edge_sum.to(logits.dtype),
+        non_edge_sum.to(logits.dtype),
+        edge_count,
+        pair_count - edge_count,
+    )
+    return *tables, top, rest
+
+
+def backward(
+    grad_edge_sum: Tensor,
+    grad_non_edge_sum: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    kernel_sizes: list[int],
+    margin: float,
+    eps: float,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient with respect to the logits, given those with respect to the two tables of sums."""
+    dtype = logits.dtype
+    logits = at_least_float32(logits).contiguous()
+    image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
+
+    grad_p = torch.zeros_like(logits)
+    for k, d in enumerate(image.radii):
+        for edge in edges(image, d):
+            from_edge = grad_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
+            from_non_edge = grad_non_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
+            ab = torch.lt(edge.kl_ab(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
+            ba = torch.lt(edge.kl_ba(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
+            u_step, p_step, l_step = (
+                edge.u_step().mul_(from_non_edge),
+                edge.p_a - edge.p_b,
+                edge.l_step(),
+            )
+            grad_a = torch.addcmul(u_step, ab, p_step).div_(edge.p_a * edge.q_a)
+            grad_b = torch.addcmul(u_step, ba, p_step).div_(edge.p_b * edge.q_b)
+            grad_a.addcmul_(ba.add_(from_non_edge), l_step)
+            grad_b.addcmul_(ab.add_(from_non_edge), l_step)
+            grad_p.view(-1).scatter_add_(0, edge.at_a, grad_a.neg_()).scatter_add_(
+                0, edge.at_b, grad_b
+            )
+
+    for block in dense_blocks(image):
+        coefficients = grad_non_edge_sum[block.classes, :, None, None]
+        boxes = torch.mul(image.boxes[0, block.images], coefficients[:, 0], out=block.spare)
+        for k in range(1, len(image.radii)):
+            boxes.addcmul_(image.boxes[k, block.images], coefficients[:, k])
+        grad_u = torch.mul(boxes, block.l, out=block.grad_u)
+        grad_l = torch.mul(boxes, block.u, out=block.grad_l)
+        for k, d in enumerate(image.radii):
+            grad_u.addcmul_(block.box_sum(block.l_padded, d), coefficients[:, k], value=-1)
+            grad_l.addcmul_(block.box_sum(block.u_padded, d), coefficients[:, k], value=-1)
+        free = torch.gt(block.p, eps, out=block.box).mul_(torch.gt(block.q, eps, out=boxes))
+        free.mul_(image.valid[block.images])
+        grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
+        grad_p[block.images, block.classes].add_(grad_u).mul_(free)
+    return softmax_backward_(grad_p, logits, top, rest).to(dtype)
+
+
+class Image(NamedTuple):
+    """A batch, and what both parts need of it."""
+
+    logits: Tensor  # (N, C, H, W)
+    top: Tensor  # (N, 1, H, W): the largest logit
+    rest: Tensor  # (N, 1, H, W): the sum of exp(logit - top) over the other classes
+    label: Tensor  # (N, 1, H, W), -1 at pixels that do not count
+    valid: Tensor  # (N, 1, H, W), 1 and 0
+    boxes: Tensor  # (K, N, 1, H, W): valid pixels among a pixel and its neighbours at each size
+    own_p: Tensor  # (N, 1, H, W): p in the channel of the pixel's label
+    own_q: Tensor
+    own_channel: Tensor  # (N, 1, H, W): where that channel's plane starts in the flattened logits, less n H W
+    radii: list[int]
+    eps: float
+
+    @classmethod
+    def load(
+        cls,
+        logits: Tensor,
+        target: Tensor,
+        top: Tensor,
+        rest: Tensor,
+        kernel_sizes: list[int],
+        eps: float,
+        ignore_index: int,
+    ) -> Image:
+        label = counted_labels(target, logits.shape[1], ignore_index)
+        valid = torch.ge(label, 0, out=torch.empty_like(rest))
+        radii = [(size - 1) // 2 for size in kernel_sizes]
+        boxes = [box_sum(F.pad(valid, [d] * 4), d, torch.empty_like(valid)) for d in radii]
+
+        n, num_classes, height, width = logits.shape
+        some_label = label.clamp(min=0)
+        own_p, own_q = probabilities((logits.gather(1, some_label) - top).exp_(), rest, eps)
+        image = torch.arange(n, device=label.device).view(n, 1, 1, 1)
+        own_channel = (image * (num_classes - 1) + some_label) * (height * width)
+        return cls(
+            logits,
+            top,
+            rest,
+            label,
+            valid,
+            torch.stack(boxes),
+            own_p,
+            own_q,
+            own_channel,
+            radii,
+            eps,
+        )
+
+
+class Dense:
+    """Whole images, or some classes of one image: tensors (n, c, H, W) that live in a buffer the blocks share.
+
+    l and u are 0 at pixels that do not count and, in their padded forms, outside the image.
+    """
+
+    def __init__(
+        self, image: Image, images: slice, classes: slice, padded: Tensor, inner: Tensor
+    ) -> None:
+        self.image, self.images, self.classes = image, images, classes
+        n, c, height, width = image.logits[images, classes].shape
+        reach = max(image.radii)
+        self.u_padded, self.l_padded, rows = padded[:, :n, :c]
+        self.u, self.l = padded[:2, :n, :c, reach : reach + height, reach : reach + width]
+        self.rows = rows[..., :height, :]
+        self.box, self.p, self.q, self.grad_u, self.grad_l, self.spare = inner[:, :n, :c]
+
+        e = torch.sub(image.logits[images, classes], image.top[images], out=self.p).exp_()
+        p, q = probabilities(e, image.rest[images], image.eps, out=self.q)
+        valid = image.valid[images]
+        torch.mul(torch.div(p, q, out=self.box).log_(), valid, out=self.l)
+        channel = torch.arange(image.logits.shape[1], dtype=p.dtype, device=p.device)[
+            classes, None, None
+        ]
+        own = torch.eq(image.label[images].to(p.dtype), channel, out=self.box)
+        torch.mul(torch.sub(valid, own, out=self.grad_u), p, out=self.u).addcmul_(own, q, value=-1)
+
+    def box_sum(self, padded: Tensor, d: int) -> Tensor:
+        margin = max(self.image.radii) - d
+        return box_sum(padded, d, self.box, self.rows, margin)
+
+
+def dense_blocks(image: Image) -> Iterator[Dense]:
+    """The blocks of a batch, one after the other in the same buffers."""
+    slices = list(blocks(image.logits))
+    n, c, height, width = image.logits[slices[0]].shape if slices else image.logits.shape
+    reach = max(image.radii)
+    padded = image.logits.new_zeros(3, n, c, height + 2 * reach, width + 2 * reach)
+    inner = image.logits.new_empty(6, n, c, height, width)
+    for images, classes in slices:
+        yield Dense(image, images, classes, padded, inner)
+
+
+def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cuts (N, C, H, W) into blocks of several whole images, or of some classes of one."""
+    n, c, height, width = logits.shape
+    images = max(1, block_size(logits) // (c * height * width))
+    classes = c if images > 1 else max(1, block_size(logits) // (height * width))
+    for i in range(0, n, images):
+        for j in range(0, c, classes):
+            yield slice(i, i + images), slice(j, j + classes)
+
+
+def bands(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cuts (N, C, H, W) into blocks of several whole images, or of some rows of one: all classes of a pixel."""
+    n, c, height, width = logits.shape
+    images = max(1, block_size(logits) // (c * height * width))
+    rows = height if images > 1 else max(1, block_size(logits) // (c * width))
+    for i in range(0, n, images):
+        for j in range(0, height, rows):
+            yield slice(i, i + images), slice(j, j + rows)
+
+
+def block_size(logits: Tensor) -> int:
+    return CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK
+
+
+def box_sum(
+    padded: Tensor, d: int, out: Tensor, rows: Tensor | None = None, margin: int = 0
+) -> Tensor:
+    """Sum over a pixel and its 8 neighbours at distance d, given the image in a margin of d + ``margin`` zeros."""
+    height, width = out.shape[-2:]
+    above, here, below = (padded[..., margin + y : margin + y + height, :] for y in (0, d, 2 * d))
+    rows = torch.add(above, here, out=rows).add_(below)
+    left, here, right = (rows[..., margin + x : margin + x + width] for x in (0, d, 2 * d))
+    return torch.add(left, here, out=out).add_(right)
+
+
+class Edge(NamedTuple):
+    """One channel of pairs of different labels: that of the label of a, which b does not have."""
+
+    weight: Tensor
+    channel: Tensor
+    at_a: Tensor  # where in the flattened logits
+    at_b: Tensor
+    p_a: Tensor
+    q_a: Tensor
+    p_b: Tensor
+    q_b: Tensor
+    log_p_ratio: Tensor  # log(p_b / p_a)
+    log_q_ratio: Tensor  # log(q_b / q_a)
+
+    def kl_ab(self) -> Tensor:
+        """KL(p_b || p_a): a is the centre."""
+        return self.p_b * self.log_p_ratio + self.q_b * self.log_q_ratio
+
+    def kl_ba(self) -> Tensor:
+        """KL(p_a || p_b): b is the centre."""
+        return -(self.p_a * self.log_p_ratio + self.q_a * self.log_q_ratio)
+
+    def u_step(self) -> Tensor:
+        return -(self.q_a + self.p_b)
+
+    def l_step(self) -> Tensor:
+        return self.log_q_ratio - self.log_p_ratio
+
+
+def edges(image: Image, d: int) -> Iterator[Edge]:
+    """Every edge entry of one size, in steps of bounded memory."""
+    logits, top, rest = image.logits.view(-1), image.top.view(-1), image.rest.view(-1)
+    label, own_channel = image.label.view(-1), image.own_channel.view(-1)
+    own_p, own_q = image.own_p.view(-1), image.own_q.view(-1)
+    for a, b, weight in pairs_of_different_labels(image.label.squeeze(1), d):
+        shift = own_channel.index_select(0, a)
+        at_a, at_b = a + shift, shift.add_(b)
+        p_a, q_a = own_p.index_select(0, a), own_q.index_select(0, a)
+        e_b = logits.index_select(0, at_b).sub_(top.index_select(0, b)).exp_()
+        p_b, q_b = probabilities(e_b, rest.index_select(0, b), image.eps)
+        ratios = (p_b / p_a).log_(), (q_b / q_a).log_()
+        channel = label.index_select(0, a).clamp_(min=0)
+        yield Edge(weight.to(p_a.dtype), channel, at_a, at_b, p_a, q_a, p_b, q_b, *ratios)
+
+
+def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pixels a and their neighbours b of another label, as indices into the flattened labels, and a weight.
+
+    Selecting them needs their number on the host, which only a CPU has at hand: other devices take all pairs, with
+    weight 0 for those of equal labels.
+    """
+    pixel = F.pad(
+        torch.arange(label.numel(), device=label.device).view(label.shape), (d, d, 0, d)
+    ).view(-1)
+    # 0 = does not count. With these margins a shift of the flattened map never reaches another row or image.
+    label = F.pad((label + 1).to(torch.float32), (d, d, 0, d))
+    row, label = label.shape[-1], label.view(-1)
+    firsts, seconds, weights = [], [], []
+    for shift in (d, d * row - d, d * row, d * row + d):
+        here, there = label[:-shift], label[shift:]
+        weight = torch.ne(here, there, out=torch.empty_like(here)).mul_(here).mul_(there).sign_()
+        if label.device.type == "cpu":
+            first = weight.nonzero().view(-1)
+            weight = weight.new_ones(first.shape)
+        else:
+            first = torch.arange(len(weight), device=label.device)
+        firsts.append(pixel.index_select(0, first))
+        seconds.append(pixel.index_select(0, first + shift))
+        weights.append(weight)
+    for i, j, w in zip(
+        *(torch.cat(x).split(PAIRS) for x in (firsts, seconds, weights)), strict=True
+    ):
+        yield torch.cat((i, j)), torch.cat((j, i)), torch.cat((w, w))
+
+
+def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Per pixel (N, 1, H, W): the largest logit, and the sum of exp(logit - largest) over the OTHER classes.
+
+    Not one log-sum-exp: where the network is confident, 1 - p is that sum, and 1 + sum would round it away.
+    """
+    top, rest = torch.empty_like(logits[:, :1]), torch.empty_like(logits[:, :1])
+    for images, rows in bands(logits):
+        x = logits[images, :, rows]
+        largest = torch.amax(x, dim=1, keepdim=True)
+        e = (x - largest).exp_()
+        below = torch.lt(e, 1, out=torch.empty_like(e))
+        ties = logits.shape[1] - 1 - below.sum(dim=1, keepdim=True)
+        top[images, :, rows] = largest
+        rest[images, :, rows] = e.mul_(below).sum(dim=1, keepdim=True).add_(ties)
+    return top, rest
+
+
+def softmax_backward_(grad_p: Tensor, logits: Tensor, top: Tensor, rest: Tensor) -> Tensor:
+    """From the gradient of the softmax to that of the logits, in place."""
+    for images, rows in bands(logits):
+        p = (logits[images, :, rows] - top[images, :, rows]).exp_().div_(1 + rest[images, :, rows])
+        grad = grad_p[images, :, rows].mul_(p)
+        grad.sub_(p.mul_(grad.sum(dim=1, keepdim=True)))
+    return grad_p
+
+
+def probabilities(
+    e: Tensor, rest: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """p = softmax (in place of e) and q = 1 - p, clamped to [eps, 1 - eps]; q keeps its digits where p is near 1."""
+    total = 1 + rest
+    q = torch.sub(e.new_ones(()), e, out=out).add_(rest).div_(total).clamp_(eps, 1 - eps)
+    return e.div_(total).clamp_(eps, 1 - eps), q
+
+
+def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The labels (N, 1, H, W) as int64, -1 where a pixel does not count."""
+    label = target.to(torch.int64)[:, None]
+    counted = (label >= 0) & (label < num_classes) & (label != ignore_index)
+    return label.where(counted, -1)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+
+
+def new_table(logits: Tensor, size: int) -> Tensor:
+    """Zeros (C, K) to add up in: float64 where the device has it, since an entry is a sum over millions of pairs."""
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    return torch.zeros(logits.shape[1], size, dtype=dtype, device=logits.device)

@@ -1,0 +1,94 @@
+"""Affinity fields as Ke, Hwang, Liu and Yu (ECCV 2018) define them, in eager PyTorch.
+
+This file is the specification: every other implementation is tested against it in float64. It is written to be
+read beside the paper and never optimised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DIRECTIONS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+NOT_COUNTED = -1
+
+
+def affinity_field_terms(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: tuple[int, ...],
+    *,
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums and counts of Eq. 3 by class and neighbourhood size: four tables of shape (C, K).
+
+    ``variant="paper"``: the equations; a table's row is the channel c. ``variant="authors"``: the published
+    TensorFlow code; a table's row is the label of the pair's centre.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    channels = torch.arange(logits.shape[1], device=logits.device)
+    label = target.long()
+    counted = (label >= 0) & (label < len(channels)) & (label != ignore_index)
+    label = label.where(counted, NOT_COUNTED)  # (N, H, W)
+    has_label = label[:, None] == channels[:, None, None]  # (N, C, H, W)
+
+    p = logits.softmax(dim=1)
+    if variant == "paper":
+        p = p.clamp(eps, 1 - eps)
+        q = 1 - p
+    else:
+        p, q = p.clamp(eps, 1), (1 - p).clamp(eps, 1)
+
+    edge_sums, non_edge_sums, edge_counts, non_edge_counts = [], [], [], []
+    for size in kernel_sizes:
+        d = (size - 1) // 2
+        edge_sum = non_edge_sum = logits.new_zeros(len(channels))
+        edge_count = non_edge_count = label.new_zeros(len(channels))
+        for dy, dx in DIRECTIONS:
+            # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Outside, any
+            # probability does: such pairs are not counted.
+            p_j, q_j = (shifted(t, d * dy, d * dx, 0.5) for t in (p, q))
+            label_j = shifted(label, d * dy, d * dx, NOT_COUNTED)
+            has_label_j = label_j[:, None] == channels[:, None, None]
+            pair = (label != NOT_COUNTED) & (label_j != NOT_COUNTED)
+            if variant == "authors":
+                pair = pair & (shifted(label, -d * dy, -d * dx, NOT_COUNTED) != NOT_COUNTED)
+
+            kl = p_j * (p_j / p).log() + q_j * (q_j / q).log()  # KL(p_j || p_i)
+            edge = pair[:, None] & (has_label != has_label_j)
+            non_edge = pair[:, None] & (has_label == has_label_j)
+            row = None if variant == "paper" else has_label
+            edge_sum = edge_sum + sum_by_class(F.relu(margin - kl) * edge, row)
+            non_edge_sum = non_edge_sum + sum_by_class(kl * non_edge, row)
+            edge_count = edge_count + sum_by_class(edge, row)
+            non_edge_count = non_edge_count + sum_by_class(non_edge, row)
+        edge_sums.append(edge_sum)
+        non_edge_sums.append(non_edge_sum)
+        edge_counts.append(edge_count)
+        non_edge_counts.append(non_edge_count)
+    return (
+        torch.stack(edge_sums, dim=1),
+        torch.stack(non_edge_sums, dim=1),
+        torch.stack(edge_counts, dim=1),
+        torch.stack(non_edge_counts, dim=1),
+    )
+
+
+def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
+    """x at (h + dy, w + dx) for every pixel (h, w); ``outside`` where that is not in the image."""
+    height, width = x.shape[-2:]
+    pad_h, pad_w = abs(dy), abs(dx)
+    padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h), value=outside)
+    return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]
+
+
+def sum_by_class(values: Tensor, has_label: Tensor | None) -> Tensor:
+    """Sum (N, C, H, W) into (C,): by channel, or, given the one-hot labels, by the label of the pixel."""
+    if has_label is not None:
+        values = values.sum(dim=1, keepdim=True) * has_label
+    return values.sum(dim=(0, 2, 3))
