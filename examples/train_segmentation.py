@@ -1,0 +1,475 @@
+"""Trains one small network with several losses and compares them: a table and a picture.
+
+    python examples/train_segmentation.py                  # drawn scenes; minutes on two CPU cores
+    python examples/train_segmentation.py --data FOLDER    # your own images, see --help
+
+Every loss gets the same initial weights, the same batches in the same order, the same number of
+steps and the same optimiser. To compare another loss, add it to LOSSES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from scenes import CLASSES, make_scenes
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional as F
+
+from tritonaff import AdaptiveAffinityFieldLoss
+from tritonaff.metrics import BoundaryScore
+
+# ------------------------------------------------------------------------------------ losses
+
+
+class CrossEntropy(nn.Module):
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, ignore_index=self.ignore_index)
+
+    def optimizer_groups(self, lr: float) -> list[dict]:
+        """What the loss itself learns."""
+        return []
+
+
+class CrossEntropyAAF(CrossEntropy):
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__(num_classes, ignore_index)
+        self.aaf = AdaptiveAffinityFieldLoss(num_classes, (3, 5, 7), ignore_index=ignore_index)
+
+    def forward(self, logits: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        return super().forward(logits, target, progress) + self.aaf(logits, target, progress)
+
+    def optimizer_groups(self, lr: float) -> list[dict]:
+        return [self.aaf.optimizer_group(lr)]
+
+
+LOSSES = {
+    "ce": ("cross-entropy", CrossEntropy),
+    "ce+aaf": ("cross-entropy + AAF", CrossEntropyAAF),
+}
+
+# -------------------------------------------------------------------------------------- data
+
+Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) and labels (H, W), both uint8
+
+
+class Dataset(NamedTuple):
+    name: str
+    classes: list[str]
+    train: list[Pair]
+    val: list[Pair]
+    test: list[Pair]
+
+
+class DataError(Exception):
+    """What is wrong with a data set, in one line."""
+
+
+def drawn_scenes() -> Dataset:
+    """The same scenes for every --seed."""
+    train, val, test = make_scenes(400, 1), make_scenes(50, 2), make_scenes(100, 3)
+    return Dataset("scenes", list(CLASSES), train, val, test)
+
+
+def load_folder(folder: Path, ignore_index: int) -> Dataset:
+    """All of a data set, see the help of --data, into memory."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        raise DataError(f"there is no {path}: one class name per line")
+    classes = path.read_text(encoding="utf-8").split("\n")
+    while classes and not classes[-1].strip():
+        classes.pop()
+    if not classes:
+        raise DataError(f"{path} is empty: one class name per line")
+
+    def split(name: str) -> list[Pair]:
+        images = [p for p in (folder / "images" / name).glob("*") if p.suffix in (".jpg", ".png")]
+        if not images:
+            raise DataError(f"there is no .jpg or .png in {folder / 'images' / name}")
+        labels = folder / "labels" / name
+        return [
+            load_pair(image, labels / f"{image.stem}.png", len(classes), ignore_index)
+            for image in sorted(images)
+        ]
+
+    return Dataset(folder.resolve().name, classes, split("train"), split("val"), split("test"))
+
+
+def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index: int) -> Pair:
+    if not label_path.is_file():
+        raise DataError(f"{image_path} has no labels {label_path}")
+    image, labels = open_image(image_path), open_image(label_path)
+    if labels.mode not in ("L", "P"):
+        raise DataError(f"{label_path} must hold one 8-bit value per pixel, has mode {labels.mode}")
+    if labels.size != image.size:
+        label_size, image_size = ("{}x{}".format(*x.size) for x in (labels, image))
+        raise DataError(f"{label_path} is {label_size}, its image {image_path} is {image_size}")
+    values = np.asarray(labels)
+    wrong = [v for v in np.unique(values).tolist() if v >= num_classes and v != ignore_index]
+    if wrong:
+        raise DataError(
+            f"{label_path} holds {wrong[0]}, neither one of the {num_classes} classes "
+            f"of classes.txt nor --ignore-index {ignore_index}"
+        )
+    return np.asarray(image.convert("RGB")), values
+
+
+def open_image(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return image
+
+
+def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of images (N, H, W, 3) and labels (N, H, W), half of them mirrored."""
+    rng = np.random.default_rng(options.seed)
+    shape = (options.batch_size, *options.size)
+    _, height, width = shape
+    while True:
+        images = np.zeros((*shape, 3), np.uint8)
+        labels = np.full(shape, options.ignore_index, np.uint8)
+        for k, index in enumerate(rng.integers(len(pairs), size=len(images))):
+            image, label = pairs[index]
+            y = rng.integers(max(label.shape[0] - height, 0) + 1)
+            x = rng.integers(max(label.shape[1] - width, 0) + 1)
+            window = np.s_[y : y + height, x : x + width]
+            mirror = np.s_[:, :: rng.choice((1, -1))]
+            # What is smaller than the crop stays in its corner; the rest is ignored.
+            corner = np.s_[k, : label.shape[0], : label.shape[1]]
+            images[corner] = image[window][mirror]
+            labels[corner] = label[window][mirror]
+        yield torch.from_numpy(images), torch.from_numpy(labels)
+
+
+# ----------------------------------------------------------------------------------- network
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SmallUNet(nn.Module):
+    """Encoder and decoder with skip connections, 0.3 M parameters; logits as large as the image."""
+
+    def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 32, 64, 96)) -> None:
+        super().__init__()
+        levels = list(pairwise(widths))
+        self.stem = convolution(3, widths[0])
+        self.shrink = nn.ModuleList(
+            nn.Sequential(convolution(fine, coarse, stride=2), convolution(coarse, coarse))
+            for fine, coarse in levels
+        )
+        self.enlarge = nn.ModuleList(
+            nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2) for fine, coarse in levels
+        )
+        self.merge = nn.ModuleList(convolution(fine, fine) for fine, _ in levels)
+        self.classify = nn.Conv2d(widths[0], num_classes, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        skips = []
+        for shrink in self.shrink:
+            skips.append(x)
+            x = shrink(x)
+        for enlarge, merge in zip(reversed(self.enlarge), reversed(self.merge), strict=True):
+            skip = skips.pop()
+            # An odd size was rounded up on the way down: cut off what is too much.
+            x = merge(skip + enlarge(x)[..., : skip.shape[2], : skip.shape[3]])
+        return self.classify(x)
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """(N, H, W, 3) bytes to (N, 3, H, W) around 0, channels_last as they already lie."""
+    return images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+class Display:
+    """One progress bar for each training; where there is no terminal, plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+
+    def begin(self, title: str, steps: int) -> None:
+        self.title, self.loss, self.val_iou = title, "", ""
+        self.task = self.bars.add_task(title, total=steps, status="compiling")
+
+    def advance(self, loss: float) -> None:
+        self.loss = f"loss {loss:.2f}"
+        self.bars.update(self.task, advance=1, status=f"{self.loss}  {self.val_iou}")
+
+    def report(self, val_iou: float) -> None:
+        self.val_iou = f"val mIoU {val_iou:.3f}"
+        self.bars.update(self.task, status=f"{self.loss}  {self.val_iou}")
+        if not self.console.is_terminal:
+            task = self.bars.tasks[self.task]
+            done = f"step {task.completed}/{task.total}"
+            self.say(f"{self.title}: {done}  {self.loss}  {self.val_iou}")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+REPORTS = 4  # how often a training looks at the validation split
+
+
+class Result(NamedTuple):
+    title: str
+    network: nn.Module
+    step_ms: float
+
+
+def train(
+    loss: str, data: Dataset, options: argparse.Namespace, device: torch.device, display: Display
+) -> Result:
+    title, make_criterion = LOSSES[loss]
+    torch.manual_seed(options.seed)
+    network = SmallUNet(len(data.classes)).to(device, memory_format=torch.channels_last)
+    criterion = make_criterion(len(data.classes), options.ignore_index).to(device)
+    lr, steps = options.learning_rate, options.steps
+    groups = [{"params": network.parameters()}, *criterion.optimizer_groups(lr)]
+    optimizer = torch.optim.AdamW(groups, lr)
+    poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 0.9)
+
+    def forward(images: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        return criterion(network(images), target, progress)
+
+    def next_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, target = next(crops)
+        # The progress is a tensor: a Python number that changes would compile again.
+        progress = torch.tensor(step / steps, device=device)
+        return to_input(images, device), target.to(device, torch.int64), progress
+
+    network.train()
+    display.begin(title, steps)
+    crops = random_crops(data.train, options)
+    if options.compile:
+        try:
+            forward = compiled(forward, network, next_batch(0))
+        except BackendCompilerFailed as error:
+            options.compile = False
+            reason = str(error).splitlines()[0]
+            display.say(f"torch.compile does not work here, training in eager mode ({reason})")
+
+    times = []
+    crops = random_crops(data.train, options)
+    for step in range(steps):
+        batch = next_batch(step)
+        start = time.perf_counter()
+        loss = forward(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        value = loss.item()  # waits for the device
+        times.append(time.perf_counter() - start)
+        poly.step()
+        display.advance(value)
+        if (step + 1) * REPORTS // steps > step * REPORTS // steps:
+            display.report(score(network, data.val, len(data.classes), options.ignore_index)[0])
+    return Result(title, network, 1000 * statistics.median(times))
+
+
+def compiled(forward: Callable, network: nn.Module, batch: tuple) -> Callable:
+    """``forward`` compiled, with its backward pass, on a batch that leaves no trace."""
+    torch.compiler.reset()
+    before = copy.deepcopy(network.state_dict())
+    fast = torch.compile(forward, fullgraph=True)
+    fast(*batch).backward()
+    network.load_state_dict(before)  # batch normalisation had counted the batch
+    return fast
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def score(
+    network: nn.Module, pairs: list[Pair], num_classes: int, ignore_index: int
+) -> tuple[float, float]:
+    """Mean IoU and mean boundary F over the classes, on full images."""
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64)
+    boundary = BoundaryScore(num_classes, ignore_index=ignore_index)
+    for image, labels in pairs:
+        prediction, target = predict(network, image), torch.from_numpy(labels).long()
+        boundary.update(prediction[None], target[None])
+        counted = target != ignore_index
+        cells = target[counted] * num_classes + prediction[counted]
+        confusion += torch.bincount(cells, minlength=num_classes**2)
+    table = confusion.view(num_classes, num_classes)  # truth x prediction
+    hits = table.diagonal()
+    iou = hits / (table.sum(0) + table.sum(1) - hits)  # NaN for a class that never occurs
+    return iou.nanmean().item(), boundary.compute().f.nanmean().item()
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, image: np.ndarray) -> Tensor:
+    """The classes (H, W) of one image, on the CPU."""
+    device = next(network.parameters()).device
+    network.eval()
+    logits = network(to_input(torch.from_numpy(image[None]), device))
+    network.train()
+    return logits.argmax(dim=1)[0].cpu()
+
+
+def draw(path: Path, data: Dataset, results: list[Result], rows: int = 4) -> None:
+    """Images of the test split, evenly chosen, their truth and what each network predicts."""
+    chosen = np.linspace(0, len(data.test) - 1, min(rows, len(data.test))).astype(int)
+    height, width = data.test[0][1].shape
+    columns = 2 + len(results)
+    figure = Figure((3 * columns, 3 * height / width * len(chosen) + 0.8), layout="constrained")
+    palette = matplotlib.colormaps["tab10" if len(data.classes) <= 10 else "tab20"]
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    for row, index in zip(axes, chosen, strict=True):
+        image, labels = data.test[index]
+        row[0].imshow(image)
+        predictions = [predict(result.network, image).numpy() for result in results]
+        for axis, classes in zip(row[1:], [labels, *predictions], strict=True):
+            colours = palette(classes % palette.N)
+            colours[classes >= len(data.classes)] = 0  # void
+            axis.imshow(colours, interpolation="nearest")
+    titles = ["image", "truth", *(result.title for result in results)]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.axis("off")
+    patches = [Patch(color=palette(k % palette.N), label=c) for k, c in enumerate(data.classes)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def main() -> int:
+    options = parse_arguments()
+    console = Console()
+    display = Display(console)
+    try:
+        data = load_folder(options.data, options.ignore_index) if options.data else drawn_scenes()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    display.say(
+        f"{data.name}: {len(data.classes)} classes, {len(data.train)} training, "
+        f"{len(data.val)} validation and {len(data.test)} test images; on {device}"
+    )
+    with display.bars:
+        results = [train(loss, data, options, device, display) for loss in options.loss]
+
+    table = Table(box=box.ROUNDED if console.is_terminal else box.ASCII)
+    for heading in ("loss", "mIoU", "boundary F", "step time (ms)"):
+        table.add_column(heading, justify="left" if heading == "loss" else "right")
+    for result in results:
+        iou, boundary_f = score(result.network, data.test, len(data.classes), options.ignore_index)
+        table.add_row(result.title, f"{iou:.3f}", f"{boundary_f:.3f}", f"{result.step_ms:.1f}")
+    console.print(table)
+    picture = options.output / f"{data.name}.png"
+    draw(picture, data, results)
+    display.say(f"picture: {picture}")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="a data set: images/{train,val,test}/NAME.jpg or .png, "
+        "labels/{train,val,test}/NAME.png, 8-bit pixels whose value is the class, classes.txt "
+        "with a name on each line, class 0 first (default: scenes drawn by the example)",
+    )
+    parser.add_argument(
+        "--ignore-index",
+        type=int,
+        default=255,
+        metavar="VALUE",
+        help="label of the pixels that count nowhere (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loss",
+        nargs="+",
+        choices=LOSSES,
+        default=list(LOSSES),
+        help="which losses to train with (default: all)",
+    )
+    parser.add_argument("--steps", type=positive, default=400, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--size",
+        type=positive,
+        nargs=2,
+        default=(96, 128),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the random crops to train on (default: 96 128)",
+    )
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of initial weights and crops (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where the picture goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        help="train in eager mode, without torch.compile",
+    )
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
