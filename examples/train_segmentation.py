@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import time
@@ -18,6 +19,10 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+# Before torch is imported: threads that wait by spinning slow a step down a hundredfold where
+# another process wants the cores too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import matplotlib
 import numpy as np
@@ -435,7 +440,7 @@ def parse_arguments() -> argparse.Namespace:
         default=list(LOSSES),
         help="which losses to train with (default: all)",
     )
-    parser.add_argument("--steps", type=positive, default=400, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=800, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
     parser.add_argument(
         "--size",
