@@ -103,14 +103,16 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
     path = folder / "classes.txt"
     if not path.is_file():
         raise DataError(f"there is no {path}: one class name per line")
-    classes = path.read_text(encoding="utf-8").split("\n")
+    classes = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while classes and not classes[-1].strip():
         classes.pop()
     if not classes:
         raise DataError(f"{path} is empty: one class name per line")
 
     def split(name: str) -> list[Pair]:
-        images = [p for p in (folder / "images" / name).glob("*") if p.suffix in (".jpg", ".png")]
+        images = [
+            p for p in (folder / "images" / name).glob("*") if p.suffix.lower() in (".jpg", ".png")
+        ]
         if not images:
             raise DataError(f"there is no .jpg or .png in {folder / 'images' / name}")
         labels = folder / "labels" / name
@@ -131,14 +133,14 @@ def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index
     if labels.size != image.size:
         label_size, image_size = ("{}x{}".format(*x.size) for x in (labels, image))
         raise DataError(f"{label_path} is {label_size}, its image {image_path} is {image_size}")
-    values = np.asarray(labels)
+    values = np.array(labels)
     wrong = [v for v in np.unique(values).tolist() if v >= num_classes and v != ignore_index]
     if wrong:
         raise DataError(
             f"{label_path} holds {wrong[0]}, neither one of the {num_classes} classes "
             f"of classes.txt nor --ignore-index {ignore_index}"
         )
-    return np.asarray(image.convert("RGB")), values
+    return np.array(image.convert("RGB")), values
 
 
 def open_image(path: Path) -> Image.Image:
@@ -236,9 +238,9 @@ class Display:
             disable=not console.is_terminal,
         )
 
-    def begin(self, title: str, steps: int) -> None:
+    def begin(self, title: str, steps: int, status: str) -> None:
         self.title, self.loss, self.val_iou = title, "", ""
-        self.task = self.bars.add_task(title, total=steps, status="compiling")
+        self.task = self.bars.add_task(title, total=steps, status=status)
 
     def advance(self, loss: float) -> None:
         self.loss = f"loss {loss:.2f}"
@@ -253,7 +255,7 @@ class Display:
             self.say(f"{self.title}: {done}  {self.loss}  {self.val_iou}")
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 REPORTS = 4  # how often a training looks at the validation split
@@ -287,7 +289,7 @@ def train(
         return to_input(images, device), target.to(device, torch.int64), progress
 
     network.train()
-    display.begin(title, steps)
+    display.begin(title, steps, "compiling" if options.compile else "")
     crops = random_crops(data.train, options)
     if options.compile:
         try:
@@ -428,7 +430,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--ignore-index",
-        type=int,
+        type=byte,
         default=255,
         metavar="VALUE",
         help="label of the pixels that count nowhere (default: %(default)s)",
@@ -468,6 +470,12 @@ def parse_arguments() -> argparse.Namespace:
         help="train in eager mode, without torch.compile",
     )
     return parser.parse_args()
+
+
+def byte(text: str) -> int:
+    if not text.isdecimal() or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 255")
+    return int(text)
 
 
 def positive(text: str) -> int:
