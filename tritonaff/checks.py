@@ -1,6 +1,7 @@
 """The checks that public functions share, so that the same mistake gets the same words everywhere.
 
-TypeError for what an argument is, ValueError for what it holds; each says what was expected and what came.
+TypeError for what an argument is, ValueError for what it holds; each says what was expected and
+what came.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def check_logits_and_target(logits: Any, target: Any) -> None:
         )
     if tuple(target.shape) != (n, height, width):
         raise ValueError(
-            f"target must have the shape (N, H, W) = {(n, height, width)} of logits {tuple(logits.shape)}, "
-            f"got {tuple(target.shape)}"
+            f"target must have the shape (N, H, W) = {(n, height, width)} "
+            f"of logits {tuple(logits.shape)}, got {tuple(target.shape)}"
         )
 
 
 def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """ValueError for a label that is neither a class nor ignore_index, where looking costs nothing: on a CPU, eagerly.
+    """ValueError for a label that is neither a class nor ignore_index: on a CPU, in eager mode.
 
-    Elsewhere the look would stall the stream or break the graph: there such pixels are ignored.
+    Elsewhere looking would stall the stream or break the graph: there such pixels are ignored.
     """
     if torch.compiler.is_compiling() or type(target) is not Tensor or target.device.type != "cpu":
         return
@@ -47,7 +48,7 @@ def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> N
     if wrong.any():
         raise ValueError(
             f"target must hold classes in [0, {num_classes}) or ignore_index {ignore_index}, "
-            f"got {label[wrong].unique()[:5].tolist()} at {int(wrong.sum())} pixels"
+            f"got {sorted(set(label[wrong].tolist()))[:5]} at {int(wrong.sum())} pixels"
         )
 
 
@@ -65,7 +66,8 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
         or any(s < 3 or s % 2 == 0 for s in kernel_sizes)
     ):
         raise ValueError(
-            f"kernel_sizes must be odd, at least 3 and distinct, at least one of them, got {kernel_sizes}"
+            "kernel_sizes must be odd, at least 3 and distinct, at least one of them, "
+            f"got {kernel_sizes}"
         )
     return tuple(kernel_sizes)
 
@@ -105,7 +107,9 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> None:
 def check_tensor(
     name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[str | int]
 ) -> None:
-    """A tensor of one of the dtypes and of this rank; where ``shape`` holds ints, of these sizes."""
+    """A tensor of one of the dtypes and of this rank; where ``shape`` holds ints, of these
+    sizes.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:

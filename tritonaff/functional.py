@@ -1,11 +1,12 @@
-"""The losses as functions: each checks its input once, calls its operation, and turns tables into the loss."""
+"""The losses as functions: each checks its input once, calls its operation, and turns tables into
+the loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tritonaff import checks
@@ -22,7 +23,9 @@ class AffinityFieldTerms(NamedTuple):
     """
 
     edge_sum: Tensor
-    """Sum of max(0, margin - KL) over edge entries; float32, float64 for float64 logits. Differentiable."""
+    """Sum of max(0, margin - KL) over edge entries; float32, float64 for float64 logits.
+    Differentiable.
+    """
     non_edge_sum: Tensor
     """Sum of KL over non-edge entries; the same dtype. Differentiable."""
     edge_count: Tensor
@@ -43,41 +46,43 @@ def affinity_field_terms(
 ) -> AffinityFieldTerms:
     r"""The sums and counts that affinity field losses are made of, in one pass over the logits.
 
-    With p = softmax(logits) clamped to [eps, 1 - eps], pixel i, its 8 neighbours j at distance d = (k - 1) / 2 (rows
-    and columns, so a dilated 3 x 3), and every class c, an entry (i, j, c) has
+    With p = softmax(logits) clamped to [eps, 1 - eps], pixel i, its 8 neighbours j at distance d =
+    (k - 1) / 2 (rows and columns, so a dilated 3 x 3), and every class c, an entry (i, j, c) has
 
     .. math:: f = KL(p_j(c) \| p_i(c)) = p_j \log(p_j / p_i) + (1 - p_j) \log((1 - p_j) / (1 - p_i))
 
-    It is an *edge* if exactly one of the two pixels has label c and adds max(0, margin - f) to ``edge_sum[c, k]``; else
-    it is a *non-edge* and adds f to ``non_edge_sum[c, k]``. Pairs with a pixel outside the image or ignored do not count.
+    It is an *edge* if exactly one of the two pixels has label c and adds max(0, margin - f) to
+    ``edge_sum[c, k]``; else it is a *non-edge* and adds f to ``non_edge_sum[c, k]``. Pairs with a
+    pixel outside the image or ignored do not count.
 
     Args:
-        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision is read as it is and
-            computed in float32.
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
         target: (N, H, W) of uint8, int32 or int64.
         kernel_sizes: K distinct odd sizes, each at least 3.
         margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
         eps: clamp of the probabilities, in (0, 0.5).
         ignore_index: label of the pixels to leave out.
-        variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code: tables by the label of
-            the centre i for all its channels, pairs only where the pixel opposite to j counts as well, p and 1 - p
-            clamped to [eps, 1] separately, and every label outside [0, C) ignored.
+        variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code:
+            tables by the label of the centre i for all its channels, pairs only where the pixel
+            opposite to j counts as well, p and 1 - p clamped to [eps, 1] separately, and every
+            label outside [0, C) ignored.
 
     Returns:
         :class:`AffinityFieldTerms`. Differentiable with respect to the logits, once.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or range. A label outside [0, C) other than ignore_index raises in eager mode on
-            the CPU (variant "paper"); elsewhere such pixels are ignored.
+        ValueError: a wrong shape, device or range. A label outside [0, C) other than ignore_index
+            raises in eager mode on the CPU (variant "paper"); elsewhere such pixels are ignored.
 
-    Paper: Ke, Hwang, Liu, Yu, "Adaptive Affinity Fields for Semantic Segmentation", ECCV 2018, Eq. 3. We clamp p so that
-    p and 1 - p stay a distribution, and count exactly the pairs that exist.
+    Paper: Ke, Hwang, Liu, Yu, "Adaptive Affinity Fields for Semantic Segmentation", ECCV 2018, Eq.
+    3. We clamp p so that p and 1 - p stay a distribution, and count exactly the pairs that exist.
 
     Example:
         >>> import torch, tritonaff
-        >>> logits = torch.zeros(1, 2, 1, 2)  # two undecided pixels ...
-        >>> target = torch.tensor([[[0, 1]]])  # ... of two classes: two directed pairs, both channels are edges
+        >>> logits = torch.zeros(1, 2, 1, 2)  # two undecided pixels
+        >>> target = torch.tensor([[[0, 1]]])  # of two classes: both pairs, both channels are edges
         >>> terms = tritonaff.affinity_field_terms(logits, target)
         >>> terms.edge_sum.tolist(), terms.edge_count.tolist(), terms.non_edge_count.tolist()
         ([[6.0], [6.0]], [[2], [2]], [[0], [0]])
@@ -95,12 +100,20 @@ def affinity_field_terms(
     if backend == "reference":
         from tritonaff.reference.affinity_field import affinity_field_terms as reference
 
-        options = {"margin": margin, "eps": eps, "ignore_index": ignore_index, "variant": variant}
-        return AffinityFieldTerms(*reference(logits, target, kernel_sizes, **options))
-    tables = affinity_field_op(
+        tables = reference(
+            logits,
+            target,
+            kernel_sizes,
+            margin=margin,
+            eps=eps,
+            ignore_index=ignore_index,
+            variant=variant,
+        )
+        return AffinityFieldTerms(*tables)
+    sums, counts, _, _ = affinity_field_op(
         logits, target, kernel_sizes, margin, eps, ignore_index, variant, backend
     )
-    return AffinityFieldTerms(*tables[:4])
+    return AffinityFieldTerms(*sums.unbind(), *counts.unbind())
 
 
 def affinity_field_loss(
@@ -119,18 +132,20 @@ def affinity_field_loss(
 ) -> Tensor:
     r"""The affinity field loss: neighbours of one label agree, neighbours of two labels differ.
 
-    .. math:: L = \sum_k \lambda_e \frac{\sum_c w^e_{ck} \, edge\_sum_{ck}}{\sum_c edge\_count_{ck}}
-              + \lambda_n \frac{\sum_c w^n_{ck} \, non\_edge\_sum_{ck}}{\sum_c non\_edge\_count_{ck}}
+    .. math::
 
-    on the tables of :func:`affinity_field_terms`. A size without edges (or without non-edges) contributes 0 with a zero
-    gradient.
+        L = \sum_k \lambda_e \frac{\sum_c w^e_{ck} \, edge\_sum_{ck}}{\sum_c edge\_count_{ck}}
+            + \lambda_n \frac{\sum_c w^n_{ck} \, non\_edge\_sum_{ck}}{\sum_c non\_edge\_count_{ck}}
+
+    on the tables of :func:`affinity_field_terms`. A size without edges (or without non-edges)
+    contributes 0 with a zero gradient.
 
     Args:
         logits: (N, C, H, W) floating, see :func:`affinity_field_terms`.
         target: (N, H, W) of uint8, int32 or int64.
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_weight: (C, K) floating, weight of each class and size in the edge term; rows usually sum to 1. Default 1/K.
-            Differentiable.
+        edge_weight: (C, K) floating, weight of each class and size in the edge term; rows usually
+            sum to 1. Default 1/K. Differentiable.
         non_edge_weight: (C, K), likewise for the non-edge term.
         edge_lambda: factor of the edge term, at least 0.
         non_edge_lambda: factor of the non-edge term, at least 0.
@@ -140,10 +155,12 @@ def affinity_field_loss(
         A scalar: float32, float64 for float64 logits. In nats.
 
     Raises:
-        TypeError, ValueError: as :func:`affinity_field_terms`; weights of a wrong type, dtype, shape or device.
+        TypeError, ValueError: as :func:`affinity_field_terms`; weights of a wrong type, dtype,
+            shape or device.
 
-    Paper: Ke et al., ECCV 2018, Eq. 7 with given weights; lambda is 1 there, added to cross-entropy.
-    :class:`AdaptiveAffinityFieldLoss` learns the weights. The authors' code gives NaN on a batch without edges.
+    Paper: Ke et al., ECCV 2018, Eq. 7 with given weights; lambda is 1 there, added to
+    cross-entropy. :class:`AdaptiveAffinityFieldLoss` learns the weights. The authors' code gives
+    NaN on a batch without edges.
 
     Example:
         >>> import torch, tritonaff
@@ -172,7 +189,9 @@ def affinity_field_loss(
 
 
 def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tensor) -> Tensor:
-    """Sum over sizes of (weighted sum over classes) / (count over classes), 0 where there is nothing to count."""
+    """Sum over sizes of (weighted sum over classes) / (count over classes), 0 where there is
+    nothing to count.
+    """
     if weight is None:
         weighted = total / total.shape[1]
     else:

@@ -1,4 +1,6 @@
-"""Metrics that show what structured losses are for. Counts stay on the tensors' device until ``compute()``."""
+"""Metrics that show what structured losses are for. Counts stay on the tensors' device until
+``compute()``.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,14 @@ class BoundaryScores(NamedTuple):
 class BoundaryScore:
     """Precision, recall and F of the boundaries of each class, accumulated over a data set.
 
-    A boundary pixel of class c has label c and, among its 4 neighbours, a pixel that counts and has another one.
-    Precision is the fraction of the prediction's boundary pixels with a boundary pixel of the truth of the same class
-    at most ``tolerance`` pixels away in row and column; recall is the same with the two exchanged; F is their harmonic
-    mean. Ignored pixels belong to no boundary. All images count into one precision and one recall.
+    A boundary pixel of class c has label c and, among its 4 neighbours, a pixel that counts and has
+    another one. Precision is the fraction of the prediction's boundary pixels with a boundary pixel
+    of the truth of the same class at most ``tolerance`` pixels away in row and column; recall is
+    the same with the two exchanged; F is their harmonic mean. Ignored pixels belong to no boundary.
+    All images count into one precision and one recall.
 
-    This is not the contour benchmark of BSDS, which matches boundaries one to one and averages over annotators: here
-    one boundary pixel may stand for several.
+    This is not the contour benchmark of BSDS, which matches boundaries one to one and averages over
+    annotators: here one boundary pixel may stand for several.
 
     Args:
         num_classes: C, at least 1.
@@ -36,7 +39,8 @@ class BoundaryScore:
         ignore_index: label of the pixels of the truth to leave out.
 
     Raises:
-        TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or device.
+        TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
+            device.
 
     Example:
         >>> import torch
@@ -44,7 +48,8 @@ class BoundaryScore:
         >>> truth = torch.zeros(1, 8, 8, dtype=torch.long)
         >>> truth[:, :, 4:] = 1
         >>> score = BoundaryScore(num_classes=2, tolerance=1)
-        >>> score.update(truth.roll(1, dims=2), truth)  # one pixel off; the roll also makes a boundary at the border
+        >>> score.update(truth.roll(1, dims=2), truth)  # one pixel off; the roll also makes a
+        boundary at the border
         >>> score.compute().recall.tolist()
         [1.0, 1.0]
     """
@@ -65,7 +70,8 @@ class BoundaryScore:
         checks.check_tensor("prediction", prediction, checks.TARGET_DTYPES, tuple(target.shape))
         if prediction.device != target.device:
             raise ValueError(
-                f"prediction and target must be on one device, got {prediction.device} and {target.device}"
+                f"prediction and target must be on one device, "
+                f"got {prediction.device} and {target.device}"
             )
         counted = target != self.ignore_index
         predicted = self._boundaries(prediction, counted)

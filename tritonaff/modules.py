@@ -1,4 +1,6 @@
-"""The losses as modules, for training scripts that keep their options, and the learned size weights, in one place."""
+"""The losses as modules, for training scripts that keep their options, and the learned size
+weights, in one place.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,25 @@ class AffinityFieldLoss(nn.Module):
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see :func:`tritonaff.affinity_field_loss`.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
+            :func:`tritonaff.affinity_field_loss`.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar.
-        ``progress`` in [0, 1], the fraction of training done, multiplies it by 10 ** -progress as the authors do. Under
-        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time.
+        ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W)
+            gives a scalar.
+        ``progress`` in [0, 1], the fraction of training done, multiplies it by 10 ** -progress as
+        the authors do. Under torch.compile pass a 0-d tensor: a Python float that changes compiles
+        a second time.
 
     Raises:
-        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is called.
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
 
     Example:
         >>> import torch, tritonaff
         >>> loss_fn = tritonaff.AffinityFieldLoss(kernel_sizes=(3, 5))
-        >>> logits, target = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randint(0, 3, (1, 8, 8))
+        >>> logits = torch.randn(1, 3, 8, 8, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 8, 8))
         >>> loss_fn(logits, target, progress=0.5).backward()
     """
 
@@ -90,22 +97,27 @@ class AffinityFieldLoss(nn.Module):
 
 
 class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
-    """The adaptive affinity field loss: every class learns which neighbourhood sizes matter, by a minimax game.
+    """The adaptive affinity field loss: every class learns which neighbourhood sizes matter, by a
+    minimax game.
 
-    The weights of the edge and of the non-edge term are softmaxes over the K sizes of free parameters (C, K) that start
-    at 0. The network minimises the loss and the weights maximise it; the gradient of the weights is reversed inside,
-    so one ordinary optimiser step does both. Give the weights no weight decay: :meth:`optimizer_group`.
+    The weights of the edge and of the non-edge term are softmaxes over the K sizes of free
+    parameters (C, K) that start at 0. The network minimises the loss and the weights maximise it;
+    the gradient of the weights is reversed inside, so one ordinary optimiser step does both. Give
+    the weights no weight decay: :meth:`optimizer_group`.
 
     Args:
         num_classes: C, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see :func:`tritonaff.affinity_field_loss`.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
+            :func:`tritonaff.affinity_field_loss`.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have C classes.
+        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have C
+            classes.
 
     Raises:
-        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is called.
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
 
     Paper: Ke et al., ECCV 2018, Eq. 6 and 7.
 
@@ -113,7 +125,8 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         >>> import torch, tritonaff
         >>> net = torch.nn.Conv2d(3, 5, 1)
         >>> aaf = tritonaff.AdaptiveAffinityFieldLoss(num_classes=5)
-        >>> optimizer = torch.optim.SGD([{"params": net.parameters()}, aaf.optimizer_group(lr=0.1)], lr=0.1)
+        >>> groups = [{"params": net.parameters()}, aaf.optimizer_group(lr=0.1)]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1)
         >>> image, target = torch.randn(1, 3, 16, 16), torch.randint(0, 5, (1, 16, 16))
         >>> aaf(net(image), target).backward()
         >>> optimizer.step()
@@ -140,12 +153,16 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         return self.non_edge_scores.softmax(dim=1)
 
     def effective_kernel_size(self) -> tuple[Tensor, Tensor]:
-        """The mean kernel size of every class, (C,), by the edge weights and by the non-edge weights (paper, 5.4)."""
+        """The mean kernel size of every class, (C,), by the edge weights and by the non-edge
+        weights (paper, 5.4).
+        """
         sizes = self.edge_scores.new_tensor(self.kernel_sizes)
         return self.edge_weight.detach() @ sizes, self.non_edge_weight.detach() @ sizes
 
     def optimizer_group(self, lr: float) -> dict[str, Any]:
-        """The weights as a parameter group for a torch optimiser: this learning rate and no weight decay."""
+        """The weights as a parameter group for a torch optimiser: this learning rate and no weight
+        decay.
+        """
         checks.check_number("lr", lr, at_least=0)
         return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
 
@@ -160,8 +177,8 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             logits,
             target,
             progress,
-            edge_weight=_ReverseGradient.apply(self.edge_scores).float().softmax(dim=1),
-            non_edge_weight=_ReverseGradient.apply(self.non_edge_scores).float().softmax(dim=1),
+            edge_weight=_adversarial_softmax(self.edge_scores),
+            non_edge_weight=_adversarial_softmax(self.non_edge_scores),
         )
 
     def extra_repr(self) -> str:
@@ -176,8 +193,14 @@ class _ReverseGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return -grad
+
+
+def _adversarial_softmax(scores: Tensor) -> Tensor:
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    reversed_scores: Tensor = _ReverseGradient.apply(scores)  # type: ignore[no-untyped-call]
+    return reversed_scores.to(dtype).softmax(dim=1)
 
 
 def _decay(progress: float | Tensor) -> float | Tensor:

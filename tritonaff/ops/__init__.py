@@ -1,1 +1,3 @@
-"""The operations as torch.library custom ops: schema, fake, autograd formula, choice of implementation."""
+"""The operations as torch.library custom ops: schema, fake, autograd formula, choice of
+implementation.
+"""

@@ -1,4 +1,6 @@
-"""The affinity field as custom ops: opaque to the compiler, differentiable, whatever implementation runs inside."""
+"""The affinity field as custom ops: opaque to the compiler, differentiable, whatever implementation
+runs inside.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ def affinity_field(
     ignore_index: int,
     variant: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tables (C, K): edge_sum, non_edge_sum, edge_count, non_edge_count; softmax statistics (N, 1, H, W): top, rest."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
     implementation = _implementation(logits, variant, backend)
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = implementation.forward(
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(
         logits, target, list(kernel_sizes), margin, eps, ignore_index
     )
     return result
@@ -42,14 +44,12 @@ def _(
     ignore_index: int,
     variant: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    table, statistic = (c, len(kernel_sizes)), (n, 1, height, width)
+    table, statistic = (2, c, len(kernel_sizes)), (n, 1, height, width)
     return (
         logits.new_empty(table, dtype=dtype),
-        logits.new_empty(table, dtype=dtype),
-        logits.new_empty(table, dtype=torch.int64),
         logits.new_empty(table, dtype=torch.int64),
         logits.new_empty(statistic, dtype=dtype),
         logits.new_empty(statistic, dtype=dtype),
@@ -58,8 +58,7 @@ def _(
 
 @torch.library.custom_op("tritonaff::affinity_field_backward", mutates_args=())
 def affinity_field_backward(
-    grad_edge_sum: Tensor,
-    grad_non_edge_sum: Tensor,
+    grad_sums: Tensor,
     logits: Tensor,
     target: Tensor,
     top: Tensor,
@@ -74,8 +73,7 @@ def affinity_field_backward(
     """The gradient with respect to the logits, in their dtype and memory format."""
     implementation = _implementation(logits, variant, backend)
     grad: Tensor = implementation.backward(
-        grad_edge_sum.contiguous(),
-        grad_non_edge_sum.contiguous(),
+        grad_sums.contiguous(),
         logits,
         target,
         top,
@@ -85,13 +83,12 @@ def affinity_field_backward(
         eps,
         ignore_index,
     )
-    return torch.empty_like(logits).copy_(grad)
+    return grad
 
 
 @affinity_field_backward.register_fake
 def _(
-    grad_edge_sum: Tensor,
-    grad_non_edge_sum: Tensor,
+    grad_sums: Tensor,
     logits: Tensor,
     target: Tensor,
     top: Tensor,
@@ -108,17 +105,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, *ctx.options = inputs
-    *_, edge_count, non_edge_count, top, rest = output
+    _, counts, top, rest = output
     ctx.save_for_backward(logits, target, top, rest)
-    ctx.mark_non_differentiable(edge_count, non_edge_count, top, rest)
+    ctx.mark_non_differentiable(counts, top, rest)
 
 
-def _backward(
-    ctx: Any, grad_edge_sum: Tensor, grad_non_edge_sum: Tensor, *_: Any
-) -> tuple[Tensor | None, ...]:
-    grad = affinity_field_backward(
-        grad_edge_sum, grad_non_edge_sum, *ctx.saved_tensors, *ctx.options
-    )
+def _backward(ctx: Any, grad_sums: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grad = affinity_field_backward(grad_sums, *ctx.saved_tensors, *ctx.options)
     return grad, *(None for _ in range(7))
 
 

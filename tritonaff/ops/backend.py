@@ -1,4 +1,6 @@
-"""Which implementation runs: chosen by the tensors, or by the user for tests, benches and bug reports."""
+"""Which implementation runs: chosen by the tensors, or by the user for tests, benches and bug
+reports.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ def use_backend(backend: str) -> Iterator[None]:
     """Chooses the implementation of every operation of this library inside a ``with`` block.
 
     Args:
-        backend: ``"auto"`` (the default: Triton tiles where they can run, portable torch operations elsewhere),
-            ``"triton"``, ``"portable"``, or ``"reference"`` (the papers' equations in eager PyTorch).
+        backend: ``"auto"`` (the default: Triton tiles where they can run, portable torch operations
+            elsewhere),
+            ``"triton"``, ``"portable"``, or ``"reference"`` (the papers' equations in eager
+                PyTorch).
 
     Raises:
         ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run.
@@ -53,7 +57,9 @@ def current_backend() -> str:
 
 
 def tile_runs(backend: str, logits: Tensor, variant_has_tile: bool = True) -> bool:
-    """Whether a Triton tile takes this call; ValueError where the user insists on one that cannot."""
+    """Whether a Triton tile takes this call; ValueError where the user insists on one that
+    cannot.
+    """
     if backend == "portable":
         return False
     obstacle = _obstacle(logits, variant_has_tile)

@@ -1,1 +1,3 @@
-"""The operations in plain torch: any device, no Triton, float64 too, nothing logits-sized kept for the backward pass."""
+"""The operations in plain torch: any device, no Triton, float64 too, nothing logits-sized kept for
+the backward pass.
+"""

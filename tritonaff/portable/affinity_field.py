@@ -1,14 +1,16 @@
 """The affinity field (variant "paper") in torch operations: any device, no Triton.
 
-Dense plus sparse; docs/affinity_field.md derives it. With l = log(p / q), the two directed terms of a pair add up to
-(p_i - p_j)(l_i - l_j), so the sum over *all* pairs of one size is a linear stencil of p and l: the dense part. Pairs of
-different labels are edges in two of the C channels only: the sparse part takes those out of the non-edge sum again and
-adds their hinge to the edge sum.
+Dense plus sparse; docs/affinity_field.md derives it. With l = log(p / q), the two directed terms of
+a pair add up to (p_i - p_j)(l_i - l_j), so the sum over *all* pairs of one size is a linear stencil
+of p and l: the dense part. Pairs of different labels are edges in two of the C channels only: the
+sparse part takes those out of the non-edge sum again and adds their hinge to the edge sum.
 
-The dense part runs on u = p - 1 = -q in the channel of a pixel's own label and u = p elsewhere. Non-edge pairs do not
-notice, and in an edge pair the product to take out is small where the network is right: nothing cancels.
+The dense part runs on u = p - 1 = -q in the channel of a pixel's own label and u = p elsewhere.
+Non-edge pairs do not notice, and in an edge pair the product to take out is small where the network
+is right: nothing cancels.
 
-Masks are floating-point tensors: comparisons into those are vectorised on CPUs, into boolean ones they are not.
+Masks are floating-point tensors: comparisons into those are vectorised on CPUs, into boolean ones
+they are not.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements in one step of the dense part: its eight buffers of this size stay in a CPU's cache; a GPU wants fewer launches.
+# Elements in one step of the dense part: its eight buffers of this size stay in a CPU's cache; a
+# GPU wants fewer launches.
 CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 24
 # Pixel pairs in one step of the sparse part: bounds its memory when most of the label map is edges.
-PAIRS = 1 << 17
+PAIRS = 1 << 16
 
 
 def forward(
@@ -34,8 +37,8 @@ def forward(
     margin: float,
     eps: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four tables (C, K), then the softmax statistics (N, 1, H, W) that the backward pass needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
     logits = at_least_float32(logits).contiguous()
     top, rest = softmax_statistics(logits)
     image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
@@ -45,7 +48,8 @@ def forward(
     pair_count = edge_count.new_zeros(len(kernel_sizes))
 
     for k, d in enumerate(image.radii):
-        # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large image.
+        # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large
+        # image.
         pair_count[k] = (image.valid * (image.boxes[k] - 1)).sum(dim=-1).to(torch.int64).sum()
         for edge in edges(image, d):
             hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba()))
@@ -68,18 +72,12 @@ def forward(
             per_plane = products.sum(dim=(2, 3))
             non_edge_sum[block.classes, k] += per_plane.sum(dim=0, dtype=non_edge_sum.dtype)
 
-    tables = (
-        edge_sum.to(logits.dtype),
-        non_edge_sum.to(logits.dtype),
-        edge_count,
-        pair_count - edge_count,
-    )
-    return *tables, top, rest
+    sums = torch.stack((edge_sum, non_edge_sum)).to(logits.dtype)
+    return sums, torch.stack((edge_count, pair_count - edge_count)), top, rest
 
 
 def backward(
-    grad_edge_sum: Tensor,
-    grad_non_edge_sum: Tensor,
+    grad_sums: Tensor,
     logits: Tensor,
     target: Tensor,
     top: Tensor,
@@ -89,9 +87,9 @@ def backward(
     eps: float,
     ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given those with respect to the two tables of sums."""
-    dtype = logits.dtype
-    logits = at_least_float32(logits).contiguous()
+    """The gradient with respect to the logits, given that with respect to the sums."""
+    grad_edge_sum, grad_non_edge_sum = grad_sums
+    given, logits = logits, at_least_float32(logits).contiguous()
     image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
 
     grad_p = torch.zeros_like(logits)
@@ -128,7 +126,7 @@ def backward(
         free.mul_(image.valid[block.images])
         grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
         grad_p[block.images, block.classes].add_(grad_u).mul_(free)
-    return softmax_backward_(grad_p, logits, top, rest).to(dtype)
+    return in_layout_of(given, softmax_backward_(grad_p, logits, top, rest))
 
 
 class Image(NamedTuple):
@@ -142,7 +140,7 @@ class Image(NamedTuple):
     boxes: Tensor  # (K, N, 1, H, W): valid pixels among a pixel and its neighbours at each size
     own_p: Tensor  # (N, 1, H, W): p in the channel of the pixel's label
     own_q: Tensor
-    own_channel: Tensor  # (N, 1, H, W): where that channel's plane starts in the flattened logits, less n H W
+    own_channel: Tensor  # (N, 1, H, W): add a pixel's index, get its place in flattened logits
     radii: list[int]
     eps: float
 
@@ -183,7 +181,8 @@ class Image(NamedTuple):
 
 
 class Dense:
-    """Whole images, or some classes of one image: tensors (n, c, H, W) that live in a buffer the blocks share.
+    """Whole images, or some classes of one image: tensors (n, c, H, W) that live in a buffer the
+    blocks share.
 
     l and u are 0 at pixels that do not count and, in their padded forms, outside the image.
     """
@@ -214,6 +213,10 @@ class Dense:
         return box_sum(padded, d, self.box, self.rows, margin)
 
 
+def _selects_pairs(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 def dense_blocks(image: Image) -> Iterator[Dense]:
     """The blocks of a batch, one after the other in the same buffers."""
     slices = list(blocks(image.logits))
@@ -236,7 +239,9 @@ def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def bands(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cuts (N, C, H, W) into blocks of several whole images, or of some rows of one: all classes of a pixel."""
+    """Cuts (N, C, H, W) into blocks of several whole images, or of some rows of one: all classes of
+    a pixel.
+    """
     n, c, height, width = logits.shape
     images = max(1, block_size(logits) // (c * height * width))
     rows = height if images > 1 else max(1, block_size(logits) // (c * width))
@@ -252,7 +257,9 @@ def block_size(logits: Tensor) -> int:
 def box_sum(
     padded: Tensor, d: int, out: Tensor, rows: Tensor | None = None, margin: int = 0
 ) -> Tensor:
-    """Sum over a pixel and its 8 neighbours at distance d, given the image in a margin of d + ``margin`` zeros."""
+    """Sum over a pixel and its 8 neighbours at distance d, given the image in a margin of d +
+    ``margin`` zeros.
+    """
     height, width = out.shape[-2:]
     above, here, below = (padded[..., margin + y : margin + y + height, :] for y in (0, d, 2 * d))
     rows = torch.add(above, here, out=rows).add_(below)
@@ -306,22 +313,24 @@ def edges(image: Image, d: int) -> Iterator[Edge]:
 
 
 def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels a and their neighbours b of another label, as indices into the flattened labels, and a weight.
+    """Pixels a and their neighbours b of another label, as indices into the flattened labels, and a
+    weight.
 
-    Selecting them needs their number on the host, which only a CPU has at hand: other devices take all pairs, with
-    weight 0 for those of equal labels.
+    Selecting them needs their number on the host, which only a CPU has at hand: other devices take
+    all pairs, with weight 0 for those of equal labels.
     """
     pixel = F.pad(
         torch.arange(label.numel(), device=label.device).view(label.shape), (d, d, 0, d)
     ).view(-1)
-    # 0 = does not count. With these margins a shift of the flattened map never reaches another row or image.
+    # 0 = does not count. With these margins a shift of the flattened map never reaches another row
+    # or image.
     label = F.pad((label + 1).to(torch.float32), (d, d, 0, d))
     row, label = label.shape[-1], label.view(-1)
     firsts, seconds, weights = [], [], []
     for shift in (d, d * row - d, d * row, d * row + d):
         here, there = label[:-shift], label[shift:]
         weight = torch.ne(here, there, out=torch.empty_like(here)).mul_(here).mul_(there).sign_()
-        if label.device.type == "cpu":
+        if _selects_pairs(label.device):
             first = weight.nonzero().view(-1)
             weight = weight.new_ones(first.shape)
         else:
@@ -329,16 +338,18 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
         firsts.append(pixel.index_select(0, first))
         seconds.append(pixel.index_select(0, first + shift))
         weights.append(weight)
-    for i, j, w in zip(
-        *(torch.cat(x).split(PAIRS) for x in (firsts, seconds, weights)), strict=True
-    ):
+    all_pairs = [torch.cat(x) for x in (firsts, seconds, weights)]
+    firsts.clear(), seconds.clear(), weights.clear()
+    for i, j, w in zip(*(x.split(PAIRS) for x in all_pairs), strict=True):
         yield torch.cat((i, j)), torch.cat((j, i)), torch.cat((w, w))
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per pixel (N, 1, H, W): the largest logit, and the sum of exp(logit - largest) over the OTHER classes.
+    """Per pixel (N, 1, H, W): the largest logit, and the sum of exp(logit - largest) over the OTHER
+    classes.
 
-    Not one log-sum-exp: where the network is confident, 1 - p is that sum, and 1 + sum would round it away.
+    Not one log-sum-exp: where the network is confident, 1 - p is that sum, and 1 + sum would round
+    it away.
     """
     top, rest = torch.empty_like(logits[:, :1]), torch.empty_like(logits[:, :1])
     for images, rows in bands(logits):
@@ -364,7 +375,9 @@ def softmax_backward_(grad_p: Tensor, logits: Tensor, top: Tensor, rest: Tensor)
 def probabilities(
     e: Tensor, rest: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """p = softmax (in place of e) and q = 1 - p, clamped to [eps, 1 - eps]; q keeps its digits where p is near 1."""
+    """p = softmax (in place of e) and q = 1 - p, clamped to [eps, 1 - eps]; q keeps its digits
+    where p is near 1.
+    """
     total = 1 + rest
     q = torch.sub(e.new_ones(()), e, out=out).add_(rest).div_(total).clamp_(eps, 1 - eps)
     return e.div_(total).clamp_(eps, 1 - eps), q
@@ -374,14 +387,24 @@ def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tenso
     """The labels (N, 1, H, W) as int64, -1 where a pixel does not count."""
     label = target.to(torch.int64)[:, None]
     counted = (label >= 0) & (label < num_classes) & (label != ignore_index)
-    return label.where(counted, -1)
+    return label.where(counted, -1).contiguous()
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
 
+def in_layout_of(logits: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the dtype and strides that torch.empty_like gives for the logits."""
+    like = torch.empty_like(logits, device="meta")
+    if (like.dtype, like.stride()) == (grad.dtype, grad.stride()):
+        return grad
+    return torch.empty_like(logits).copy_(grad)
+
+
 def new_table(logits: Tensor, size: int) -> Tensor:
-    """Zeros (C, K) to add up in: float64 where the device has it, since an entry is a sum over millions of pairs."""
+    """Zeros (C, K) to add up in: float64 where the device has it, since an entry is a sum over
+    millions of pairs.
+    """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     return torch.zeros(logits.shape[1], size, dtype=dtype, device=logits.device)

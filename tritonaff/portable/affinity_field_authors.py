@@ -1,8 +1,10 @@
 """The affinity field (variant "authors") in torch operations: any device, no Triton.
 
-The published code's rules: p and 1 - p are clamped separately, a table's row is the label of the pair's centre, and a
-pair counts only if the pixel opposite to the neighbour counts too. The last rule is no product of two masks, so the
-sums do not separate as those of the equations do: this walks over the pairs, one direction at a time, in place.
+The published code's rules: p and 1 - p are clamped separately, a table's row is the label of the
+pair's centre, and a pair counts only if the pixel opposite to the neighbour counts too. The last
+rule is no product of two masks, so the
+sums do not separate as those of the equations do: this walks over the pairs, one direction at a
+    time, in place.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from tritonaff.portable.affinity_field import (
     at_least_float32,
     blocks,
     counted_labels,
+    in_layout_of,
     new_table,
     softmax_backward_,
     softmax_statistics,
@@ -30,8 +33,8 @@ def forward(
     margin: float,
     eps: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four tables (C, K), then the softmax statistics (N, 1, H, W) that the backward pass needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
     logits = at_least_float32(logits).contiguous()
     label = counted_labels(target, logits.shape[1], ignore_index)
     top, rest = softmax_statistics(logits)
@@ -57,18 +60,12 @@ def forward(
             entries = (own.shape[1] * pair).view(-1).to(pair_count.dtype)
             pair_count[:, k].index_add_(0, row[here].flatten(), entries)
 
-    tables = (
-        edge_sum.to(logits.dtype),
-        non_edge_sum.to(logits.dtype),
-        edge_count,
-        pair_count - edge_count,
-    )
-    return *tables, top, rest
+    sums = torch.stack((edge_sum, non_edge_sum)).to(logits.dtype)
+    return sums, torch.stack((edge_count, pair_count - edge_count)), top, rest
 
 
 def backward(
-    grad_edge_sum: Tensor,
-    grad_non_edge_sum: Tensor,
+    grad_sums: Tensor,
     logits: Tensor,
     target: Tensor,
     top: Tensor,
@@ -78,9 +75,9 @@ def backward(
     eps: float,
     ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given those with respect to the two tables of sums."""
-    dtype = logits.dtype
-    logits = at_least_float32(logits).contiguous()
+    """The gradient with respect to the logits, given that with respect to the sums."""
+    grad_edge_sum, grad_non_edge_sum = grad_sums
+    given, logits = logits, at_least_float32(logits).contiguous()
     label = counted_labels(target, logits.shape[1], ignore_index)
     grad_p = torch.zeros_like(logits)
     for images, classes in blocks(logits):
@@ -103,7 +100,7 @@ def backward(
         grad_a.mul_(a > eps)
         grad_b.mul_(b > eps)
         grad_p[images, classes] = grad_a.sub_(grad_b)
-    return softmax_backward_(grad_p, logits, top, rest).to(dtype)
+    return in_layout_of(given, softmax_backward_(grad_p, logits, top, rest))
 
 
 def fields(
@@ -130,13 +127,16 @@ Slices = tuple[slice, slice, slice, slice]
 def directions(
     label: Tensor, kernel_sizes: list[int]
 ) -> Iterator[tuple[int, Slices, Slices, Tensor]]:
-    """Per size and direction: its index, where the centres are, where their neighbours are, and which pairs count."""
+    """Per size and direction: its index, where the centres are, where their neighbours are, and
+    which pairs count.
+    """
     height, width = label.shape[-2:]
     every = slice(None)
     for k, size in enumerate(kernel_sizes):
         d = (size - 1) // 2
         for dy, dx in [(dy, dx) for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]:
-            # A centre has both its neighbour and the opposite pixel in the image: |dy| and |dx| away from the border.
+            # A centre has both its neighbour and the opposite pixel in the image: |dy| and |dx|
+            # away from the border.
             rows, columns = (abs(dy), height - abs(dy)), (abs(dx), width - abs(dx))
             if rows[0] >= rows[1] or columns[0] >= columns[1]:
                 continue

@@ -1,7 +1,7 @@
 """Affinity fields as Ke, Hwang, Liu and Yu (ECCV 2018) define them, in eager PyTorch.
 
-This file is the specification: every other implementation is tested against it in float64. It is written to be
-read beside the paper and never optimised.
+This file is the specification: every other implementation is tested against it in float64. It is
+written to be read beside the paper and never optimised.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def affinity_field_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sums and counts of Eq. 3 by class and neighbourhood size: four tables of shape (C, K).
 
-    ``variant="paper"``: the equations; a table's row is the channel c. ``variant="authors"``: the published
-    TensorFlow code; a table's row is the label of the pair's centre.
+    ``variant="paper"``: the equations; a table's row is the channel c. ``variant="authors"``: the
+    published TensorFlow code; a table's row is the label of the pair's centre.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -50,8 +50,8 @@ def affinity_field_terms(
         edge_sum = non_edge_sum = logits.new_zeros(len(channels))
         edge_count = non_edge_count = label.new_zeros(len(channels))
         for dy, dx in DIRECTIONS:
-            # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Outside, any
-            # probability does: such pairs are not counted.
+            # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Outside,
+            # any probability does: such pairs are not counted.
             p_j, q_j = (shifted(t, d * dy, d * dx, 0.5) for t in (p, q))
             label_j = shifted(label, d * dy, d * dx, NOT_COUNTED)
             has_label_j = label_j[:, None] == channels[:, None, None]
@@ -88,7 +88,9 @@ def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
 
 
 def sum_by_class(values: Tensor, has_label: Tensor | None) -> Tensor:
-    """Sum (N, C, H, W) into (C,): by channel, or, given the one-hot labels, by the label of the pixel."""
+    """Sum (N, C, H, W) into (C,): by channel, or, given the one-hot labels, by the label of the
+    pixel.
+    """
     if has_label is not None:
         values = values.sum(dim=1, keepdim=True) * has_label
     return values.sum(dim=(0, 2, 3))

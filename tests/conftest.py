@@ -1,0 +1,51 @@
+"""Where there is no GPU the tiles run through Triton's interpreter, chosen before Triton is
+imported.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Most tensors here are tiny: waking a second thread for them costs more than it saves.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "quick",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "nightly", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["portable", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The two implementations behind the custom ops."""
+    name: str = request.param
+    if name == "triton":
+        pytest.importorskip("triton")
+    return name
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty holds NaN: an element that an implementation forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,457 @@
+"""The affinity field: every implementation against the float64 reference, and the reference against
+the definition.
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tritonaff
+from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
+from tritonaff.functional import AffinityFieldTerms
+
+VARIANTS = ("paper", "authors")
+BACKENDS = ("portable", "triton")
+
+
+# --- The reference against the definition, pixel by pixel --------------------------------------
+
+
+def terms_by_definition(logits, target, kernel_sizes, margin, eps, ignore_index, variant):
+    """The equations as loops over images, pixels, neighbours and classes."""
+    n, c, height, width = logits.shape
+    shape = c, len(kernel_sizes)
+    edge_sum, non_edge_sum = torch.zeros(shape).double(), torch.zeros(shape).double()
+    edge_count, non_edge_count = torch.zeros(shape).long(), torch.zeros(shape).long()
+    probability = logits.double().softmax(1)
+
+    def counted(b, y, x):
+        if not (0 <= y < height and 0 <= x < width):
+            return False
+        return int(target[b, y, x]) in range(c) and int(target[b, y, x]) != ignore_index
+
+    def kl(p_j, p_i):
+        if variant == "paper":
+            a_j, a_i = (min(max(p, eps), 1 - eps) for p in (p_j, p_i))
+            b_j, b_i = 1 - a_j, 1 - a_i
+        else:
+            a_j, a_i = max(p_j, eps), max(p_i, eps)
+            b_j, b_i = max(1 - p_j, eps), max(1 - p_i, eps)
+        return a_j * math.log(a_j / a_i) + b_j * math.log(b_j / b_i)
+
+    pixels = itertools.product(range(n), range(height), range(width))
+    for (b, y, x), (k, size) in itertools.product(pixels, enumerate(kernel_sizes)):
+        d = size // 2
+        for dy, dx in itertools.product((-d, 0, d), repeat=2):
+            pair = (dy, dx) != (0, 0) and counted(b, y, x) and counted(b, y + dy, x + dx)
+            if variant == "authors":
+                pair = pair and counted(b, y - dy, x - dx)
+            if not pair:
+                continue
+            label_i, label_j = int(target[b, y, x]), int(target[b, y + dy, x + dx])
+            for channel in range(c):
+                row = channel if variant == "paper" else label_i
+                p_i, p_j = (
+                    float(probability[b, channel, y, x]),
+                    float(probability[b, channel, y + dy, x + dx]),
+                )
+                if (label_i == channel) != (label_j == channel):
+                    edge_sum[row, k] += max(0.0, margin - kl(p_j, p_i))
+                    edge_count[row, k] += 1
+                else:
+                    non_edge_sum[row, k] += kl(p_j, p_i)
+                    non_edge_count[row, k] += 1
+    return AffinityFieldTerms(edge_sum, non_edge_sum, edge_count, non_edge_count)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (1, 2, 1, 6), (1, 4, 9, 2)])
+def test_reference_is_the_definition(variant, shape):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(shape, dtype=torch.float64)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    target[torch.rand(target.shape) < 0.15] = 255
+    expected = terms_by_definition(logits, target, (3, 7), 2.0, 1e-3, 255, variant)
+    with tritonaff.use_backend("reference"):
+        terms = tritonaff.affinity_field_terms(
+            logits, target, (3, 7), margin=2.0, eps=1e-3, variant=variant
+        )
+    for result, value in zip(terms, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-12, atol=1e-12)
+
+
+AUTHORS = json.loads((Path(__file__).parent / "data/affinity_field_authors.json").read_text())
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("case", AUTHORS, ids=lambda case: f"sizes {case['kernel_sizes']}")
+def test_authors_variant_equals_the_published_code(backend, case):
+    """Loss and gradients that the authors' TensorFlow code gave for these inputs in float64."""
+
+    def double(name):
+        return torch.tensor(case[name], dtype=torch.float64)
+
+    logits = double("logits").requires_grad_()
+    edge_weight = double("edge_scores").softmax(1).requires_grad_()
+    non_edge_weight = double("non_edge_scores").softmax(1).requires_grad_()
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_field_loss(
+            logits,
+            torch.tensor(case["target"]),
+            case["kernel_sizes"],
+            edge_weight=edge_weight,
+            non_edge_weight=non_edge_weight,
+            variant="authors",
+        )
+        loss.backward()
+    exactly = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(loss.detach(), double("loss"), **exactly)
+    torch.testing.assert_close(logits.grad, double("grad_logits"), **exactly)
+    torch.testing.assert_close(edge_weight.grad, double("grad_edge_weight"), **exactly)
+    torch.testing.assert_close(non_edge_weight.grad, double("grad_non_edge_weight"), **exactly)
+
+
+# --- Every implementation against the reference -------------------------------------------------
+
+
+def case_with(kernel_sizes, edge_factor=1.0, **options):
+    """The operation with these options, its tables weighted differently per class and size."""
+
+    def loss(logits, target):
+        terms = tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
+        c, k = terms.edge_sum.shape
+        weight = 1 + torch.arange(c * k, device=logits.device, dtype=logits.dtype).view(c, k) / 7
+        edge, non_edge = edge_factor * terms.edge_sum * weight, terms.non_edge_sum * weight.flip(0)
+        entries = (terms.edge_count.sum() + terms.non_edge_count.sum()).clamp(min=1)
+        return (edge + non_edge).sum() / entries
+
+    def tables(logits, target):
+        return tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
+
+    return Case("affinity_field", (), (), loss, tables)
+
+
+@st.composite
+def inputs(draw, dtypes):
+    n, c = draw(st.integers(0, 2)), draw(st.integers(1, 6))
+    height, width = draw(st.integers(1, 20)), draw(st.integers(1, 36))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    ignore_index = draw(st.sampled_from([255, -100, 0]))
+    target_dtype = draw(st.sampled_from([torch.uint8, torch.int32, torch.int64]))
+
+    labels = draw(st.sampled_from(["noise", "patches", "one label", "all ignored"]))
+    target = torch.randint(0, c, (n, height, width))
+    if labels == "patches":
+        target = target[:, ::3, ::4].repeat_interleave(3, 1).repeat_interleave(4, 2)
+        target = target[:, :height, :width].contiguous()
+    elif labels == "one label":
+        target = torch.full_like(target, c - 1)
+    ignored = torch.rand(target.shape) < (1.0 if labels == "all ignored" else 0.1)
+    if target_dtype != torch.uint8 or ignore_index >= 0:
+        target[ignored] = ignore_index
+    target = target.to(target_dtype)
+
+    scale = draw(st.sampled_from([0.0, 0.1, 1.0, 4.0, 15.0]))
+    confidence = draw(st.sampled_from([0.0, 9.0]))
+    logits = scale * torch.randn(n, c, height, width)
+    shown = torch.where((target < c) & (target >= 0), target, 0).long()
+    logits = logits + confidence * torch.nn.functional.one_hot(shown, c).movedim(-1, 1)
+    logits = logits.to(draw(st.sampled_from(dtypes)))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
+    if layout == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        logits = torch.stack([logits, -logits], dim=-1)[..., 0]
+        target = torch.stack([target, target], dim=1)[:, 0]
+    return logits, target, ignore_index
+
+
+options = st.fixed_dictionaries(
+    {
+        "kernel_sizes": st.lists(
+            st.sampled_from([3, 5, 7, 13]), min_size=1, max_size=3, unique=True
+        ),
+        "margin": st.sampled_from([0.0, 0.5, 3.0]),
+        "eps": st.sampled_from([1e-4, 1e-2, 0.3]),
+    }
+)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16, torch.float64]), options)
+def test_portable_matches_the_reference(values, options):
+    logits, target, ignore_index = values
+    case = case_with(**options, ignore_index=ignore_index)
+    check_parity(case, "portable", logits, target)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]), options)
+def test_triton_matches_the_reference(values, options):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits, target, ignore_index = values
+    case = case_with(**options, ignore_index=ignore_index)
+    check_parity(case, "triton", logits.to(device), target.to(device))
+
+
+@given(inputs([torch.float32, torch.float64]), options)
+def test_authors_variant_matches_the_reference(values, options):
+    logits, target, ignore_index = values
+    case = case_with(**options, ignore_index=ignore_index, variant="authors")
+    check_parity(case, "portable", logits, target)
+
+
+@pytest.mark.parametrize("shape", [(2, 19, 45, 70), (1, 40, 33, 9)], ids=str)
+@pytest.mark.parametrize("confidence", [0.0, 9.0])
+def test_larger_images_of_many_classes(backend, device, shape, confidence):
+    """More than one block of classes and pixels in both directions."""
+    check_parity(
+        CASES["affinity_field"], backend, *make_inputs(shape, device=device, confidence=confidence)
+    )
+
+
+@pytest.mark.parametrize("block", [1, 150])
+def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
+    """Blocks and bands of one class, one row, one image, and edge pairs in many steps."""
+    from tritonaff.portable import affinity_field as portable
+
+    monkeypatch.setattr(portable, "CPU_BLOCK", block)
+    monkeypatch.setattr(portable, "PAIRS", 7)
+    for case in (case_with((3, 7)), case_with((5,), variant="authors")):
+        check_parity(case, "portable", *make_inputs((3, 4, 6, 7)))
+
+
+def test_portable_without_selecting_pairs(monkeypatch):
+    """Devices that must not wait for the number of edges take all pairs, with weight 0 or 1."""
+    from tritonaff.portable import affinity_field as portable
+
+    monkeypatch.setattr(portable, "_selects_pairs", lambda device: False)
+    check_parity(case_with((3, 7)), "portable", *make_inputs((2, 4, 11, 9)))
+
+
+def test_tiles_do_not_depend_on_their_blocks(monkeypatch):
+    """Many small patches: every seam between programs."""
+    pytest.importorskip("triton")
+    from tritonaff.kernels import affinity_field as kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED_PATCH", {"BLOCK_H": 2, "BLOCK_W": 8})
+    check_parity(case_with((3, 7)), "triton", *make_inputs((2, 3, 7, 19)))
+
+
+def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        logits, target = make_inputs((2, 5, 13, 35), device=device)
+        target[0] = 255
+        logits = logits.contiguous(memory_format=memory_format)
+        results = evaluate(CASES["affinity_field"], backend, logits, target)
+        assert all(result.isfinite().all() for result in results.values())
+        assert results["gradient"].stride() == logits.stride()
+        assert not results["gradient"][0].any()
+
+
+def test_same_bits_every_time(backend, device):
+    values = make_inputs((2, 5, 30, 40), device=device)
+    first = evaluate(CASES["affinity_field"], backend, *values)
+    second = evaluate(CASES["affinity_field"], backend, *values)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 9.0])
+def test_portable_gradient_is_at_most_twice_as_far_off_as_eager(confidence):
+    """The budget without the allowance for nearly exact eager results: float32, a whole
+    gradient.
+    """
+    logits, target = make_inputs((1, 19, 96, 128), confidence=confidence)
+    case = CASES["affinity_field"]
+    exact = evaluate(case, "reference", logits.double(), target)["gradient"]
+    eager = evaluate(case, "reference", logits, target)["gradient"]
+    ours = evaluate(case, "portable", logits, target)["gradient"]
+    assert (ours - exact).norm() <= 2 * (eager - exact).norm()
+
+
+# --- Derivatives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(backend, variant):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 5, 6))
+    target[0, 0, :2] = 255
+
+    def loss(logits, edge_weight, non_edge_weight):
+        return tritonaff.affinity_field_loss(
+            logits,
+            target,
+            (3, 5),
+            edge_weight=edge_weight,
+            non_edge_weight=non_edge_weight,
+            variant=variant,
+            # Both sides of the hinge and of the clamp occur, none within gradcheck's step.
+            margin=0.8,
+            eps=0.05,
+        )
+
+    with tritonaff.use_backend(backend):
+        assert torch.autograd.gradcheck(loss, (logits, *weights))
+
+
+def test_a_second_derivative_is_refused():
+    logits, target = make_inputs((1, 3, 6, 6))
+    logits.requires_grad_()
+    loss = tritonaff.affinity_field_loss(logits, target)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="affinity_field_backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(backend, device, variant, memory_format):
+    if (backend, variant) == ("triton", "authors"):
+        pytest.skip("this variant has no tile")
+    logits, target = make_inputs((2, 4, 9, 11), device=device)
+    logits = logits.contiguous(memory_format=memory_format).requires_grad_()
+    settings = (3, 7), 3.0, 1e-4, 255, variant, backend
+    op = torch.ops.tritonaff.affinity_field.default
+    torch.library.opcheck(op, (logits, target, *settings))
+    sums, _, top, rest = op(logits.detach(), target, *settings)
+    torch.library.opcheck(
+        torch.ops.tritonaff.affinity_field_backward.default,
+        (torch.ones_like(sums), logits.detach(), target, top, rest, *settings),
+    )
+
+
+# --- Properties ----------------------------------------------------------------------------------
+
+
+def terms_of(logits, target, backend="auto", **options):
+    with tritonaff.use_backend(backend):
+        return tritonaff.affinity_field_terms(logits, target, (3, 5), **options)
+
+
+def assert_same(terms, expected, tolerance=1e-10):
+    for name, result, value in zip(terms._fields, terms, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+doubles = inputs([torch.float64])
+
+
+@given(doubles, st.sampled_from(VARIANTS))
+def test_divergences_are_not_negative(values, variant):
+    logits, target, ignore_index = values
+    terms = terms_of(logits, target, "reference", ignore_index=ignore_index, variant=variant)
+    # The authors' clamps do not leave a distribution: each entry may then be a little negative.
+    slack = 1e-3 * terms.non_edge_count if variant == "authors" else 1e-12
+    assert (terms.non_edge_sum >= -slack).all()
+    assert (terms.edge_sum >= 0).all()
+    assert (terms.edge_sum <= 3.0 * terms.edge_count + slack + 1e-12).all()
+
+
+@given(doubles, st.sampled_from(VARIANTS))
+def test_transposing_the_image_changes_nothing(values, variant):
+    logits, target, ignore_index = values
+    options = {"ignore_index": ignore_index, "variant": variant}
+    expected = terms_of(logits, target, **options)
+    assert_same(terms_of(logits.mT, target.mT, **options), expected)
+
+
+@given(doubles, st.sampled_from(VARIANTS))
+def test_permuting_the_classes_permutes_the_rows(values, variant):
+    logits, target, ignore_index = values
+    if 0 <= ignore_index < logits.shape[1]:
+        return  # the ignored label would become another class
+    order = torch.randperm(logits.shape[1])
+    place = order.argsort()
+    known = (target >= 0) & (target < logits.shape[1])
+    permuted = torch.where(known, place[torch.where(known, target, 0).long()], target.long())
+    options = {"ignore_index": ignore_index, "variant": variant}
+    expected = terms_of(logits, target, **options)
+    terms = terms_of(logits[:, order], permuted, **options)
+    assert_same(terms, [table[order] for table in expected])
+
+
+@given(doubles, st.sampled_from(VARIANTS))
+def test_tables_add_up_over_the_batch(values, variant):
+    logits, target, ignore_index = values
+    options = {"ignore_index": ignore_index, "variant": variant}
+    parts = [terms_of(logits[i : i + 1], target[i : i + 1], **options) for i in range(len(logits))]
+    expected = [
+        sum((part[t] for part in parts), torch.zeros_like(table))
+        for t, table in enumerate(terms_of(logits, target, **options))
+    ]
+    assert_same(terms_of(logits, target, **options), expected)
+
+
+@given(doubles, st.floats(-50, 50))
+def test_a_constant_added_to_all_logits_of_a_pixel_changes_nothing(values, constant):
+    logits, target, ignore_index = values
+    shift = constant * torch.randn_like(logits[:, :1])
+    expected = terms_of(logits, target, ignore_index=ignore_index)
+    assert_same(terms_of(logits + shift, target, ignore_index=ignore_index), expected)
+
+
+@given(doubles)
+def test_every_pair_is_an_edge_in_two_channels_or_none(values):
+    logits, target, ignore_index = values
+    terms = terms_of(logits, target, ignore_index=ignore_index)
+    entries = terms.edge_count + terms.non_edge_count
+    assert (entries == entries[:1]).all()  # every channel sees every pair
+    assert (terms.edge_count.sum(0) % 4 == 0).all()  # two channels, two directions
+
+
+# --- Special images ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (1, 3, 1, 1), (2, 3, 4, 5)])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("label", [255, 1])
+def test_empty_sets_are_zero_with_a_zero_gradient(shape, variant, label):
+    """No pixel, no pair, all ignored, one label: where the published code gives NaN."""
+    logits = torch.zeros(shape, requires_grad=True)
+    target = torch.full((shape[0], *shape[2:]), label)
+    loss = tritonaff.affinity_field_loss(logits, target, (3, 5), variant=variant)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_infinite_confidence_is_finite(backend, device):
+    """Logits 1e4 apart: probabilities of exactly 0 and 1."""
+    logits, target = make_inputs((1, 4, 9, 9), device=device)
+    results = evaluate(CASES["affinity_field"], backend, 1e4 * logits, target)
+    assert all(result.isfinite().all() for result in results.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_ignore_index_outside_the_targets_range_ignores_nothing(backend, device, dtype):
+    """-100 is no uint8: it must not wrap around to 156."""
+    logits, target = make_inputs((1, 200, 5, 5), device=device)
+    target = torch.full_like(target, 156).to(dtype)
+    with tritonaff.use_backend(backend):
+        terms = tritonaff.affinity_field_terms(logits, target, ignore_index=-100)
+    pairs = 2 * (5 * 4 + 4 * 5 + 2 * 4 * 4)
+    assert (terms.non_edge_count == pairs).all()
+
+
+def test_a_target_beyond_32_bits_is_no_class(backend, device):
+    """2**32 + 1 must not be taken for class 1. Under compile such labels are ignored."""
+    logits, target = make_inputs((1, 3, 5, 5), device=device)
+    target = torch.ones_like(target)
+    target[0, 0, 0] += 2**32
+    with tritonaff.use_backend(backend):
+        terms = (
+            tritonaff.affinity_field_terms(logits, target, variant="paper")
+            if (device.type != "cpu")
+            else torch.compile(tritonaff.affinity_field_terms, backend="eager")(logits, target)
+        )
+    assert int(terms.edge_count.sum()) == 0
+    assert int(terms.non_edge_count[0, 0]) == 2 * (5 * 4 + 4 * 5 + 2 * 4 * 4) - 2 * 3

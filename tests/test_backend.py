@@ -1,0 +1,107 @@
+"""Which implementation runs, and what the user hears where it cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tritonaff
+from tritonaff.bench.cases import make_inputs
+from tritonaff.ops import backend as backends
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"),
+        tritonaff.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_the_choice_ends_with_the_block_even_after_an_error():
+    with tritonaff.use_backend("portable"):
+        with tritonaff.use_backend("reference"):
+            assert backends.current_backend() == "reference"
+        assert backends.current_backend() == "portable"
+        with pytest.raises(KeyError), tritonaff.use_backend("triton"):
+            raise KeyError
+        assert backends.current_backend() == "portable"
+    assert backends.current_backend() == "auto"
+
+
+def test_a_backward_pass_runs_what_its_forward_pass_ran(monkeypatch):
+    from tritonaff.portable import affinity_field as portable
+
+    calls = []
+    backward = portable.backward
+    monkeypatch.setattr(portable, "backward", lambda *args: calls.append(1) or backward(*args))
+    logits, target = make_inputs((1, 3, 6, 6))
+    logits.requires_grad_()
+    with tritonaff.use_backend("portable"):
+        loss = tritonaff.affinity_field_loss(logits, target)
+    with tritonaff.use_backend("triton"):
+        loss.backward()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "variant", "reason"),
+    [
+        (torch.float64, 3, "paper", "the tiles compute in float32, got torch.float64"),
+        (torch.float32, 1025, "paper", "at most 1024 classes, got 1025"),
+        (torch.float32, 3, "authors", "this variant has no tile"),
+    ],
+)
+def test_triton_where_there_is_no_tile(device, dtype, classes, variant, reason):
+    pytest.importorskip("triton")
+    logits = torch.zeros(1, classes, 3, 3, dtype=dtype, device=device)
+    target = torch.zeros(1, 3, 3, dtype=torch.uint8, device=device)
+    tritonaff.affinity_field_loss(logits, target, variant=variant)  # "auto" falls back
+    with tritonaff.use_backend("triton"), pytest.raises(ValueError, match=reason):
+        tritonaff.affinity_field_loss(logits, target, variant=variant)
+
+
+def test_triton_without_a_device_or_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    logits, target = make_inputs((1, 3, 6, 6))
+    tritonaff.affinity_field_loss(logits, target)
+    with (
+        tritonaff.use_backend("triton"),
+        pytest.raises(ValueError, match="no Triton on device cpu"),
+    ):
+        tritonaff.affinity_field_loss(logits, target)
+
+
+def test_triton_not_installed(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_installed", lambda: False)
+    logits, target = make_inputs((1, 3, 6, 6))
+    tritonaff.affinity_field_loss(logits, target)
+    with (
+        tritonaff.use_backend("triton"),
+        pytest.raises(ValueError, match="triton is not installed"),
+    ):
+        tritonaff.affinity_field_loss(logits, target)
+
+
+def test_importing_the_package_needs_torch_alone():
+    """And a loss on the CPU imports neither Triton nor anything that is an extra."""
+    script = """
+import sys
+for extra in ("triton", "numpy", "rich", "matplotlib", "PIL", "scipy", "torchmetrics"):
+    sys.modules[extra] = None  # an import of it fails
+import torch
+before = set(sys.modules)
+import tritonaff
+assert "tritonaff.metrics" not in sys.modules and "tritonaff.bench" not in sys.modules
+logits = torch.randn(1, 3, 6, 6, requires_grad=True)
+tritonaff.affinity_field_loss(logits, torch.zeros(1, 6, 6, dtype=torch.long)).backward()
+assert not any(name.startswith("tritonaff.reference") for name in sys.modules)
+print("fine")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout.strip() == "fine", result.stderr

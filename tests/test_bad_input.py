@@ -1,0 +1,184 @@
+"""Every public function, every kind of bad input: the class of the error and what it says."""
+
+import pytest
+import torch
+
+import tritonaff
+from tritonaff.metrics import BoundaryScore
+
+LOGITS = torch.zeros(2, 3, 4, 5)
+NO_CLASSES = LOGITS[:, :0]
+TARGET = torch.zeros(2, 4, 5, dtype=torch.long)
+
+BAD_TENSORS = {
+    "logits no tensor": ([[0.0]], TARGET, TypeError, "logits must be a tensor, got list"),
+    "logits integer": (LOGITS.long(), TARGET, TypeError, "logits must have dtype .* got int64"),
+    "logits complex": (LOGITS + 0j, TARGET, TypeError, "logits must have dtype .* got complex64"),
+    "logits rank": (LOGITS[0], TARGET, ValueError, r"logits must have shape \(N, C, H, W\), got"),
+    "logits empty": (LOGITS[..., :0], TARGET[..., :0], ValueError, "at least one class, row and"),
+    "no classes": (NO_CLASSES, TARGET, ValueError, "at least one class, row and column"),
+    "target no tensor": (LOGITS, [[0]], TypeError, "target must be a tensor, got list"),
+    "target floating": (LOGITS, TARGET.float(), TypeError, "target must have dtype .* float32"),
+    "target bool": (LOGITS, TARGET.bool(), TypeError, "target must have dtype .* got bool"),
+    "target rank": (LOGITS, TARGET[:, None], ValueError, r"target must have shape \(N, H, W\)"),
+    "target size": (LOGITS, TARGET[:, :3], ValueError, r"\(2, 4, 5\) of logits .* got \(2, 3, 5\)"),
+    "target batch": (LOGITS, TARGET[:1], ValueError, r"\(2, 4, 5\) of logits .* got \(1, 4, 5\)"),
+    "label too large": (LOGITS, TARGET + 3, ValueError, r"classes in \[0, 3\).*got \[3\] at 40"),
+    "label negative": (LOGITS, TARGET - 1, ValueError, r"classes in \[0, 3\).*got \[-1\]"),
+    "devices": (LOGITS, TARGET.to("meta"), ValueError, "one device, got cpu and meta"),
+}
+BAD_OPTIONS = {
+    "sizes no sequence": ({"kernel_sizes": 3}, TypeError, "kernel_sizes must be a sequence"),
+    "sizes a string": ({"kernel_sizes": "35"}, TypeError, "kernel_sizes must be a sequence"),
+    "sizes no int": ({"kernel_sizes": (3.0,)}, TypeError, "sequence of int, got 3.0"),
+    "sizes empty": ({"kernel_sizes": ()}, ValueError, "kernel_sizes must be odd, at least 3"),
+    "sizes even": ({"kernel_sizes": (3, 4)}, ValueError, r"must be odd.*got \(3, 4\)"),
+    "sizes small": ({"kernel_sizes": (1,)}, ValueError, "must be odd, at least 3"),
+    "sizes twice": ({"kernel_sizes": (3, 3)}, ValueError, "distinct"),
+    "margin": ({"margin": -1.0}, ValueError, r"margin must be in \[0, inf\), got -1.0"),
+    "margin nan": ({"margin": float("nan")}, ValueError, "margin must be in"),
+    "margin infinite": ({"margin": float("inf")}, ValueError, "margin must be in"),
+    "margin type": ({"margin": "3"}, TypeError, "margin must be a number, got str"),
+    "eps zero": ({"eps": 0.0}, ValueError, r"eps must be in \(0, 0.5\), got 0.0"),
+    "eps half": ({"eps": 0.5}, ValueError, r"eps must be in \(0, 0.5\), got 0.5"),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+    "variant": ({"variant": "other"}, ValueError, "variant must be one of .* got 'other'"),
+}
+BAD_LOSS_OPTIONS = {
+    **BAD_OPTIONS,
+    "edge_lambda": ({"edge_lambda": -1}, ValueError, r"edge_lambda must be in \[0"),
+    "non_edge_lambda": ({"non_edge_lambda": None}, TypeError, "must be a number, got NoneType"),
+}
+BAD_WEIGHTS = {
+    "no tensor": (1.0, TypeError, "must be a tensor, got float"),
+    "integer": (torch.ones(3, 1, dtype=torch.long), TypeError, "must have dtype .* got int64"),
+    "shape": (torch.ones(3, 2), ValueError, r"must have shape \(3, 1\), got \(3, 2\)"),
+    "device": (torch.ones(3, 1, device="meta"), ValueError, "one device, got meta and cpu"),
+}
+
+
+def cases(table):
+    return pytest.mark.parametrize("bad", table.values(), ids=table.keys())
+
+
+@cases(BAD_TENSORS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        tritonaff.affinity_field_terms,
+        tritonaff.affinity_field_loss,
+        tritonaff.AffinityFieldLoss(),
+        tritonaff.AdaptiveAffinityFieldLoss(3),
+    ],
+    ids=["terms", "loss", "module", "adaptive module"],
+)
+def test_tensors(function, bad):
+    logits, target, error, message = bad
+    if isinstance(function, tritonaff.AdaptiveAffinityFieldLoss) and logits is NO_CLASSES:
+        message = "num_classes = 3 classes, got 0"
+    with pytest.raises(error, match=message):
+        function(logits, target)
+
+
+@cases(BAD_OPTIONS)
+def test_options_of_terms(bad):
+    options, error, message = bad
+    with pytest.raises(error, match=message):
+        tritonaff.affinity_field_terms(LOGITS, TARGET, **options)
+
+
+@cases(BAD_LOSS_OPTIONS)
+def test_options_of_the_loss(bad):
+    options, error, message = bad
+    with pytest.raises(error, match=message):
+        tritonaff.affinity_field_loss(LOGITS, TARGET, **options)
+
+
+@cases(BAD_LOSS_OPTIONS)
+def test_options_of_the_modules(bad):
+    options, error, message = bad
+    with pytest.raises(error, match=message):
+        tritonaff.AffinityFieldLoss(**options)
+    with pytest.raises(error, match=message):
+        tritonaff.AdaptiveAffinityFieldLoss(3, **options)
+
+
+@cases(BAD_WEIGHTS)
+@pytest.mark.parametrize("name", ["edge_weight", "non_edge_weight"])
+def test_weights(name, bad):
+    weight, error, message = bad
+    with pytest.raises(error, match=f"{name}.*{message}"):
+        tritonaff.affinity_field_loss(LOGITS, TARGET, **{name: weight})
+
+
+def test_number_of_classes_of_the_adaptive_module():
+    with pytest.raises(TypeError, match="num_classes must be an int, got float"):
+        tritonaff.AdaptiveAffinityFieldLoss(3.0)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        tritonaff.AdaptiveAffinityFieldLoss(0)
+    with pytest.raises(ValueError, match="num_classes = 4 classes, got 3"):
+        tritonaff.AdaptiveAffinityFieldLoss(4)(LOGITS, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("progress", "error"),
+    [(-0.1, ValueError), (1.1, ValueError), ("half", TypeError), (torch.zeros(2), ValueError)],
+)
+def test_progress(progress, error):
+    with pytest.raises(error, match="progress must be"):
+        tritonaff.AffinityFieldLoss()(LOGITS, TARGET, progress)
+
+
+def test_learning_rate():
+    with pytest.raises(ValueError, match="lr must be in"):
+        tritonaff.AdaptiveAffinityFieldLoss(3).optimizer_group(-1.0)
+
+
+def test_boundary_score():
+    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+        BoundaryScore(0)
+    with pytest.raises(TypeError, match="tolerance must be an int, got float"):
+        BoundaryScore(3, tolerance=1.5)
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+        BoundaryScore(3, tolerance=-1)
+    with pytest.raises(TypeError, match="prediction must have dtype"):
+        BoundaryScore(3).update(LOGITS[:, 0], TARGET)
+    with pytest.raises(ValueError, match=r"prediction must have shape \(2, 4, 5\)"):
+        BoundaryScore(3).update(TARGET[:1], TARGET)
+    with pytest.raises(ValueError, match="one device"):
+        BoundaryScore(3).update(TARGET.to("meta"), TARGET)
+
+
+def test_labels_outside_the_classes_are_ignored_by_the_authors_variant_and_under_compile():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 6, 6)
+    target = torch.randint(0, 3, (1, 6, 6))
+    void, wrong = target.clone(), target.clone()
+    void[0, 2, 3], wrong[0, 2, 3] = 255, 77
+    for function, variant in (
+        (tritonaff.affinity_field_loss, "authors"),
+        (torch.compile(tritonaff.affinity_field_loss, backend="eager"), "paper"),
+    ):
+        result = function(logits, wrong, variant=variant)
+        assert torch.equal(result, function(logits, void, variant=variant))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["logits integer", "logits rank", "target size"])
+def test_the_same_error_under_compile(name):
+    logits, target, error, message = BAD_TENSORS[name]
+    compiled = torch.compile(tritonaff.affinity_field_loss, backend="eager")
+    with pytest.raises(error, match=message):
+        compiled(logits, target)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_fullgraph_errors_carry_the_message():
+    compiled = torch.compile(tritonaff.affinity_field_loss, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="kernel_sizes must be odd"):
+        compiled(LOGITS, TARGET, kernel_sizes=(4,))

@@ -1,0 +1,162 @@
+"""The bench: it refuses wrong implementations, and what it prints and writes can be read."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tritonaff.bench import measure
+from tritonaff.bench.__main__ import main
+from tritonaff.bench.cases import CASES, ParityError, check_parity, make_inputs
+
+QUICK = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"]
+
+
+def test_rows(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    assert main([*QUICK, "--mode", "fwd,fwd_bwd", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "CPU" in printed
+    assert f"torch {torch.__version__}" in printed
+    content = json.loads(path.read_text())
+    assert set(content) == {"device", "versions", "rows"}
+    assert [(row["impl"], row["mode"]) for row in content["rows"]] == [
+        (impl, mode)
+        for mode in ("fwd", "fwd_bwd")
+        for impl in ("reference", "portable", "cross_entropy")
+    ]
+    for row in content["rows"]:
+        assert list(row) == [
+            "op", "impl", "mode", "dtype", "shape", "ms", "speedup_eager", "speedup_compiled",
+            "compile_s", "peak_bytes", "gb_per_s",
+        ]  # fmt: skip
+        assert row["ms"] > 0
+        assert row["peak_bytes"] > 0
+        assert row["speedup_compiled"] is None
+        assert (row["impl"] == "reference") == (row["speedup_eager"] == 1)
+        assert f"{row['ms']:.2f}" in printed
+
+
+def wrong_sign(forward_or_backward):
+    def wrong(*args):
+        result = forward_or_backward(*args)
+        return (-result[0], *result[1:]) if isinstance(result, tuple) else -result
+
+    return wrong
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path, part):
+    from tritonaff.portable import affinity_field as portable
+
+    monkeypatch.setattr(portable, part, wrong_sign(getattr(portable, part)))
+    path = tmp_path / "rows.json"
+    assert main([*QUICK, "--json", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "affinity_field portable" in printed.err
+    assert not path.exists()
+
+
+def test_parity_sees_one_wrong_border_pixel(monkeypatch):
+    from tritonaff.portable import affinity_field as portable
+
+    backward = portable.backward
+
+    def wrong(*args):
+        gradient = backward(*args)
+        gradient[..., -1, -1] *= 1.01
+        return gradient
+
+    monkeypatch.setattr(portable, "backward", wrong)
+    with pytest.raises(ParityError, match="gradient is off by"):
+        check_parity(CASES["affinity_field"], "portable", *make_inputs((1, 5, 24, 24)))
+
+
+def test_peak_bytes_counts_what_lives_at_one_time():
+    def run(_):
+        first = torch.empty(1000, dtype=torch.float32)
+        del first
+        return torch.empty(1500, dtype=torch.float32), torch.empty(500, dtype=torch.float32)
+
+    assert measure.peak_bytes(run, torch.device("cpu")) == pytest.approx(8000, rel=0.1)
+
+
+def test_portable_memory_is_at_most_eight_times_the_logits():
+    """Random labels too, of which nearly every pair is an edge."""
+    logits, target = make_inputs((1, 19, 256, 512))
+    case = CASES["affinity_field"]
+    for labels in (target, torch.randint(0, 19, target.shape)):
+        result = measure.measure(case, "portable", ("fwd_bwd",), logits, labels, quick=True)
+        assert result["fwd_bwd"].peak_bytes <= 8 * logits.nbytes
+
+
+def test_interpreted_tiles_are_not_timed(capsys):
+    assert main(["run", "--quick", "--device", "cpu", "--impl", "triton"]) == 1
+    assert "not timed" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["list"]) == 0
+    assert "affinity_field" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--impl", "fast"], ["--shape", "1,2,3"], ["--mode", "x"]])
+def test_bad_arguments(arguments):
+    with pytest.raises(SystemExit):
+        main(["run", *arguments])
+
+
+def test_static(tmp_path):
+    """Every tile compiles for three GPUs, without one, in a process of its own: no interpreter."""
+    pytest.importorskip("triton")
+    path = tmp_path / "static.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tritonaff.bench", "static", "--json", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(path.read_text())
+    assert set(content) == {"device", "versions", "kernels"}
+    kernels = {(row["kernel"], row["target"]) for row in content["kernels"]}
+    names = ("statistics", "tables", "gradient", "softmax_backward")
+    targets = ("sm_80", "sm_90", "gfx942")
+    assert kernels == {(f"{name}_kernel", target) for name in names for target in targets}
+    for row in content["kernels"]:
+        assert row["op"] == "affinity_field"
+        assert row["spills"] == 0
+        assert row["registers"] > 0
+        assert row["instructions_per_element"]["memory"] > 0
+        assert "tables" not in row["kernel"] or row["shared_bytes"] > 0
+
+
+def test_instructions_in_a_loop_count_as_often_as_it_runs():
+    pytest.importorskip("triton")
+    script = """
+from tritonaff.bench.static import count_instructions
+nvidia = '''
+        /*0000*/                   LDG.E R2, [R2] ;
+.L_x_0:
+        /*0010*/                   MUFU.EX2 R4, R2 ;
+        /*0020*/              @!P0 FADD R4, R4, R2 ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_1:
+        /*0050*/                   BRA `(.L_x_1);
+        /*0060*/                   NOP;
+'''
+assert count_instructions(nvidia, 8) == dict(memory=1, special=8, arithmetic=8, control=8 + 2)
+amd = '''
+\\tglobal_load_dword v1, v0, s[0:1]
+.LBB0_1:                                ; the loop
+\\tv_exp_f32_e32 v1, v1
+\\tv_add_f32_e32 v1, v1, v2
+\\ts_cbranch_scc1 .LBB0_1
+\\ts_endpgm
+'''
+assert count_instructions(amd, 4) == dict(memory=1, special=4, arithmetic=4, control=4 + 1)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)

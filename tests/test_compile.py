@@ -1,0 +1,133 @@
+"""torch.compile: one graph per training step, whatever the image size; export; other
+transformations.
+"""
+
+import pytest
+import torch
+
+import tritonaff
+from tritonaff.bench.cases import make_inputs
+
+
+class Step(torch.nn.Module):
+    """A network, cross-entropy and the adaptive loss: what a training script compiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.aaf = tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5))
+
+    def forward(self, image, target, progress):
+        logits = self.net(image)
+        loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+        return loss + self.aaf(logits, target, progress)
+
+
+def batch(n, height, width):
+    torch.manual_seed(0)
+    return torch.randn(n, 3, height, width), torch.randint(0, 4, (n, height, width))
+
+
+def counting_backend():
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    return graphs, backend
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def test_two_graphs_serve_every_image_size(backend):
+    graphs, compiler = counting_backend()
+    step = Step()
+    compiled = torch.compile(step, backend=compiler, fullgraph=True)
+    for i, (n, height, width) in enumerate(
+        [(2, 8, 9), (3, 7, 11), (2, 6, 7), (4, 9, 5), (5, 7, 7)]
+    ):
+        image, target = batch(n, height, width)
+        progress = torch.tensor(i / 10)
+        with tritonaff.use_backend(backend):
+            loss = compiled(image, target, progress)
+            loss.backward()
+            gradients = [p.grad.clone() for p in step.parameters()]
+            step.zero_grad()
+            expected = step(image, target, progress)
+            expected.backward()
+        torch.testing.assert_close(loss, expected)
+        for gradient, parameter in zip(gradients, step.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+        step.zero_grad()
+    assert len(graphs) <= 2
+
+
+def test_inductor(backend):
+    """The real compiler, once: the op stays opaque in it."""
+    logits, target = make_inputs((1, 4, 12, 10))
+    logits.requires_grad_()
+
+    def loss(logits, target):
+        return tritonaff.affinity_field_loss(2 * logits, target, (3, 5))
+
+    with tritonaff.use_backend(backend):
+        compiled = torch.compile(loss, fullgraph=True)(logits, target)
+        (gradient,) = torch.autograd.grad(compiled, logits)
+        (expected,) = torch.autograd.grad(loss(logits, target), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_changing_the_backend_reaches_a_compiled_function(monkeypatch):
+    logits, target = make_inputs((1, 4, 12, 10))
+    compiled = torch.compile(tritonaff.affinity_field_loss, backend="eager", fullgraph=True)
+    with tritonaff.use_backend("portable"):
+        expected = compiled(logits, target)
+
+    def refuse(*args):
+        raise RuntimeError("the portable implementation ran")
+
+    monkeypatch.setattr("tritonaff.portable.affinity_field.forward", refuse)
+    with tritonaff.use_backend("reference"):
+        torch.testing.assert_close(compiled(logits, target), expected)
+    with tritonaff.use_backend("portable"), pytest.raises(RuntimeError, match="the portable"):
+        compiled(logits, target)
+
+
+def test_export():
+    image, target = batch(2, 8, 8)
+    step = Step()
+    exported = torch.export.export(step, (image, target, torch.tensor(0.5)))
+    result = exported.module()(image, target, torch.tensor(0.5))
+    torch.testing.assert_close(result, step(image, target, torch.tensor(0.5)))
+
+
+def test_meta_tensors_have_the_right_shapes():
+    logits = torch.empty(2, 5, 8, 9, device="meta", requires_grad=True)
+    target = torch.empty(2, 8, 9, dtype=torch.uint8, device="meta")
+    terms = tritonaff.affinity_field_terms(logits, target, (3, 5))
+    assert [tuple(table.shape) for table in terms] == [(5, 2)] * 4
+    assert tritonaff.affinity_field_loss(logits, target).shape == ()
+
+
+def test_autocast_hands_bfloat16_through():
+    image, target = batch(1, 9, 9)
+    step = Step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = step(image, target, None)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert step.net.weight.grad.isfinite().all()
+
+
+def test_checkpointing_recomputes_the_same():
+    image, target = batch(1, 9, 9)
+    step = Step()
+    step(image, target, None).backward()
+    expected = step.net.weight.grad.clone()
+    step.zero_grad()
+    torch.utils.checkpoint.checkpoint(step, image, target, None, use_reentrant=False).backward()
+    torch.testing.assert_close(step.net.weight.grad, expected)

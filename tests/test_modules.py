@@ -1,0 +1,132 @@
+"""The loss modules: options, decay, the minimax game, state."""
+
+import pytest
+import torch
+
+import tritonaff
+from tritonaff.bench.cases import make_inputs
+
+
+def test_the_plain_module_is_the_function():
+    logits, target = make_inputs((2, 4, 9, 9))
+    options = {"edge_lambda": 0.5, "non_edge_lambda": 2.0, "margin": 1.0, "eps": 1e-3}
+    module = tritonaff.AffinityFieldLoss((3, 5), **options)
+    expected = tritonaff.affinity_field_loss(logits, target, (3, 5), **options)
+    torch.testing.assert_close(module(logits, target), expected)
+
+
+def test_the_adaptive_module_starts_as_the_function():
+    """Equal weights of the sizes, which is the function's default."""
+    logits, target = make_inputs((2, 4, 9, 9))
+    module = tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5, 7), variant="authors")
+    expected = tritonaff.affinity_field_loss(logits, target, (3, 5, 7), variant="authors")
+    torch.testing.assert_close(module(logits, target), expected)
+    torch.testing.assert_close(module.edge_weight, torch.full((4, 3), 1 / 3))
+    torch.testing.assert_close(module.non_edge_weight, torch.full((4, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("progress", [0, 0.25, 1.0, torch.tensor(0.25)])
+def test_decay(progress):
+    logits, target = make_inputs((1, 4, 9, 9))
+    module = tritonaff.AdaptiveAffinityFieldLoss(4)
+    torch.testing.assert_close(
+        module(logits, target, progress), module(logits, target) * 10 ** -float(progress)
+    )
+
+
+def test_lambdas_scale_the_two_terms():
+    logits, target = make_inputs((1, 4, 9, 9))
+
+    def loss(edge, non_edge):
+        return tritonaff.affinity_field_loss(
+            logits, target, edge_lambda=edge, non_edge_lambda=non_edge
+        )
+
+    assert loss(0, 0) == 0
+    torch.testing.assert_close(loss(2, 3), 2 * loss(1, 0) + 3 * loss(0, 1))
+
+
+def test_the_loss_is_the_formula():
+    logits, target = make_inputs((1, 4, 9, 9), torch.float64)
+    edge_weight, non_edge_weight = torch.rand(2, 4, 2, dtype=torch.float64)
+    terms = tritonaff.affinity_field_terms(logits, target, (3, 7))
+    loss = tritonaff.affinity_field_loss(
+        logits, target, (3, 7), edge_weight=edge_weight, non_edge_weight=non_edge_weight
+    )
+    expected = sum(
+        (edge_weight[:, k] @ terms.edge_sum[:, k]) / terms.edge_count[:, k].sum()
+        + (non_edge_weight[:, k] @ terms.non_edge_sum[:, k]) / terms.non_edge_count[:, k].sum()
+        for k in range(2)
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_one_optimiser_step_descends_the_logits_and_ascends_the_weights():
+    logits, target = make_inputs((2, 4, 12, 12), torch.float64)
+    logits.requires_grad_()
+    module = tritonaff.AdaptiveAffinityFieldLoss(4).double()
+    optimizer = torch.optim.SGD([{"params": [logits]}, module.optimizer_group(lr=0.1)], lr=0.1)
+    before = module(logits, target)
+    before.backward()
+    old_logits = logits.detach().clone()
+    optimizer.step()
+    with torch.no_grad():
+        assert module(old_logits, target) > before  # the weights alone
+        module_of_equal_weights = tritonaff.AdaptiveAffinityFieldLoss(4).double()
+        assert module_of_equal_weights(logits, target) < before  # the logits alone
+
+
+def test_the_weights_climb_to_the_hard_sizes():
+    logits, target = make_inputs((1, 3, 24, 24), torch.float64, confidence=3.0)
+    module = tritonaff.AdaptiveAffinityFieldLoss(3, (3, 13)).double()
+    optimizer = torch.optim.SGD([module.optimizer_group(lr=5.0)], lr=5.0)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = module(logits, target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses)
+    assert losses[-1] > losses[0]
+    edge, non_edge = module.effective_kernel_size()
+    assert edge.shape == non_edge.shape == (3,)
+    sizes = torch.tensor([3.0, 13.0]).double()
+    torch.testing.assert_close(edge, (module.edge_weight @ sizes).detach())
+    torch.testing.assert_close(non_edge, (module.non_edge_weight @ sizes).detach())
+    assert ((edge - 8).abs() > 0.5).any()
+
+
+def test_optimizer_group_has_no_weight_decay():
+    module = tritonaff.AdaptiveAffinityFieldLoss(4)
+    optimizer = torch.optim.AdamW([module.optimizer_group(lr=0.5)], lr=0.1, weight_decay=0.3)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters()}
+
+
+def test_state_dict_round_trip():
+    logits, target = make_inputs((1, 4, 9, 9))
+    module = tritonaff.AdaptiveAffinityFieldLoss(4)
+    torch.nn.init.normal_(module.edge_scores)
+    torch.nn.init.normal_(module.non_edge_scores)
+    copy = tritonaff.AdaptiveAffinityFieldLoss(4)
+    copy.load_state_dict(module.state_dict())
+    assert torch.equal(copy(logits, target), module(logits, target))
+    assert sorted(module.state_dict()) == ["edge_scores", "non_edge_scores"]
+
+
+def test_half_precision_modules_and_logits():
+    logits, target = make_inputs((1, 4, 9, 9), torch.bfloat16)
+    module = tritonaff.AdaptiveAffinityFieldLoss(4).bfloat16()
+    logits.requires_grad_()
+    loss = module(logits, target)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logits.grad.dtype == torch.bfloat16
+    assert module.edge_scores.grad.dtype == torch.bfloat16
+
+
+def test_repr_names_the_options():
+    text = repr(tritonaff.AdaptiveAffinityFieldLoss(4, (3, 9), margin=2.0))
+    assert all(part in text for part in ("num_classes=4", "(3, 9)", "margin=2.0"))

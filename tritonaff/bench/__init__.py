@@ -1,0 +1,1 @@
+"""The bench: parity first, then time and memory against eager PyTorch and torch.compile."""

@@ -1,0 +1,324 @@
+"""Command line of the bench: ``tritonaff-bench`` or ``python -m tritonaff.bench``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritonaff.bench import measure
+from tritonaff.bench.cases import CASES, Case, ParityError, Shape, check_parity, make_inputs
+from tritonaff.version import __version__
+
+IMPLS = ("reference", "compiled", "portable", "triton")
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status is 1 where an implementation computes something else."""
+    args = _parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int] = args.command
+        return command(args)
+    except (ParityError, ValueError) as error:
+        print(f"tritonaff-bench: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tritonaff-bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="check parity, then measure time and memory")
+    run.set_defaults(command=_run)
+    run.add_argument("--op", choices=sorted(CASES), nargs="+", default=sorted(CASES))
+    run.add_argument(
+        "--impl", type=_names(IMPLS), help=f"of {','.join(IMPLS)} (default: all that run here)"
+    )
+    run.add_argument("--mode", type=_names(measure.MODES), default=measure.MODES)
+    run.add_argument("--dtype", type=_names(tuple(DTYPES)), default=("float32",))
+    run.add_argument("--shape", type=_shape, nargs="+", metavar="N,C,H,W")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    run.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
+
+    listing = commands.add_parser("list", help="operations, implementations and default shapes")
+    listing.set_defaults(command=_list)
+
+    static = commands.add_parser("static", help="compile every tile for three GPUs, without one")
+    static.set_defaults(command=_static)
+    static.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    return parser
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {unknown}, choose from {','.join(known)}")
+        return names
+
+    return parse
+
+
+def _shape(text: str) -> Shape:
+    sizes = text.split(",")
+    if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected N,C,H,W of positive integers, got {text!r}")
+    n, c, height, width = map(int, sizes)
+    return n, c, height, width
+
+
+def _list(args: argparse.Namespace) -> int:
+    for case in CASES.values():
+        shapes = " ".join(",".join(map(str, shape)) for shape in case.shapes)
+        print(f"{case.name}: {', '.join(IMPLS)}; shapes {shapes}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    impls = args.impl or _impls_here(device)
+    if device.type == "cpu" and "triton" in impls:
+        raise ValueError("the tiles run on a GPU; interpreted they are tested, but not timed")
+    jobs = [
+        (CASES[op], dtype, shape)
+        for op in args.op
+        for dtype in args.dtype
+        for shape in args.shape or (CASES[op].quick_shapes if args.quick else CASES[op].shapes)
+    ]
+    head: dict[str, Any] = {"device": describe(device), "versions": versions()}
+    copy_gb_per_s = None
+    if device.type != "cpu":
+        copy_gb_per_s = head["copy_gb_per_s"] = round(measure.copy_gb_per_s(device), 1)
+    rows: list[measure.Row] = []
+    with _progress(len(jobs) * (len(impls) + 1)) as step:
+        for case, dtype, shape in jobs:
+            rows += _rows(case, dtype, shape, impls, args, device, step)
+    _print(f"{head['device']}, {_one_line(versions())}", *_run_table(rows, copy_gb_per_s))
+    if args.json:
+        _write(args.json, {**head, "rows": [dataclasses.asdict(row) for row in rows]})
+    return 0
+
+
+def _impls_here(device: torch.device) -> tuple[str, ...]:
+    return IMPLS if device.type != "cpu" else tuple(i for i in IMPLS if i != "triton")
+
+
+def _rows(
+    case: Case,
+    dtype: str,
+    shape: Shape,
+    impls: tuple[str, ...],
+    args: argparse.Namespace,
+    device: torch.device,
+    step: Callable[[str], None],
+) -> list[measure.Row]:
+    """Parity of every implementation on a corner of the shape, then its rows."""
+    n, c, height, width = shape
+    corner = (min(n, 2), c, min(height, 48), min(width, 64))
+    for impl in impls:
+        if impl in ("portable", "triton"):
+            for confidence in (0.0, 9.0):
+                inputs = make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
+                check_parity(case, impl, *inputs)
+    logits, target = make_inputs(shape, DTYPES[dtype], device)
+    measured = {}
+    for impl in (*impls, measure.YARDSTICK):
+        step(f"{case.name} {dtype} {','.join(map(str, shape))} {impl}")
+        measured[impl] = measure.measure(case, impl, args.mode, logits, target, args.quick)
+
+    def speedup(over: str, impl: str, mode: str) -> float | None:
+        if over not in measured:
+            return None
+        return round(measured[over][mode].ms / measured[impl][mode].ms, 2)
+
+    rows = []
+    for mode in args.mode:
+        for impl, by_mode in measured.items():
+            this = by_mode[mode]
+            gb_per_s = measure.traffic_bytes(mode, logits, target) / this.ms / 1e6
+            rows.append(
+                measure.Row(
+                    op=case.name,
+                    impl=impl,
+                    mode=mode,
+                    dtype=dtype,
+                    shape=shape,
+                    ms=round(this.ms, 4),
+                    speedup_eager=speedup("reference", impl, mode),
+                    speedup_compiled=speedup("compiled", impl, mode),
+                    compile_s=None if this.compile_s is None else round(this.compile_s, 1),
+                    peak_bytes=this.peak_bytes,
+                    gb_per_s=None if device.type == "cpu" else round(gb_per_s, 1),
+                )
+            )
+    return rows
+
+
+def _run_table(
+    rows: list[measure.Row], copy_gb_per_s: float | None
+) -> tuple[list[str], list[list[str]]]:
+    columns = ["shape", "mode", "impl", "ms", "x eager", "x compiled", "compile s", "peak MB"]
+    if copy_gb_per_s:
+        columns += ["GB/s", "% copy"]
+    lines = []
+    for row in rows:
+        line = [
+            ",".join(map(str, row.shape)) + ("" if row.dtype == "float32" else f" {row.dtype}"),
+            row.mode,
+            row.impl,
+            f"{row.ms:.2f}",
+            *("-" if x is None else f"{x:.1f}" for x in (row.speedup_eager, row.speedup_compiled)),
+            "-" if row.compile_s is None else f"{row.compile_s:.1f}",
+            f"{row.peak_bytes / 1e6:.1f}",
+        ]
+        if copy_gb_per_s and row.gb_per_s:
+            line += [f"{row.gb_per_s:.0f}", f"{100 * row.gb_per_s / copy_gb_per_s:.0f}"]
+        lines.append(line)
+    return columns, lines
+
+
+def _static(args: argparse.Namespace) -> int:
+    try:
+        from tritonaff.bench import static
+    except ImportError as error:
+        raise ValueError(f"static compiles the tiles and needs triton: {error}") from error
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise ValueError("static needs the compiler: unset TRITON_INTERPRET")
+    kernels = []
+    with _progress(len(static.TILES) * len(static.TARGETS)) as step:
+        for tile in static.TILES:
+            for target in static.TARGETS:
+                step(f"{tile.kernel.__name__} {target}")
+                kernels.append(static.analyse(tile, target))
+    columns = ["kernel", "target", "regs", "spills", "shared", *static.KINDS, "all"]
+    lines = [
+        [
+            row["kernel"].removesuffix("_kernel"),
+            row["target"],
+            *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
+            *(f"{row['instructions_per_element'][kind]:.0f}" for kind in (*static.KINDS, "all")),
+        ]
+        for row in kernels
+    ]
+    title = f"instructions per element (class of a pixel), triton {versions()['triton']}"
+    _print(title, columns, lines)
+    if args.json:
+        _write(args.json, {"device": "none: compiled", "versions": versions(), "kernels": kernels})
+    return 0
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cpu":
+        return f"CPU {_cpu_name()}, {torch.get_num_threads()} threads"
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Everything a figure depends on."""
+    result = {"tritonaff": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        result["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        result["triton"] = "none"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        result["commit"] = "unknown"
+    return result
+
+
+def _one_line(names: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in names.items())
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty() or not _has_rich():
+        yield lambda what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        started = False
+
+        def step(what: str) -> None:
+            nonlocal started
+            progress.update(task, advance=1 if started else 0, description=what)
+            started = True
+
+        yield step
+
+
+def _print(title: str, columns: list[str], lines: list[list[str]]) -> None:
+    """A table: rich on a terminal, plain text elsewhere."""
+    if sys.stdout.isatty() and _has_rich():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if _numeric(lines, i) else "left", no_wrap=True)
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)
+        return
+    print(title)
+    widths = [max(len(line[i]) for line in (columns, *lines)) for i in range(len(columns))]
+    for line in (columns, *lines):
+        cells = [
+            cell.rjust(width) if _numeric(lines, i) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _numeric(lines: list[list[str]], column: int) -> bool:
+    return all(line[column].replace(".", "", 1).isdigit() or line[column] == "-" for line in lines)
+
+
+def _has_rich() -> bool:
+    return importlib.util.find_spec("rich") is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

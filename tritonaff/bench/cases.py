@@ -1,0 +1,139 @@
+"""Every operation's inputs and yardstick of correctness, declared once for the tests and the
+bench.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritonaff.functional import affinity_field_loss, affinity_field_terms
+from tritonaff.ops.backend import use_backend
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: how to make inputs for it, what to time, and what to compare."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    quick_shapes: tuple[Shape, ...]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(logits, target) to the scalar that is timed and differentiated."""
+    tables: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    """(logits, target) to what the operation returns, for comparison."""
+
+
+def make_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C, H, W) and a target (N, H, W) of patches about a sixth of the image wide.
+
+    At 256 x 512 some 6 % of the neighbouring pixels then differ, as in street scenes; 1 % of the
+    pixels are ignored. ``confidence`` is how far the true class stands out of unit noise: 0 is a
+    network at its start, 9 one that is sure.
+    """
+    n, c, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    cell = max(4, min(height, width) // 6)
+    patches = (-(-height // cell), -(-width // cell))
+    target = torch.randint(0, c, (n, *patches), generator=generator)
+    target = target.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)
+    target = target[:, :height, :width].contiguous()
+    one_hot = F.one_hot(target, c).movedim(-1, 1)
+    logits = confidence * one_hot + torch.randn(shape, generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.01] = 255
+    return logits.to(device, dtype), target.to(device)
+
+
+AFFINITY_FIELD_SIZES = (3, 5, 7)
+
+CASES = {
+    "affinity_field": Case(
+        name="affinity_field",
+        shapes=((2, 21, 60, 60), (2, 19, 90, 90), (1, 19, 256, 512)),
+        quick_shapes=((1, 5, 32, 32),),
+        loss=lambda logits, target: affinity_field_loss(logits, target, AFFINITY_FIELD_SIZES),
+        tables=lambda logits, target: affinity_field_terms(logits, target, AFFINITY_FIELD_SIZES),
+    ),
+}
+
+
+class ParityError(AssertionError):
+    """An implementation does not compute what the reference computes."""
+
+
+def evaluate(case: Case, backend: str, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The tables, the loss and its gradient, by name."""
+    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with use_backend(backend):
+        tables = case.tables(logits, target)
+        loss = case.loss(logits, target)
+        (grad,) = torch.autograd.grad(loss, logits)
+    names = getattr(tables, "_fields", range(len(tables)))
+    results = {str(name): table.detach() for name, table in zip(names, tables, strict=True)}
+    return {**results, "loss": loss.detach(), "gradient": grad}
+
+
+def check_parity(case: Case, backend: str, logits: Tensor, target: Tensor) -> None:
+    """ParityError unless ``backend`` is about as close to the float64 reference as eager mode is.
+
+    Counts must be equal. Any other result, as a whole tensor so that borders count, may be off by
+    twice the sum of
+
+    - the error of the eager reference in the logits' dtype,
+    - what the exact result changes by when the logits are off by a few float32 roundings (where
+      the exact result is nearly 0, eager mode may be right by luck),
+
+    plus a few roundings of the result's own dtype, plus one float32 rounding per counted entry of a
+    sum, which may come from a subtraction and is then off by its terms' rounding even where it is
+    0. The loss is a mean over entries, and its gradient that much smaller per logit.
+    """
+    rounding = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).eps
+    exact = evaluate(case, "reference", logits.double(), target)
+    eager = evaluate(case, "reference", logits, target)
+    nearby = evaluate(case, "reference", _a_few_roundings_off(logits), target)
+    ours = evaluate(case, backend, logits, target)
+    entries = sum(int(table.sum()) for table in exact.values() if not table.is_floating_point())
+    for name, result in ours.items():
+        if result.dtype != eager[name].dtype or result.shape != eager[name].shape:
+            raise ParityError(
+                f"{case.name} {backend}: {name} is {result.dtype} {tuple(result.shape)}, "
+                f"expected {eager[name].dtype} {tuple(eager[name].shape)}"
+            )
+        if not result.is_floating_point():
+            if not torch.equal(result, exact[name]):
+                raise ParityError(f"{case.name} {backend}: {name} differs from the reference")
+            continue
+        error = _distance(result, exact[name])
+        budget = 2 * (_distance(eager[name], exact[name]) + _distance(nearby[name], exact[name]))
+        budget += 4 * torch.finfo(result.dtype).eps * float(exact[name].norm())
+        size = {"loss": 1.0, "gradient": 8 / max(1, logits.numel()) ** 0.5}.get(name, entries)
+        budget += rounding * size
+        if not error <= budget:
+            raise ParityError(
+                f"{case.name} {backend}: {name} is off by {error:.1e} from float64, "
+                f"allowed are {budget:.1e} of {float(exact[name].norm()):.1e}"
+            )
+
+
+def _a_few_roundings_off(logits: Tensor) -> Tensor:
+    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    sign = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    step = 4 * torch.finfo(dtype).eps * logits.double().abs().clamp(min=1)
+    return logits.double() + sign.to(logits.device) * step
+
+
+def _distance(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact.double()).norm())

@@ -1,0 +1,164 @@
+"""What the compiler makes of every tile, for three GPUs, without a GPU: exact, repeatable
+figures.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tritonaff.kernels import affinity_field
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NUM_WARPS = 4
+KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
+
+
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel as its launcher calls it: 19 classes, 3 sizes, float32, contiguous."""
+
+    op: str
+    kernel: Any
+    blocks: dict[str, Any]
+    elements: int
+    """Elements, a class of a pixel each, that one program works on."""
+    trips: int = 1
+    """How often its loops run."""
+
+
+PATCH: dict[str, Any] = {
+    "RADII": (1, 2, 3),
+    "BLOCK_C": affinity_field.MAX_BLOCK_C,
+    "BLOCK_H": affinity_field.BLOCK_H,
+    "BLOCK_W": affinity_field.BLOCK_W,
+}
+PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
+PIXELS = {"BLOCK_C": 32, "BLOCK_P": affinity_field.BLOCK_ALL_CLASSES // 32}
+PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
+TILES = (
+    Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
+    Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
+    Tile("affinity_field", affinity_field.gradient_kernel, PATCH, PATCH_ELEMENTS, trips=8),
+    Tile("affinity_field", affinity_field.softmax_backward_kernel, PIXELS, PIXEL_ELEMENTS),
+)
+
+
+def analyse(tile: Tile, target: str) -> dict[str, Any]:
+    """One row of the static table."""
+    compiled = triton.compile(
+        _source(tile), target=TARGETS[target], options={"num_warps": NUM_WARPS}
+    )
+    if target.startswith("sm_"):
+        registers, spills, assembly = _nvidia(compiled.asm["cubin"])
+    else:
+        registers, spills, assembly = _amd(compiled.asm["amdgcn"])
+    threads = NUM_WARPS * TARGETS[target].warp_size
+    counts = count_instructions(assembly, tile.trips)
+    per_element = {kind: round(counts[kind] * threads / tile.elements, 1) for kind in KINDS}
+    return {
+        "kernel": tile.kernel.__name__,
+        "op": tile.op,
+        "target": target,
+        "registers": registers,
+        "spills": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "instructions_per_element": {**per_element, "all": round(sum(per_element.values()), 1)},
+    }
+
+
+def _source(tile: Tile) -> ASTSource:
+    """Types and alignments as the launcher of contiguous float32 logits finds them."""
+    names = tile.kernel.arg_names
+    constants: dict[str, Any] = dict(tile.blocks)
+    signature, aligned = {}, {}
+    for i, name in enumerate(names):
+        if name.endswith("stride_w"):
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = {"target_ptr": "*i64", "counts_ptr": "*i32"}.get(name, "*fp32")
+            aligned[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in ("margin", "eps") else "i32"
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    return ASTSource(tile.kernel, signature, constexprs, aligned)
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(str(tools / "cuobjdump"), "-res-usage", file.name)
+        assembly = _run(str(tools / "nvdisasm"), "-c", file.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    return registers, int(re.findall(r"STACK:(\d+)", usage)[0]) // 4, assembly
+
+
+def _amd(assembly: str) -> tuple[int, int, str]:
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0])
+
+    return field("vgpr_count"), field("vgpr_spill_count"), assembly
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def count_instructions(assembly: str, trips: int) -> Counter[str]:
+    """Instructions that a thread executes, by kind; what a backward branch spans counts ``trips``
+    times.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        instruction = INSTRUCTION.match(line)
+        if not instruction or instruction[1] in ("NOP", "s_nop"):
+            continue
+        jump = re.search(r"(\.L\w+)", line)
+        # A jump to itself is the padding after the program's end.
+        if jump and labels.get(jump[1], len(instructions)) < len(instructions):
+            loops.append((labels[jump[1]], len(instructions)))
+        instructions.append(instruction[1])
+    counts: Counter[str] = Counter()
+    for i, name in enumerate(instructions):
+        in_loop = any(first <= i <= last for first, last in loops)
+        counts[kind_of(name)] += trips if in_loop else 1
+    return counts
+
+
+# A line of nvdisasm, "/*0010*/ @!P0 IMAD.MOV R1, ...;", or of AMD's assembly, "v_add_f32 v1, ...".
+INSTRUCTION = re.compile(r"\s+(?:/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?)?([A-Za-z][A-Za-z0-9_]*)")
+
+
+def kind_of(name: str) -> str:
+    if re.match(r"SHFL|ds_bpermute|ds_swizzle|v_permlane|v_readlane", name):
+        return "shuffle"
+    if re.match(r"(LD|ST)[GSLC]?$|LDGSTS|ATOM|global_|flat_|buffer_|scratch_|ds_|s_load", name):
+        return "memory"
+    if re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_", name):
+        return "special"
+    if re.match(r"BRA|EXIT|BAR|BSSY|BSYNC|WARPSYNC|RET|CALL|s_cbranch|s_branch|s_barrier|s_waitcnt|s_endpgm", name):
+        return "control"
+    return "arithmetic"
