@@ -326,7 +326,7 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
     # or image.
     label = F.pad((label + 1).to(torch.float32), (d, d, 0, d))
     row, label = label.shape[-1], label.view(-1)
-    firsts, seconds, weights = [], [], []
+    lists: list[list[Tensor]] = [[], [], []]  # first pixels, second pixels, weights
     for shift in (d, d * row - d, d * row, d * row + d):
         here, there = label[:-shift], label[shift:]
         weight = torch.ne(here, there, out=torch.empty_like(here)).mul_(here).mul_(there).sign_()
@@ -335,13 +335,15 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
             weight = weight.new_ones(first.shape)
         else:
             first = torch.arange(len(weight), device=label.device)
-        firsts.append(pixel.index_select(0, first))
-        seconds.append(pixel.index_select(0, first + shift))
-        weights.append(weight)
-    all_pairs = [torch.cat(x) for x in (firsts, seconds, weights)]
-    firsts.clear(), seconds.clear(), weights.clear()
-    for i, j, w in zip(*(x.split(PAIRS) for x in all_pairs), strict=True):
-        yield torch.cat((i, j)), torch.cat((j, i)), torch.cat((w, w))
+        lists[0].append(pixel.index_select(0, first))
+        lists[1].append(pixel.index_select(0, first + shift))
+        lists[2].append(weight)
+    columns = []
+    while lists:
+        columns.append(torch.cat(lists.pop()))  # popped: the parts are not kept beside the whole
+    for start in range(0, len(columns[0]), PAIRS):
+        weight, j, i = (column[start : start + PAIRS] for column in columns)
+        yield torch.cat((i, j)), torch.cat((j, i)), torch.cat((weight, weight))
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
