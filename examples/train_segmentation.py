@@ -110,9 +110,8 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
         raise DataError(f"{path} is empty: one class name per line")
 
     def split(name: str) -> list[Pair]:
-        images = [
-            p for p in (folder / "images" / name).glob("*") if p.suffix.lower() in (".jpg", ".png")
-        ]
+        paths = (folder / "images" / name).glob("*")
+        images = [path for path in paths if path.suffix.lower() in (".jpg", ".png")]
         if not images:
             raise DataError(f"there is no .jpg or .png in {folder / 'images' / name}")
         labels = folder / "labels" / name
@@ -268,9 +267,9 @@ class Result(NamedTuple):
 
 
 def train(
-    loss: str, data: Dataset, options: argparse.Namespace, device: torch.device, display: Display
+    name: str, data: Dataset, options: argparse.Namespace, device: torch.device, display: Display
 ) -> Result:
-    title, make_criterion = LOSSES[loss]
+    title, make_criterion = LOSSES[name]
     torch.manual_seed(options.seed)
     network = SmallUNet(len(data.classes)).to(device, memory_format=torch.channels_last)
     criterion = make_criterion(len(data.classes), options.ignore_index).to(device)
@@ -290,8 +289,8 @@ def train(
 
     network.train()
     display.begin(title, steps, "compiling" if options.compile else "")
-    crops = random_crops(data.train, options)
     if options.compile:
+        crops = random_crops(data.train, options)
         try:
             forward = compiled(forward, network, next_batch(0))
         except BackendCompilerFailed as error:
@@ -322,8 +321,10 @@ def compiled(forward: Callable, network: nn.Module, batch: tuple) -> Callable:
     torch.compiler.reset()
     before = copy.deepcopy(network.state_dict())
     fast = torch.compile(forward, fullgraph=True)
-    fast(*batch).backward()
-    network.load_state_dict(before)  # batch normalisation had counted the batch
+    try:
+        fast(*batch).backward()
+    finally:
+        network.load_state_dict(before)  # batch normalisation counted the batch
     return fast
 
 
@@ -403,7 +404,7 @@ def main() -> int:
         f"{len(data.val)} validation and {len(data.test)} test images; on {device}"
     )
     with display.bars:
-        results = [train(loss, data, options, device, display) for loss in options.loss]
+        results = [train(name, data, options, device, display) for name in options.loss]
 
     table = Table(box=box.ROUNDED if console.is_terminal else box.ASCII)
     for heading in ("loss", "mIoU", "boundary F", "step time (ms)"):
