@@ -32,7 +32,7 @@ MAX_BLOCK_C = 4
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_PATCH = {"BLOCK_H": 16, "BLOCK_W": 32}
 # Elements of a tile that holds all classes of some pixels.
-BLOCK_ALL_CLASSES = 4096
+BLOCK_ALL_CLASSES = 2048
 
 
 @triton.jit
@@ -88,6 +88,16 @@ def kl(p, q, log_p, log_q, log_p_other, log_q_other):
 
 
 @triton.jit
+def pixels(W, BLOCK_P: tl.constexpr):
+    """Index, row and column (pixels,) of this program's pixels; they are consecutive."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    offs = tl.arange(0, BLOCK_P)
+    # The 64-bit division is that of one number; those of the pixels fit 32 bits.
+    w = (first % W).to(tl.int32) + offs
+    return first + offs, first // W + w // W, w % W
+
+
+@triton.jit
 def statistics_kernel(
     logits_ptr, top_ptr, rest_ptr,
     C, HW, W, stride_n, stride_c, stride_h, stride_w,
@@ -95,10 +105,10 @@ def statistics_kernel(
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[:, None]
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    pixel, h, w = pixels(W, BLOCK_P)
     mask = pixel < HW
-    offs = (pixel // W) * stride_h + (pixel % W) * stride_w
-    offs = n * stride_n + c.to(tl.int64) * stride_c + offs[None, :]
+    offs = (h * stride_h + w.to(tl.int64) * stride_w)[None, :]
+    offs = n * stride_n + c.to(tl.int64) * stride_c + offs
     x = tl.load(logits_ptr + offs, mask=(c < C) & mask[None, :], other=0.0).to(tl.float32)
     x = tl.where(c < C, x, -float("inf"))
     top, top_class = tl.max(x, axis=0, return_indices=True)
@@ -254,12 +264,11 @@ def softmax_backward_kernel(
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    h, w = pixel // W, pixel % W
+    pixel, h, w = pixels(W, BLOCK_P)
     in_image = pixel < HW
-    mask = (c < C) & in_image
-    top = tl.load(top_ptr + n * HW + pixel, mask=in_image, other=0.0)
-    rest = tl.load(rest_ptr + n * HW + pixel, mask=in_image, other=1.0)
+    top = tl.load(top_ptr + n * HW + pixel, mask=in_image, other=0.0)[None, :]
+    rest = tl.load(rest_ptr + n * HW + pixel, mask=in_image, other=1.0)[None, :]
+    h, w, mask = h[None, :], w.to(tl.int64)[None, :], (c < C) & in_image[None, :]
     offs = n * stride_n + c * stride_c + h * stride_h + w * stride_w
     x = tl.load(logits_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     p = tl.exp(x - top) / (1 + rest)
