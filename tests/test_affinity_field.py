@@ -240,7 +240,9 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch):
     from tritonaff.kernels import affinity_field as kernels
 
     monkeypatch.setattr(kernels, "INTERPRETED_PATCH", {"BLOCK_H": 2, "BLOCK_W": 8})
-    check_parity(case_with((3, 7)), "triton", *make_inputs((2, 3, 7, 19)))
+    for confidence in (0.0, 9.0):
+        inputs = make_inputs((2, 3, 7, 19), confidence=confidence)
+        check_parity(case_with((3, 7)), "triton", *inputs)
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
@@ -322,6 +324,7 @@ def test_opcheck(backend, device, variant, memory_format):
     settings = (3, 7), 3.0, 1e-4, 255, variant, backend
     op = torch.ops.tritonaff.affinity_field.default
     torch.library.opcheck(op, (logits, target, *settings))
+    assert [out.requires_grad for out in op(logits, target, *settings)] == [True] + 3 * [False]
     sums, _, top, rest = op(logits.detach(), target, *settings)
     torch.library.opcheck(
         torch.ops.tritonaff.affinity_field_backward.default,
@@ -429,6 +432,12 @@ def test_infinite_confidence_is_finite(backend, device):
     logits, target = make_inputs((1, 4, 9, 9), device=device)
     results = evaluate(CASES["affinity_field"], backend, 1e4 * logits, target)
     assert all(result.isfinite().all() for result in results.values())
+
+
+def test_ignore_index_may_be_a_class(backend, device):
+    logits, target = make_inputs((1, 3, 9, 9), device=device)
+    target[target == 255] = 1
+    check_parity(case_with((3, 5), ignore_index=1), backend, logits, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

@@ -51,7 +51,7 @@ def make_inputs(
     target = torch.randint(0, c, (n, *patches), generator=generator)
     target = target.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)
     target = target[:, :height, :width].contiguous()
-    one_hot = F.one_hot(target, c).movedim(-1, 1)
+    one_hot = F.one_hot(target, c).movedim(-1, 1).contiguous()
     logits = confidence * one_hot + torch.randn(shape, generator=generator)
     target[torch.rand(target.shape, generator=generator) < 0.01] = 255
     return logits.to(device, dtype), target.to(device)

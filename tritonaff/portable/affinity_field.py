@@ -136,6 +136,7 @@ class Image(NamedTuple):
     top: Tensor  # (N, 1, H, W): the largest logit
     rest: Tensor  # (N, 1, H, W): the sum of exp(logit - top) over the other classes
     label: Tensor  # (N, 1, H, W), -1 at pixels that do not count
+    float_label: Tensor  # the same, to compare with
     valid: Tensor  # (N, 1, H, W), 1 and 0
     boxes: Tensor  # (K, N, 1, H, W): valid pixels among a pixel and its neighbours at each size
     own_p: Tensor  # (N, 1, H, W): p in the channel of the pixel's label
@@ -156,7 +157,8 @@ class Image(NamedTuple):
         ignore_index: int,
     ) -> Image:
         label = counted_labels(target, logits.shape[1], ignore_index)
-        valid = torch.ge(label, 0, out=torch.empty_like(rest))
+        float_label = label.to(logits.dtype)
+        valid = torch.ge(float_label, 0, out=torch.empty_like(rest))
         radii = [(size - 1) // 2 for size in kernel_sizes]
         boxes = [box_sum(F.pad(valid, [d] * 4), d, torch.empty_like(valid)) for d in radii]
 
@@ -170,6 +172,7 @@ class Image(NamedTuple):
             top,
             rest,
             label,
+            float_label,
             valid,
             torch.stack(boxes),
             own_p,
@@ -181,8 +184,7 @@ class Image(NamedTuple):
 
 
 class Dense:
-    """Whole images, or some classes of one image: tensors (n, c, H, W) that live in a buffer the
-    blocks share.
+    """Whole images, or some classes of one image: (n, c, H, W) tensors in buffers that blocks share.
 
     l and u are 0 at pixels that do not count and, in their padded forms, outside the image.
     """
@@ -202,10 +204,8 @@ class Dense:
         p, q = probabilities(e, image.rest[images], image.eps, out=self.q)
         valid = image.valid[images]
         torch.mul(torch.div(p, q, out=self.box).log_(), valid, out=self.l)
-        channel = torch.arange(image.logits.shape[1], dtype=p.dtype, device=p.device)[
-            classes, None, None
-        ]
-        own = torch.eq(image.label[images].to(p.dtype), channel, out=self.box)
+        channel = torch.arange(classes.start, classes.start + c, dtype=p.dtype, device=p.device)
+        own = torch.eq(image.float_label[images], channel[:, None, None], out=self.box)
         torch.mul(torch.sub(valid, own, out=self.grad_u), p, out=self.u).addcmul_(own, q, value=-1)
 
     def box_sum(self, padded: Tensor, d: int) -> Tensor:
@@ -313,15 +313,13 @@ def edges(image: Image, d: int) -> Iterator[Edge]:
 
 
 def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels a and their neighbours b of another label, as indices into the flattened labels, and a
-    weight.
+    """Pixels a, their neighbours b of another label (indices into flattened labels), and weights.
 
     Selecting them needs their number on the host, which only a CPU has at hand: other devices take
     all pairs, with weight 0 for those of equal labels.
     """
-    pixel = F.pad(
-        torch.arange(label.numel(), device=label.device).view(label.shape), (d, d, 0, d)
-    ).view(-1)
+    pixel = torch.arange(label.numel(), device=label.device).view(label.shape)
+    pixel = F.pad(pixel, (d, d, 0, d)).view(-1)
     # 0 = does not count. With these margins a shift of the flattened map never reaches another row
     # or image.
     label = F.pad((label + 1).to(torch.float32), (d, d, 0, d))
@@ -377,8 +375,9 @@ def softmax_backward_(grad_p: Tensor, logits: Tensor, top: Tensor, rest: Tensor)
 def probabilities(
     e: Tensor, rest: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """p = softmax (in place of e) and q = 1 - p, clamped to [eps, 1 - eps]; q keeps its digits
-    where p is near 1.
+    """p = softmax (in place of e) and q = 1 - p, both clamped to [eps, 1 - eps].
+
+    q is not computed from p: it keeps its digits where p is near 1.
     """
     total = 1 + rest
     q = torch.sub(e.new_ones(()), e, out=out).add_(rest).div_(total).clamp_(eps, 1 - eps)
