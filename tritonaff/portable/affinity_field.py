@@ -184,7 +184,7 @@ class Image(NamedTuple):
 
 
 class Dense:
-    """Whole images, or some classes of one image: (n, c, H, W) tensors in buffers that blocks share.
+    """Whole images, or classes of one image: (n, c, H, W) tensors in buffers that blocks share.
 
     l and u are 0 at pixels that do not count and, in their padded forms, outside the image.
     """
