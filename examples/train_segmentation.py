@@ -20,9 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: threads that wait by spinning slow a step down a hundredfold where
-# another process wants the cores too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch is imported: how long a thread spins while it waits for the others. The default, for
+# milliseconds, slows a step a hundredfold where another process wants the cores; not to spin at all
+# would cost every short operation a wake-up.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import matplotlib
 import numpy as np
