@@ -14,6 +14,7 @@ BAD_TENSORS = {
     "logits no tensor": ([[0.0]], TARGET, TypeError, "logits must be a tensor, got list"),
     "logits integer": (LOGITS.long(), TARGET, TypeError, "logits must have dtype .* got int64"),
     "logits complex": (LOGITS + 0j, TARGET, TypeError, "logits must have dtype .* got complex64"),
+    "logits sparse": (LOGITS.to_sparse(), TARGET, TypeError, "logits must be a dense tensor"),
     "logits rank": (LOGITS[0], TARGET, ValueError, r"logits must have shape \(N, C, H, W\), got"),
     "logits empty": (LOGITS[..., :0], TARGET[..., :0], ValueError, "at least one class, row and"),
     "no classes": (NO_CLASSES, TARGET, ValueError, "at least one class, row and column"),
@@ -30,7 +31,7 @@ BAD_TENSORS = {
 BAD_OPTIONS = {
     "sizes no sequence": ({"kernel_sizes": 3}, TypeError, "kernel_sizes must be a sequence"),
     "sizes a string": ({"kernel_sizes": "35"}, TypeError, "kernel_sizes must be a sequence"),
-    "sizes no int": ({"kernel_sizes": (3.0,)}, TypeError, "sequence of int, got 3.0"),
+    "sizes no int": ({"kernel_sizes": (3.0,)}, TypeError, "kernel_sizes must be an int, got float"),
     "sizes empty": ({"kernel_sizes": ()}, ValueError, "kernel_sizes must be odd, at least 3"),
     "sizes even": ({"kernel_sizes": (3, 4)}, ValueError, r"must be odd.*got \(3, 4\)"),
     "sizes small": ({"kernel_sizes": (1,)}, ValueError, "must be odd, at least 3"),
@@ -39,9 +40,10 @@ BAD_OPTIONS = {
     "margin nan": ({"margin": float("nan")}, ValueError, "margin must be in"),
     "margin infinite": ({"margin": float("inf")}, ValueError, "margin must be in"),
     "margin type": ({"margin": "3"}, TypeError, "margin must be a number, got str"),
-    "eps zero": ({"eps": 0.0}, ValueError, r"eps must be in \(0, 0.5\), got 0.0"),
-    "eps half": ({"eps": 0.5}, ValueError, r"eps must be in \(0, 0.5\), got 0.5"),
+    "eps zero": ({"eps": 0.0}, ValueError, r"eps must be in .*, 0.5\), got 0.0"),
+    "eps half": ({"eps": 0.5}, ValueError, r"eps must be in .*, 0.5\), got 0.5"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+    "ignore_index huge": ({"ignore_index": 2**70}, ValueError, "ignore_index must fit 64 bits"),
     "variant": ({"variant": "other"}, ValueError, "variant must be one of .* got 'other'"),
 }
 BAD_LOSS_OPTIONS = {
@@ -57,21 +59,20 @@ BAD_WEIGHTS = {
 }
 
 
+FUNCTIONS = {
+    "terms": tritonaff.affinity_field_terms,
+    "loss": tritonaff.affinity_field_loss,
+    "module": tritonaff.AffinityFieldLoss(),
+    "adaptive module": tritonaff.AdaptiveAffinityFieldLoss(3),
+}
+
+
 def cases(table):
     return pytest.mark.parametrize("bad", table.values(), ids=table.keys())
 
 
 @cases(BAD_TENSORS)
-@pytest.mark.parametrize(
-    "function",
-    [
-        tritonaff.affinity_field_terms,
-        tritonaff.affinity_field_loss,
-        tritonaff.AffinityFieldLoss(),
-        tritonaff.AdaptiveAffinityFieldLoss(3),
-    ],
-    ids=["terms", "loss", "module", "adaptive module"],
-)
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_tensors(function, bad):
     logits, target, error, message = bad
     if isinstance(function, tritonaff.AdaptiveAffinityFieldLoss) and logits is NO_CLASSES:
@@ -122,7 +123,13 @@ def test_number_of_classes_of_the_adaptive_module():
 
 @pytest.mark.parametrize(
     ("progress", "error"),
-    [(-0.1, ValueError), (1.1, ValueError), ("half", TypeError), (torch.zeros(2), ValueError)],
+    [
+        (-0.1, ValueError),
+        (1.1, ValueError),
+        ("half", TypeError),
+        (torch.zeros(2), ValueError),
+        (torch.tensor(True), TypeError),
+    ],
 )
 def test_progress(progress, error):
     with pytest.raises(error, match="progress must be"):
@@ -169,12 +176,31 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["logits integer", "logits rank", "target size"])
-def test_the_same_error_under_compile(name):
+@pytest.mark.parametrize("name", ["logits integer", "logits rank", "target size", "target bool"])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_the_same_error_under_compile(name, function):
     logits, target, error, message = BAD_TENSORS[name]
-    compiled = torch.compile(tritonaff.affinity_field_loss, backend="eager")
     with pytest.raises(error, match=message):
-        compiled(logits, target)
+        torch.compile(function, backend="eager")(logits, target)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@cases(
+    {**BAD_LOSS_OPTIONS, "weight": ({"edge_weight": torch.ones(2, 2)}, ValueError, "edge_weight")}
+)
+def test_the_same_error_of_options_under_compile(bad):
+    options, error, message = bad
+    with pytest.raises(error, match=message):
+        torch.compile(tritonaff.affinity_field_loss, backend="eager")(LOGITS, TARGET, **options)
+
+
+def test_numpy_numbers_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    sizes = [numpy.int64(3), numpy.int32(5)]
+    loss = tritonaff.AdaptiveAffinityFieldLoss(
+        numpy.int64(3), sizes, ignore_index=numpy.uint8(255), margin=numpy.float32(2)
+    )
+    assert loss(LOGITS, TARGET) == 0
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -61,6 +61,18 @@ def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path
     assert not path.exists()
 
 
+def test_it_refuses_to_time_what_goes_wrong_only_on_large_images(monkeypatch, capsys):
+    """Blocks left out: the corner that is compared in full has one block only."""
+    from tritonaff.portable import affinity_field as portable
+
+    blocks = portable.blocks
+    monkeypatch.setattr(portable, "blocks", lambda logits: list(blocks(logits))[:1])
+    assert main([*QUICK, "--shape", "1,5,256,512"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "portable: loss of the inputs to time is off" in printed.err
+
+
 def test_parity_sees_one_wrong_border_pixel(monkeypatch):
     from tritonaff.portable import affinity_field as portable
 
@@ -91,7 +103,7 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
     case = CASES["affinity_field"]
     for labels in (target, torch.randint(0, 19, target.shape)):
         result = measure.measure(case, "portable", ("fwd_bwd",), logits, labels, quick=True)
-        assert result["fwd_bwd"].peak_bytes <= 8 * logits.nbytes
+        assert result.by_mode["fwd_bwd"].peak_bytes <= 8 * logits.nbytes
 
 
 def test_interpreted_tiles_are_not_timed(capsys):
@@ -102,6 +114,11 @@ def test_interpreted_tiles_are_not_timed(capsys):
 def test_list(capsys):
     assert main(["list"]) == 0
     assert "affinity_field" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_there(capsys):
+    assert main(["run", "--quick", "--device", "nonsense"]) == 1
+    assert "device nonsense cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--impl", "fast"], ["--shape", "1,2,3"], ["--mode", "x"]])

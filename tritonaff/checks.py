@@ -7,6 +7,8 @@ what came.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +50,7 @@ def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> N
     if wrong.any():
         raise ValueError(
             f"target must hold classes in [0, {num_classes}) or ignore_index {ignore_index}, "
-            f"got {sorted(set(label[wrong].tolist()))[:5]} at {int(wrong.sum())} pixels"
+            f"got {torch.unique(label[wrong])[:5].tolist()} at {int(wrong.sum())} pixels"
         )
 
 
@@ -57,19 +59,20 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
         raise TypeError(
             f"kernel_sizes must be a sequence of int, got {type(kernel_sizes).__name__}"
         )
-    for size in kernel_sizes:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"kernel_sizes must be a sequence of int, got {size!r} in it")
-    if (
-        not kernel_sizes
-        or len(set(kernel_sizes)) != len(kernel_sizes)
-        or any(s < 3 or s % 2 == 0 for s in kernel_sizes)
-    ):
+    sizes = tuple(check_int("every one of kernel_sizes", size) for size in kernel_sizes)
+    if not sizes or len(set(sizes)) != len(sizes) or any(s < 3 or s % 2 == 0 for s in sizes):
         raise ValueError(
             "kernel_sizes must be odd, at least 3 and distinct, at least one of them, "
             f"got {kernel_sizes}"
         )
-    return tuple(kernel_sizes)
+    return sizes
+
+
+def check_ignore_index(value: Any) -> int:
+    value = check_int("ignore_index", value, at_least=-(2**63))
+    if value >= 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {value}")
+    return value
 
 
 def check_number(
@@ -81,22 +84,25 @@ def check_number(
     below: float = math.inf,
     at_most: float = math.inf,
 ) -> float:
-    """A finite Python number within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A finite number within the bounds, as a Python float; NumPy's numbers too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (at_least <= value <= at_most and above < value < below):
-        low = f"in [{at_least}" if at_least > above else f"in ({above}"
+    number = float(value)
+    if not (at_least <= number <= at_most and above < number < below):
+        low = f"[{at_least}" if at_least > above else f"({above}"
         high = f"{at_most}]" if at_most < below else f"{below})"
-        raise ValueError(f"{name} must be {low}, {high}, got {value}")
-    return float(value)
+        raise ValueError(f"{name} must be in {low}, {high}, got {value}")
+    return number
 
 
 def check_int(name: str, value: Any, *, at_least: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An integer, as a Python int; NumPy's integers too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return value
+    integer: int = operator.index(value)
+    return integer
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:
@@ -112,6 +118,8 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tritonaff import checks
@@ -61,7 +62,7 @@ def affinity_field_terms(
         target: (N, H, W) of uint8, int32 or int64.
         kernel_sizes: K distinct odd sizes, each at least 3.
         margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
-        eps: clamp of the probabilities, in (0, 0.5).
+        eps: clamp of the probabilities, at least a rounding of 1 (1.2e-7; float64 2.2e-16), < 0.5.
         ignore_index: label of the pixels to leave out.
         variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code:
             tables by the label of the centre i for all its channels, pairs only where the pixel
@@ -69,7 +70,8 @@ def affinity_field_terms(
             label outside [0, C) ignored.
 
     Returns:
-        :class:`AffinityFieldTerms`. Differentiable with respect to the logits, once.
+        :class:`AffinityFieldTerms`. Differentiable with respect to the logits: once, in
+        reverse mode.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -90,8 +92,9 @@ def affinity_field_terms(
     checks.check_logits_and_target(logits, target)
     kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
     margin = checks.check_number("margin", margin, at_least=0)
-    eps = checks.check_number("eps", eps, above=0, below=0.5)
-    checks.check_int("ignore_index", ignore_index)
+    precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    eps = checks.check_number("eps", eps, at_least=torch.finfo(precision).eps, below=0.5)
+    ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_option("variant", variant, VARIANTS)
     if variant == "paper":
         checks.check_label_values(target, logits.shape[1], ignore_index)
@@ -201,4 +204,7 @@ def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tenso
                 f"{name} and logits must be on one device, got {weight.device} and {total.device}"
             )
         weighted = total * weight.to(total.dtype)
-    return (weighted.sum(dim=0) / count.sum(dim=0).clamp(min=1)).sum()
+    count = count.sum(dim=0)
+    # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
+    # them in rounding.
+    return (weighted.sum(dim=0) * (count > 0) / count.clamp(min=1)).sum()

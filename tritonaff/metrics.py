@@ -14,7 +14,7 @@ from tritonaff import checks
 
 
 class BoundaryScores(NamedTuple):
-    """Each (C,) float64: one value per class, NaN for a class without any boundary."""
+    """Each (C,) float64 on the CPU: a value per class, NaN for a class without any boundary."""
 
     precision: Tensor
     recall: Tensor
@@ -85,7 +85,7 @@ class BoundaryScore:
 
     def compute(self) -> BoundaryScores:
         """The scores of all batches since the start or the last ``reset``."""
-        predicted, predicted_matched, true, true_matched = self.counts.double()
+        predicted, predicted_matched, true, true_matched = self.counts.cpu().double()
         nothing = (predicted + true) == 0
         precision = (predicted_matched / predicted.clamp(min=1)).masked_fill(nothing, torch.nan)
         recall = (true_matched / true.clamp(min=1)).masked_fill(nothing, torch.nan)

@@ -58,7 +58,7 @@ class AffinityFieldLoss(nn.Module):
         self.non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
         self.margin = checks.check_number("margin", margin, at_least=0)
         self.eps = checks.check_number("eps", eps, above=0, below=0.5)
-        self.ignore_index = checks.check_int("ignore_index", ignore_index)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
         checks.check_option("variant", variant, VARIANTS)
         self.variant = variant
 
@@ -86,7 +86,7 @@ class AffinityFieldLoss(nn.Module):
             variant=self.variant,
             **weights,
         )
-        return loss if progress is None else loss * _decay(progress)
+        return loss if progress is None else loss * _decay(progress, loss)
 
     def extra_repr(self) -> str:
         return (
@@ -135,12 +135,30 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     """
 
     def __init__(
-        self, num_classes: int, kernel_sizes: Sequence[int] = (3, 5, 7), **options: Any
+        self,
+        num_classes: int,
+        kernel_sizes: Sequence[int] = (3, 5, 7),
+        *,
+        edge_lambda: float = 1.0,
+        non_edge_lambda: float = 1.0,
+        margin: float = 3.0,
+        eps: float = 1e-4,
+        ignore_index: int = 255,
+        variant: str = "paper",
     ) -> None:
-        super().__init__(kernel_sizes, **options)
+        super().__init__(
+            kernel_sizes,
+            edge_lambda=edge_lambda,
+            non_edge_lambda=non_edge_lambda,
+            margin=margin,
+            eps=eps,
+            ignore_index=ignore_index,
+            variant=variant,
+        )
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
-        self.edge_scores = nn.Parameter(torch.zeros(num_classes, len(self.kernel_sizes)))
-        self.non_edge_scores = nn.Parameter(torch.zeros(num_classes, len(self.kernel_sizes)))
+        shape = self.num_classes, len(self.kernel_sizes)
+        self.edge_scores = nn.Parameter(torch.zeros(shape))
+        self.non_edge_scores = nn.Parameter(torch.zeros(shape))
 
     @property
     def edge_weight(self) -> Tensor:
@@ -203,12 +221,13 @@ def _adversarial_softmax(scores: Tensor) -> Tensor:
     return reversed_scores.to(dtype).softmax(dim=1)
 
 
-def _decay(progress: float | Tensor) -> float | Tensor:
-    """10 ** -progress."""
+def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:
+    """10 ** -progress, a tensor if progress is one."""
     if isinstance(progress, Tensor):
+        if not progress.is_floating_point():
+            raise TypeError(f"progress must be a floating-point tensor, got {progress.dtype}")
         if progress.dim() != 0:
-            raise ValueError(
-                f"progress must be a number or a 0-d tensor, got shape {tuple(progress.shape)}"
-            )
-        return torch.pow(10.0, -progress)
+            shape = tuple(progress.shape)
+            raise ValueError(f"progress must be a number or a 0-d tensor, got shape {shape}")
+        return torch.pow(10.0, -progress).to(loss.dtype)
     return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))

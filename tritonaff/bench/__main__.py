@@ -18,7 +18,15 @@ from typing import Any
 import torch
 
 from tritonaff.bench import measure
-from tritonaff.bench.cases import CASES, Case, ParityError, Shape, check_parity, make_inputs
+from tritonaff.bench.cases import (
+    CASES,
+    Case,
+    ParityError,
+    Shape,
+    check_agreement,
+    check_parity,
+    make_inputs,
+)
 from tritonaff.version import __version__
 
 IMPLS = ("reference", "compiled", "portable", "triton")
@@ -47,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="check parity, then measure time and memory")
     run.set_defaults(command=_run)
-    run.add_argument("--op", choices=sorted(CASES), nargs="+", default=sorted(CASES))
+    run.add_argument("--op", type=_names(tuple(CASES)), default=tuple(CASES))
     run.add_argument(
         "--impl", type=_names(IMPLS), help=f"of {','.join(IMPLS)} (default: all that run here)"
     )
@@ -94,10 +102,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device)
+    device = _device(args.device)
     impls = args.impl or _impls_here(device)
     if device.type == "cpu" and "triton" in impls:
         raise ValueError("the tiles run on a GPU; interpreted they are tested, but not timed")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     jobs = [
         (CASES[op], dtype, shape)
         for op in args.op
@@ -118,8 +128,22 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def _impls_here(device: torch.device) -> tuple[str, ...]:
-    return IMPLS if device.type != "cpu" else tuple(i for i in IMPLS if i != "triton")
+    left_out = set()
+    if device.type == "cpu":
+        left_out.add("triton")
+    if not measure.compiler_works(device):
+        left_out.add("compiled")
+    return tuple(impl for impl in IMPLS if impl not in left_out)
 
 
 def _rows(
@@ -131,7 +155,13 @@ def _rows(
     device: torch.device,
     step: Callable[[str], None],
 ) -> list[measure.Row]:
-    """Parity of every implementation on a corner of the shape, then its rows."""
+    """Parity of every implementation, then its rows.
+
+    Parity in full against float64 on a corner of the shape, where that is affordable, and loss and
+    gradient of the very inputs that are timed against the first implementation.
+    """
+    if dtype == "float64":
+        impls = tuple(impl for impl in impls if impl != "triton")  # no tile computes in it
     n, c, height, width = shape
     corner = (min(n, 2), c, min(height, 48), min(width, 64))
     for impl in impls:
@@ -140,20 +170,25 @@ def _rows(
                 inputs = make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
                 check_parity(case, impl, *inputs)
     logits, target = make_inputs(shape, DTYPES[dtype], device)
-    measured = {}
+    measured: dict[str, measure.Measured] = {}
+    first: measure.Measured | None = None
     for impl in (*impls, measure.YARDSTICK):
         step(f"{case.name} {dtype} {','.join(map(str, shape))} {impl}")
         measured[impl] = measure.measure(case, impl, args.mode, logits, target, args.quick)
+        if impl != measure.YARDSTICK:
+            first = first or measured[impl]
+            check_agreement(f"{case.name} {impl}", measured[impl].result, first.result)
 
     def speedup(over: str, impl: str, mode: str) -> float | None:
         if over not in measured:
             return None
-        return round(measured[over][mode].ms / measured[impl][mode].ms, 2)
+        times = [measured[name].by_mode[mode].ms for name in (over, impl)]
+        return round(times[0] / times[1], 2)
 
     rows = []
     for mode in args.mode:
-        for impl, by_mode in measured.items():
-            this = by_mode[mode]
+        for impl in measured:
+            this = measured[impl].by_mode[mode]
             gb_per_s = measure.traffic_bytes(mode, logits, target) / this.ms / 1e6
             rows.append(
                 measure.Row(
@@ -246,14 +281,20 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Everything a figure depends on."""
-    result = {"tritonaff": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    result = {
+        "tritonaff": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     try:
         result["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         result["triton"] = "none"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        result["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        result["commit"] = subprocess.run(
+            git, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         result["commit"] = "unknown"
     return result
@@ -295,9 +336,13 @@ def _print(title: str, columns: list[str], lines: list[list[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="dim", box=None, pad_edge=False
+        )
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if _numeric(lines, i) else "left", no_wrap=True)
+            table.add_column(
+                column, justify="right" if _numeric(lines, i) else "left", no_wrap=True
+            )
         for line in lines:
             table.add_row(*line)
         Console().print(table)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
 
 from tritonaff.bench.cases import Case
@@ -43,25 +45,50 @@ class Measurement:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One implementation on one pair of inputs."""
+
+    result: tuple[Tensor, Tensor]
+    """Loss and gradient."""
+    by_mode: dict[str, Measurement]
+
+
 def measure(
     case: Case, impl: str, modes: tuple[str, ...], logits: Tensor, target: Tensor, quick: bool
-) -> dict[str, Measurement]:
-    """Median milliseconds, compile seconds and peak bytes over the inputs, by mode."""
+) -> Measured:
+    """Runs one implementation: its result, and time and memory by mode.
+
+    Compile seconds are those of torch.compile's first call, forward and backward, with nothing in
+    its caches: of the reference for "compiled", of the opaque op for our own.
+    """
     backend = {YARDSTICK: "auto", "compiled": "reference"}.get(impl, impl)
     loss = _cross_entropy if impl == YARDSTICK else case.loss
-    if impl == "compiled":
-        torch._dynamo.reset()
-        loss = torch.compile(loss, fullgraph=True)
     logits = logits.detach().requires_grad_()
+    run_loss: Callable[[Tensor, Tensor], Tensor] = loss
+    compile_s = None
 
     def forward(_: Any = None) -> Tensor:
-        return loss(logits, target)
+        return run_loss(logits, target)
 
-    def backward(value: Tensor) -> None:
-        torch.autograd.grad(value, logits)
+    def backward(value: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(value, logits)
+        return gradient
 
-    def forward_backward(_: Any = None) -> None:
-        backward(forward())
+    def forward_backward(_: Any = None) -> tuple[Tensor, Tensor]:
+        value = forward()
+        return value.detach(), backward(value)
+
+    if impl not in ("reference", YARDSTICK) and compiler_works(logits.device):
+        torch._dynamo.reset()
+        with fresh_cache(), use_backend(backend):
+            run_loss = torch.compile(loss, fullgraph=True)
+            start = time.perf_counter()
+            forward_backward()
+            _wait(logits.device)
+            compile_s = time.perf_counter() - start
+        if impl != "compiled":
+            run_loss = loss
 
     # What is timed, and what has to happen before every time.
     stages: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
@@ -69,19 +96,25 @@ def measure(
         "bwd": (backward, forward),
         "fwd_bwd": (forward_backward, lambda: None),
     }
-    results = {}
+    by_mode = {}
     with use_backend(backend):
-        compile_s = None
-        if impl == "compiled":
-            with fresh_cache():  # what an earlier process compiled would be found again
-                start = time.perf_counter()
-                forward_backward()
-                compile_s = time.perf_counter() - start
+        result = forward_backward()
         for mode in modes:
             run, prepare = stages[mode]
             ms = median_ms(run, logits.device, quick, prepare)
-            results[mode] = Measurement(ms, compile_s, peak_bytes(run, logits.device, prepare))
-    return results
+            by_mode[mode] = Measurement(ms, compile_s, peak_bytes(run, logits.device, prepare))
+    return Measured(result, by_mode)
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether Inductor finds what it compiles with."""
+    if device.type != "cpu":
+        return True
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -27,8 +27,6 @@ NUM_WARPS = 4
 KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
 
 
-
-
 @dataclass(frozen=True)
 class Tile:
     """A kernel as its launcher calls it: 19 classes, 3 sizes, float32, contiguous."""
@@ -159,6 +157,9 @@ def kind_of(name: str) -> str:
         return "memory"
     if re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_", name):
         return "special"
-    if re.match(r"BRA|EXIT|BAR|BSSY|BSYNC|WARPSYNC|RET|CALL|s_cbranch|s_branch|s_barrier|s_waitcnt|s_endpgm", name):
+    if re.match(
+        r"BRA|EXIT|BAR|BSSY|BSYNC|WARPSYNC|RET|CALL|s_cbranch|s_branch|s_barrier|s_waitcnt|s_endpgm",
+        name,
+    ):
         return "control"
     return "arithmetic"

@@ -12,7 +12,8 @@ nothing of the size (N, C, H, W, 8) exists. Label masks are computed once for th
     softmax_backward_kernel  d loss / d p      -> d loss / d logits
 
 Half precision is read as it is and computed in float32. Image sizes and strides are runtime
-arguments; only sizes of neighbourhoods and blocks compile anew.
+arguments: what compiles anew are neighbourhood sizes, block sizes, and Triton's own distinction of
+arguments that are 1 or divisible by 16.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ BLOCK_ALL_CLASSES = 2048
 
 
 @triton.jit
-def patch(W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Rows and columns (1, pixels) of this program's patch."""
+def patch(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Image, and rows and columns (1, pixels), of this program's patch."""
     patches_w = tl.cdiv(W, BLOCK_W)
+    patches = tl.cdiv(H, BLOCK_H) * patches_w
+    n, place = tl.program_id(0) // patches, tl.program_id(0) % patches
     offs = tl.arange(0, BLOCK_H * BLOCK_W)[None, :]
-    h = (tl.program_id(0) // patches_w) * BLOCK_H + offs // BLOCK_W
-    w = (tl.program_id(0) % patches_w) * BLOCK_W + offs % BLOCK_W
-    return h, w
+    h = (place // patches_w) * BLOCK_H + offs // BLOCK_W
+    w = (place % patches_w) * BLOCK_W + offs % BLOCK_W
+    return n.to(tl.int64), h, w
 
 
 @triton.jit
@@ -88,13 +91,15 @@ def kl(p, q, log_p, log_q, log_p_other, log_q_other):
 
 
 @triton.jit
-def pixels(W, BLOCK_P: tl.constexpr):
-    """Index, row and column (pixels,) of this program's pixels; they are consecutive."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_P
+def pixels(HW, W, BLOCK_P: tl.constexpr):
+    """Image, and index, row and column (pixels,), of this program's consecutive pixels."""
+    blocks = tl.cdiv(HW, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
     offs = tl.arange(0, BLOCK_P)
     # The 64-bit division is that of one number; those of the pixels fit 32 bits.
     w = (first % W).to(tl.int32) + offs
-    return first + offs, first // W + w // W, w % W
+    return n, first + offs, first // W + w // W, w % W
 
 
 @triton.jit
@@ -103,9 +108,8 @@ def statistics_kernel(
     C, HW, W, stride_n, stride_c, stride_h, stride_w,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[:, None]
-    pixel, h, w = pixels(W, BLOCK_P)
+    n, pixel, h, w = pixels(HW, W, BLOCK_P)
     mask = pixel < HW
     offs = (h * stride_h + w.to(tl.int64) * stride_w)[None, :]
     offs = n * stride_n + c.to(tl.int64) * stride_c + offs
@@ -127,18 +131,15 @@ def tables_kernel(
     margin, eps, ignore_index,
     RADII: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = row[:, None]
-    h, w = patch(W, BLOCK_H, BLOCK_W)
+    n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
     top_ptr += n * H * W
     rest_ptr += n * H * W
 
-    label_i = load_label(
-        target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
-    )
+    label_i = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
     counted_i = label_i >= 0
     p_i, q_i, log_p_i, log_q_i = load_probabilities(
         logits_ptr, top_ptr, rest_ptr, c, h, w, counted_i, C, W,
@@ -147,7 +148,7 @@ def tables_kernel(
     own_i = label_i == c
 
     # Tables of this program: (2, C, K), edges first.
-    program = (n * tl.num_programs(0) + tl.program_id(0)) * 2
+    program = tl.program_id(0).to(tl.int64) * 2
     row_offs = row.to(tl.int64) * len(RADII)
     for k in tl.static_range(len(RADII)):
         edge_sum = tl.zeros_like(p_i)
@@ -195,17 +196,14 @@ def gradient_kernel(
     margin, eps, ignore_index,
     RADII: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    h, w = patch(W, BLOCK_H, BLOCK_W)
+    n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
     top_ptr += n * H * W
     rest_ptr += n * H * W
 
-    label_i = load_label(
-        target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
-    )
+    label_i = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
     counted_i = label_i >= 0
     p_i, q_i, log_p_i, log_q_i = load_probabilities(
         logits_ptr, top_ptr, rest_ptr, c, h, w, counted_i, C, W,
@@ -262,9 +260,8 @@ def softmax_backward_kernel(
     grad_p_stride_w, grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
-    pixel, h, w = pixels(W, BLOCK_P)
+    n, pixel, h, w = pixels(HW, W, BLOCK_P)
     in_image = pixel < HW
     top = tl.load(top_ptr + n * HW + pixel, mask=in_image, other=0.0)[None, :]
     rest = tl.load(rest_ptr + n * HW + pixel, mask=in_image, other=1.0)[None, :]
@@ -292,7 +289,7 @@ def forward(
     top = logits.new_empty(n, 1, height, width, dtype=torch.float32)
     rest = torch.empty_like(top)
     grid = patch_grid(logits)
-    tables = grid[0] * n, 2, num_classes, len(kernel_sizes)
+    tables = grid[0], 2, num_classes, len(kernel_sizes)
     sums = logits.new_empty(tables, dtype=torch.float32)
     counts = logits.new_empty(tables, dtype=torch.int32)
     if n > 0:
@@ -351,11 +348,12 @@ def patch_blocks(logits: Tensor) -> dict[str, int]:
     return {"BLOCK_C": min(MAX_BLOCK_C, classes), "BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
 
 
-def patch_grid(logits: Tensor) -> tuple[int, int, int]:
+def patch_grid(logits: Tensor) -> tuple[int, int]:
+    """Images are part of the first axis: the others end at 65535."""
     n, num_classes, height, width = logits.shape
     blocks = patch_blocks(logits)
     patches = triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
-    return patches, triton.cdiv(num_classes, blocks["BLOCK_C"]), n
+    return patches * n, triton.cdiv(num_classes, blocks["BLOCK_C"])
 
 
 def pixel_blocks(logits: Tensor) -> dict[str, int]:
@@ -363,14 +361,16 @@ def pixel_blocks(logits: Tensor) -> dict[str, int]:
     return {"BLOCK_C": block_c, "BLOCK_P": max(16, min(256, BLOCK_ALL_CLASSES // block_c))}
 
 
-def pixel_grid(logits: Tensor) -> tuple[int, int]:
+def pixel_grid(logits: Tensor) -> tuple[int]:
     n, _, height, width = logits.shape
-    return triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]), n
+    return (triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]) * n,)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to the tensor's device, not to the current one."""
     if tensor.device.type == "cpu":  # interpreted
         return nullcontext()
-    guard: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
+    guard: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(
+        tensor.device
+    )
     return guard

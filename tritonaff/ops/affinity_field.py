@@ -108,9 +108,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, counts, top, rest = output
     ctx.save_for_backward(logits, target, top, rest)
     ctx.mark_non_differentiable(counts, top, rest)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_sums: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_sums is None:
+        return (None,) * 8
     grad = affinity_field_backward(grad_sums, *ctx.saved_tensors, *ctx.options)
     return grad, *(None for _ in range(7))
 

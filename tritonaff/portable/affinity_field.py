@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements in one step of the dense part: its eight buffers of this size stay in a CPU's cache; a
-# GPU wants fewer launches.
-CPU_BLOCK = 1 << 18
-DEVICE_BLOCK = 1 << 24
-# Pixel pairs in one step of the sparse part: bounds its memory when most of the label map is edges.
-PAIRS = 1 << 16
+# Elements in one step of the dense part, and pairs of pixels in one step of the sparse part. On a
+# CPU the buffers of a step stay in its cache; a GPU wants fewer launches.
+CPU_BLOCK, CPU_PAIRS = 1 << 18, 1 << 16
+DEVICE_BLOCK, DEVICE_PAIRS = 1 << 24, 1 << 22
 
 
 def forward(
@@ -47,10 +45,10 @@ def forward(
     edge_count = torch.zeros_like(edge_sum, dtype=torch.int64)
     pair_count = edge_count.new_zeros(len(kernel_sizes))
 
-    for k, d in enumerate(image.radii):
+    for k, d, boxes in image.sizes:
         # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large
         # image.
-        pair_count[k] = (image.valid * (image.boxes[k] - 1)).sum(dim=-1).to(torch.int64).sum()
+        pair_count[k] = (image.valid * (boxes - 1)).sum(dim=-1).to(torch.int64).sum()
         for edge in edges(image, d):
             hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba()))
             product = edge.u_step().mul_(edge.l_step())
@@ -61,12 +59,12 @@ def forward(
             edge_count[:, k].index_add_(0, edge.channel, edge.weight.to(edge_count.dtype), alpha=2)
 
     for block in dense_blocks(image):
-        for k, d in enumerate(image.radii):
+        for k, d, boxes in image.sizes:
             # The sum of u_i - u_j over the valid neighbours j, times l_i.
             products = (
                 block.box_sum(block.u_padded, d)
                 .neg_()
-                .addcmul_(image.boxes[k, block.images], block.u)
+                .addcmul_(boxes[block.images], block.u)
                 .mul_(block.l)
             )
             per_plane = products.sum(dim=(2, 3))
@@ -93,7 +91,7 @@ def backward(
     image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
 
     grad_p = torch.zeros_like(logits)
-    for k, d in enumerate(image.radii):
+    for k, d, _ in image.sizes:
         for edge in edges(image, d):
             from_edge = grad_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
             from_non_edge = grad_non_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
@@ -114,19 +112,27 @@ def backward(
 
     for block in dense_blocks(image):
         coefficients = grad_non_edge_sum[block.classes, :, None, None]
-        boxes = torch.mul(image.boxes[0, block.images], coefficients[:, 0], out=block.spare)
-        for k in range(1, len(image.radii)):
-            boxes.addcmul_(image.boxes[k, block.images], coefficients[:, k])
-        grad_u = torch.mul(boxes, block.l, out=block.grad_u)
-        grad_l = torch.mul(boxes, block.u, out=block.grad_l)
-        for k, d in enumerate(image.radii):
+        all_boxes = block.spare.zero_()
+        for k, _, boxes in image.sizes:
+            all_boxes.addcmul_(boxes[block.images], coefficients[:, k])
+        grad_u = torch.mul(all_boxes, block.l, out=block.grad_u)
+        grad_l = torch.mul(all_boxes, block.u, out=block.grad_l)
+        for k, d, _ in image.sizes:
             grad_u.addcmul_(block.box_sum(block.l_padded, d), coefficients[:, k], value=-1)
             grad_l.addcmul_(block.box_sum(block.u_padded, d), coefficients[:, k], value=-1)
-        free = torch.gt(block.p, eps, out=block.box).mul_(torch.gt(block.q, eps, out=boxes))
+        free = torch.gt(block.p, eps, out=block.box).mul_(torch.gt(block.q, eps, out=block.spare))
         free.mul_(image.valid[block.images])
         grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
         grad_p[block.images, block.classes].add_(grad_u).mul_(free)
     return in_layout_of(given, softmax_backward_(grad_p, logits, top, rest))
+
+
+class Size(NamedTuple):
+    """A kernel size that has pairs in the image at all."""
+
+    k: int  # its column in the tables
+    d: int
+    boxes: Tensor  # (N, 1, H, W): how many of a pixel and its 8 neighbours are valid
 
 
 class Image(NamedTuple):
@@ -138,11 +144,10 @@ class Image(NamedTuple):
     label: Tensor  # (N, 1, H, W), -1 at pixels that do not count
     float_label: Tensor  # the same, to compare with
     valid: Tensor  # (N, 1, H, W), 1 and 0
-    boxes: Tensor  # (K, N, 1, H, W): valid pixels among a pixel and its neighbours at each size
     own_p: Tensor  # (N, 1, H, W): p in the channel of the pixel's label
     own_q: Tensor
     own_channel: Tensor  # (N, 1, H, W): add a pixel's index, get its place in flattened logits
-    radii: list[int]
+    sizes: list[Size]
     eps: float
 
     @classmethod
@@ -159,28 +164,35 @@ class Image(NamedTuple):
         label = counted_labels(target, logits.shape[1], ignore_index)
         float_label = label.to(logits.dtype)
         valid = torch.ge(float_label, 0, out=torch.empty_like(rest))
-        radii = [(size - 1) // 2 for size in kernel_sizes]
-        boxes = [box_sum(F.pad(valid, [d] * 4), d, torch.empty_like(valid)) for d in radii]
-
         n, num_classes, height, width = logits.shape
+        sizes = []
+        for k, size in enumerate(kernel_sizes):
+            d = (size - 1) // 2
+            if d < max(height, width):
+                boxes = box_sum(F.pad(valid, [d] * 4), d, torch.empty_like(valid))
+                sizes.append(Size(k, d, boxes))
+
         some_label = label.clamp(min=0)
         own_p, own_q = probabilities((logits.gather(1, some_label) - top).exp_(), rest, eps)
         image = torch.arange(n, device=label.device).view(n, 1, 1, 1)
         own_channel = (image * (num_classes - 1) + some_label) * (height * width)
         return cls(
-            logits,
-            top,
-            rest,
-            label,
-            float_label,
-            valid,
-            torch.stack(boxes),
-            own_p,
-            own_q,
-            own_channel,
-            radii,
-            eps,
+            logits=logits,
+            top=top,
+            rest=rest,
+            label=label,
+            float_label=float_label,
+            valid=valid,
+            own_p=own_p,
+            own_q=own_q,
+            own_channel=own_channel,
+            sizes=sizes,
+            eps=eps,
         )
+
+    @property
+    def reach(self) -> int:
+        return max(size.d for size in self.sizes)
 
 
 class Dense:
@@ -194,7 +206,7 @@ class Dense:
     ) -> None:
         self.image, self.images, self.classes = image, images, classes
         n, c, height, width = image.logits[images, classes].shape
-        reach = max(image.radii)
+        reach = image.reach
         self.u_padded, self.l_padded, rows = padded[:, :n, :c]
         self.u, self.l = padded[:2, :n, :c, reach : reach + height, reach : reach + width]
         self.rows = rows[..., :height, :]
@@ -209,8 +221,7 @@ class Dense:
         torch.mul(torch.sub(valid, own, out=self.grad_u), p, out=self.u).addcmul_(own, q, value=-1)
 
     def box_sum(self, padded: Tensor, d: int) -> Tensor:
-        margin = max(self.image.radii) - d
-        return box_sum(padded, d, self.box, self.rows, margin)
+        return box_sum(padded, d, self.box, self.rows, self.image.reach - d)
 
 
 def _selects_pairs(device: torch.device) -> bool:
@@ -220,8 +231,10 @@ def _selects_pairs(device: torch.device) -> bool:
 def dense_blocks(image: Image) -> Iterator[Dense]:
     """The blocks of a batch, one after the other in the same buffers."""
     slices = list(blocks(image.logits))
-    n, c, height, width = image.logits[slices[0]].shape if slices else image.logits.shape
-    reach = max(image.radii)
+    if not slices or not image.sizes:
+        return
+    n, c, height, width = image.logits[slices[0]].shape
+    reach = image.reach
     padded = image.logits.new_zeros(3, n, c, height + 2 * reach, width + 2 * reach)
     inner = image.logits.new_empty(6, n, c, height, width)
     for images, classes in slices:
@@ -324,8 +337,10 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
     # or image.
     label = F.pad((label + 1).to(torch.float32), (d, d, 0, d))
     row, label = label.shape[-1], label.view(-1)
-    lists: list[list[Tensor]] = [[], [], []]  # first pixels, second pixels, weights
-    for shift in (d, d * row - d, d * row, d * row + d):
+    step = CPU_PAIRS if label.device.type == "cpu" else DEVICE_PAIRS
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+    shifts = (d, d * row - d, d * row, d * row + d)
+    for shift in shifts:
         here, there = label[:-shift], label[shift:]
         weight = torch.ne(here, there, out=torch.empty_like(here)).mul_(here).mul_(there).sign_()
         if _selects_pairs(label.device):
@@ -333,15 +348,16 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
             weight = weight.new_ones(first.shape)
         else:
             first = torch.arange(len(weight), device=label.device)
-        lists[0].append(pixel.index_select(0, first))
-        lists[1].append(pixel.index_select(0, first + shift))
-        lists[2].append(weight)
-    columns = []
-    while lists:
-        columns.append(torch.cat(lists.pop()))  # popped: the parts are not kept beside the whole
-    for start in range(0, len(columns[0]), PAIRS):
-        weight, j, i = (column[start : start + PAIRS] for column in columns)
-        yield torch.cat((i, j)), torch.cat((j, i)), torch.cat((weight, weight))
+        waiting.append((pixel.index_select(0, first), pixel.index_select(0, first + shift), weight))
+        # Few pairs wait for those of the next shifts: many short steps would take longer.
+        if shift != shifts[-1] and sum(len(pairs[2]) for pairs in waiting) < step:
+            continue
+        i, j, w = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        waiting.clear()
+        for k in range(0, len(w), step):
+            part = slice(k, k + step)
+            a, b = torch.cat((i[part], j[part])), torch.cat((j[part], i[part]))
+            yield a, b, torch.cat((w[part], w[part]))
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
