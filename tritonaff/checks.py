@@ -69,10 +69,10 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
 
 
 def check_ignore_index(value: Any) -> int:
-    value = check_int("ignore_index", value, at_least=-(2**63))
-    if value >= 2**63:
-        raise ValueError(f"ignore_index must fit 64 bits, got {value}")
-    return value
+    index = check_int("ignore_index", value, at_least=-(2**63))
+    if index >= 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {index}")
+    return index
 
 
 def check_number(

@@ -1,6 +1,4 @@
-"""The losses as modules, for training scripts that keep their options, and the learned size
-weights, in one place.
-"""
+"""The losses as modules: options, and the weights that a loss learns, in one place."""
 
 from __future__ import annotations
 
@@ -24,10 +22,9 @@ class AffinityFieldLoss(nn.Module):
 
     Shapes:
         ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W)
-            gives a scalar.
-        ``progress`` in [0, 1], the fraction of training done, multiplies it by 10 ** -progress as
-        the authors do. Under torch.compile pass a 0-d tensor: a Python float that changes compiles
-        a second time.
+        gives a scalar. ``progress`` in [0, 1], the fraction of training done, multiplies it by
+        10 ** -progress as the authors do. Under torch.compile pass a 0-d tensor: a Python float
+        that changes compiles a second time.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is

@@ -1,3 +1,1 @@
-"""The operations as torch.library custom ops: schema, fake, autograd formula, choice of
-implementation.
-"""
+"""The operations as custom ops: schema, fake, autograd formula, choice of implementation."""

@@ -1,6 +1,4 @@
-"""Which implementation runs: chosen by the tensors, or by the user for tests, benches and bug
-reports.
-"""
+"""Which implementation runs: the tensors decide, or the user, for tests and bug reports."""
 
 from __future__ import annotations
 
@@ -25,9 +23,8 @@ def use_backend(backend: str) -> Iterator[None]:
 
     Args:
         backend: ``"auto"`` (the default: Triton tiles where they can run, portable torch operations
-            elsewhere),
-            ``"triton"``, ``"portable"``, or ``"reference"`` (the papers' equations in eager
-                PyTorch).
+            elsewhere), ``"triton"``, ``"portable"``, or ``"reference"`` (the papers' equations in
+            eager PyTorch).
 
     Raises:
         ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run.
