@@ -2,8 +2,8 @@
 
 The published code's rules: p and 1 - p are clamped separately, a table's row is the label of the
 pair's centre, and a pair counts only if the pixel opposite to the neighbour counts too. The last
-rule is no product of two masks, so the sums do not separate as those of the equations do: this walks
-over the pairs, one direction at a time, in place.
+rule is no product of two masks, so the sums do not separate as those of the equations do: this
+walks over the pairs, one direction at a time, in place.
 """
 
 from __future__ import annotations
