@@ -113,9 +113,7 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> None:
 def check_tensor(
     name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[str | int]
 ) -> None:
-    """A tensor of one of the dtypes and of this rank; where ``shape`` holds ints, of these
-    sizes.
-    """
+    """A dense tensor of one of the dtypes and this rank; ints in ``shape`` are exact sizes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:

@@ -192,9 +192,7 @@ def affinity_field_loss(
 
 
 def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tensor) -> Tensor:
-    """Sum over sizes of (weighted sum over classes) / (count over classes), 0 where there is
-    nothing to count.
-    """
+    """Sum over sizes of weighted sum / count, both over classes; 0 where nothing counts."""
     if weight is None:
         weighted = total / total.shape[1]
     else:

@@ -94,8 +94,7 @@ class AffinityFieldLoss(nn.Module):
 
 
 class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
-    """The adaptive affinity field loss: every class learns which neighbourhood sizes matter, by a
-    minimax game.
+    """The adaptive affinity field loss: each class learns its sizes, in a minimax game.
 
     The weights of the edge and of the non-edge term are softmaxes over the K sizes of free
     parameters (C, K) that start at 0. The network minimises the loss and the weights maximise it;

@@ -178,9 +178,7 @@ def copy_gb_per_s(device: torch.device) -> float:
 
 
 def traffic_bytes(mode: str, logits: Tensor, target: Tensor) -> int:
-    """The least that has to move: forward reads the logits, backward reads them and writes the
-    gradient.
-    """
+    """The least that has to move: logits in; in the backward pass logits in, gradient out."""
     forward = logits.nbytes + target.nbytes
     backward = 2 * logits.nbytes + target.nbytes
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[mode]

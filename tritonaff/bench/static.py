@@ -122,9 +122,7 @@ def _run(*command: str) -> str:
 
 
 def count_instructions(assembly: str, trips: int) -> Counter[str]:
-    """Instructions that a thread executes, by kind; what a backward branch spans counts ``trips``
-    times.
-    """
+    """Instructions that a thread executes, by kind; a loop's count ``trips`` times."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []

@@ -1,7 +1,6 @@
 """Triton tiles of the affinity field (variant "paper").
 
-A program owns BLOCK_C classes of a BLOCK_H x BLOCK_W patch of one image, as a (BLOCK_C, pixels)
-tile.
+A program owns BLOCK_C classes of a BLOCK_H x BLOCK_W patch of one image: a tile (BLOCK_C, pixels).
 Neighbours are loaded again, shifted: a patch of a few rows keeps those loads in the L1 cache, and
 nothing of the size (N, C, H, W, 8) exists. Label masks are computed once for the classes of a tile.
 
@@ -25,10 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Few rows of many columns: coalesced loads, and a halo that the neighbouring programs have in
-# cache.
+# Few rows of many columns: coalesced loads, and a halo that neighbouring programs have in cache.
 BLOCK_H, BLOCK_W = 4, 32
-# The loops over neighbours unroll; more classes per program would spill their accumulators.
+# Every class of a program adds its own accumulators: four leave a thread enough registers.
 MAX_BLOCK_C = 4
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_PATCH = {"BLOCK_H": 16, "BLOCK_W": 32}
@@ -268,10 +266,16 @@ def softmax_backward_kernel(
     h, w, mask = h[None, :], w.to(tl.int64)[None, :], (c < C) & in_image[None, :]
     offs = n * stride_n + c * stride_c + h * stride_h + w * stride_w
     x = tl.load(logits_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(c < C, x, -float("inf"))
     p = tl.exp(x - top) / (1 + rest)
     offs = n * grad_p_stride_n + c * grad_p_stride_c + h * grad_p_stride_h + w * grad_p_stride_w
     grad_p = tl.load(grad_p_ptr + offs, mask=mask, other=0.0) * p
     grad = grad_p - p * tl.sum(grad_p, axis=0)[None, :]
+    # Over the classes this sums to 0. What is missing to that is the rounding error of the largest
+    # class: where p is near 1, nearly equal numbers were subtracted.
+    largest = tl.where(x == top, 1.0, 0.0)
+    missing = tl.sum(grad, axis=0) / tl.sum(largest, axis=0)
+    grad -= largest * missing[None, :]
     offs = n * grad_stride_n + c * grad_stride_c + h * grad_stride_h + w * grad_stride_w
     tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 

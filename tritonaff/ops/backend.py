@@ -54,9 +54,7 @@ def current_backend() -> str:
 
 
 def tile_runs(backend: str, logits: Tensor, variant_has_tile: bool = True) -> bool:
-    """Whether a Triton tile takes this call; ValueError where the user insists on one that
-    cannot.
-    """
+    """Whether a tile takes this call; ValueError where the user insists on one and none can."""
     if backend == "portable":
         return False
     obstacle = _obstacle(logits, variant_has_tile)

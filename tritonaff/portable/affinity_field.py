@@ -97,18 +97,14 @@ def backward(
             from_non_edge = grad_non_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
             ab = torch.lt(edge.kl_ab(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
             ba = torch.lt(edge.kl_ba(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
-            u_step, p_step, l_step = (
-                edge.u_step().mul_(from_non_edge),
-                edge.p_a - edge.p_b,
-                edge.l_step(),
-            )
+            u_step = edge.u_step().mul_(from_non_edge)
+            p_step, l_step = edge.p_a - edge.p_b, edge.l_step()
             grad_a = torch.addcmul(u_step, ab, p_step).div_(edge.p_a * edge.q_a)
             grad_b = torch.addcmul(u_step, ba, p_step).div_(edge.p_b * edge.q_b)
             grad_a.addcmul_(ba.add_(from_non_edge), l_step)
             grad_b.addcmul_(ab.add_(from_non_edge), l_step)
-            grad_p.view(-1).scatter_add_(0, edge.at_a, grad_a.neg_()).scatter_add_(
-                0, edge.at_b, grad_b
-            )
+            grad_p.view(-1).scatter_add_(0, edge.at_a, grad_a.neg_())
+            grad_p.view(-1).scatter_add_(0, edge.at_b, grad_b)
 
     for block in dense_blocks(image):
         coefficients = grad_non_edge_sum[block.classes, :, None, None]
@@ -252,9 +248,7 @@ def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def bands(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cuts (N, C, H, W) into blocks of several whole images, or of some rows of one: all classes of
-    a pixel.
-    """
+    """Cuts (N, C, H, W) into bands of all classes: several whole images, or some rows of one."""
     n, c, height, width = logits.shape
     images = max(1, block_size(logits) // (c * height * width))
     rows = height if images > 1 else max(1, block_size(logits) // (c * width))
@@ -270,9 +264,7 @@ def block_size(logits: Tensor) -> int:
 def box_sum(
     padded: Tensor, d: int, out: Tensor, rows: Tensor | None = None, margin: int = 0
 ) -> Tensor:
-    """Sum over a pixel and its 8 neighbours at distance d, given the image in a margin of d +
-    ``margin`` zeros.
-    """
+    """Sum over a pixel and its 8 neighbours at distance d; d + ``margin`` zeros are around."""
     height, width = out.shape[-2:]
     above, here, below = (padded[..., margin + y : margin + y + height, :] for y in (0, d, 2 * d))
     rows = torch.add(above, here, out=rows).add_(below)
@@ -361,8 +353,7 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per pixel (N, 1, H, W): the largest logit, and the sum of exp(logit - largest) over the OTHER
-    classes.
+    """Per pixel (N, 1, H, W): the largest logit; the sum of exp(logit - largest) over the OTHERS.
 
     Not one log-sum-exp: where the network is confident, 1 - p is that sum, and 1 + sum would round
     it away.
@@ -380,11 +371,19 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_backward_(grad_p: Tensor, logits: Tensor, top: Tensor, rest: Tensor) -> Tensor:
-    """From the gradient of the softmax to that of the logits, in place."""
+    """From the gradient of the softmax to that of the logits, in place.
+
+    Over the classes of a pixel the result sums to 0. What is missing to that is the rounding error
+    of the largest class: where p is near 1, p (g - sum p g) subtracts nearly equal numbers.
+    """
     for images, rows in bands(logits):
-        p = (logits[images, :, rows] - top[images, :, rows]).exp_().div_(1 + rest[images, :, rows])
+        p = (logits[images, :, rows] - top[images, :, rows]).exp_()
+        largest = torch.eq(p, 1, out=torch.empty_like(p))
+        p.div_(1 + rest[images, :, rows])
         grad = grad_p[images, :, rows].mul_(p)
         grad.sub_(p.mul_(grad.sum(dim=1, keepdim=True)))
+        missing = grad.sum(dim=1, keepdim=True).div_(largest.sum(dim=1, keepdim=True))
+        grad.sub_(largest.mul_(missing))
     return grad_p
 
 
@@ -420,8 +419,6 @@ def in_layout_of(logits: Tensor, grad: Tensor) -> Tensor:
 
 
 def new_table(logits: Tensor, size: int) -> Tensor:
-    """Zeros (C, K) to add up in: float64 where the device has it, since an entry is a sum over
-    millions of pairs.
-    """
+    """Zeros (C, K) to add up millions of pairs in: float64 where the device has it."""
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     return torch.zeros(logits.shape[1], size, dtype=dtype, device=logits.device)

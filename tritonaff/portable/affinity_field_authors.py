@@ -126,9 +126,7 @@ Slices = tuple[slice, slice, slice, slice]
 def directions(
     label: Tensor, kernel_sizes: list[int]
 ) -> Iterator[tuple[int, Slices, Slices, Tensor]]:
-    """Per size and direction: its index, where the centres are, where their neighbours are, and
-    which pairs count.
-    """
+    """Per size and direction: k, where centres and their neighbours are, which pairs count."""
     height, width = label.shape[-2:]
     every = slice(None)
     for k, size in enumerate(kernel_sizes):

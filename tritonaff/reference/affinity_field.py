@@ -88,9 +88,7 @@ def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
 
 
 def sum_by_class(values: Tensor, has_label: Tensor | None) -> Tensor:
-    """Sum (N, C, H, W) into (C,): by channel, or, given the one-hot labels, by the label of the
-    pixel.
-    """
+    """Sum (N, C, H, W) into (C,): by channel or, given one-hot labels, by the pixel's label."""
     if has_label is not None:
         values = values.sum(dim=1, keepdim=True) * has_label
     return values.sum(dim=(0, 2, 3))
