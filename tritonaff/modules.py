@@ -101,6 +101,10 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     the gradient of the weights is reversed inside, so one ordinary optimiser step does both. Give
     the weights no weight decay: :meth:`optimizer_group`.
 
+    The weights are parameters of this module: move it to the logits' device. With
+    DistributedDataParallel compute the loss inside the wrapped module, or the ranks' weights drift
+    apart.
+
     Args:
         num_classes: C, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3.
@@ -108,8 +112,8 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             :func:`tritonaff.affinity_field_loss`.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have C
-            classes.
+        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have
+        C classes.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
