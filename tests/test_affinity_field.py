@@ -226,8 +226,9 @@ def test_larger_images_of_many_classes(backend, device, shape, confidence):
 def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     """Blocks and bands of one class, one row, one image, and edge pairs in many steps."""
     from tritonaff.portable import affinity_field as portable
+    from tritonaff.portable import blocks
 
-    monkeypatch.setattr(portable, "CPU_BLOCK", block)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", block)
     monkeypatch.setattr(portable, "CPU_PAIRS", 7)
     for case in (case_with((3, 7)), case_with((5,), variant="authors")):
         check_parity(case, "portable", *make_inputs((3, 4, 6, 7)))
