@@ -2,8 +2,21 @@
 torch.compile.
 """
 
-from tritonaff.functional import AffinityFieldTerms, affinity_field_loss, affinity_field_terms
-from tritonaff.modules import AdaptiveAffinityFieldLoss, AffinityFieldLoss
+from tritonaff.functional import (
+    AffinityFieldTerms,
+    AffinityRegressionTerms,
+    affinity_field_loss,
+    affinity_field_terms,
+    affinity_regression_loss,
+    affinity_regression_terms,
+    label_affinity,
+    square_root_affinity,
+)
+from tritonaff.modules import (
+    AdaptiveAffinityFieldLoss,
+    AffinityFieldLoss,
+    AffinityRegressionLoss,
+)
 from tritonaff.ops.backend import use_backend
 from tritonaff.version import __version__
 
@@ -11,8 +24,14 @@ __all__ = [
     "AdaptiveAffinityFieldLoss",
     "AffinityFieldLoss",
     "AffinityFieldTerms",
+    "AffinityRegressionLoss",
+    "AffinityRegressionTerms",
     "__version__",
     "affinity_field_loss",
     "affinity_field_terms",
+    "affinity_regression_loss",
+    "affinity_regression_terms",
+    "label_affinity",
+    "square_root_affinity",
     "use_backend",
 ]
