@@ -63,6 +63,22 @@ def test_triton_where_there_is_no_tile(device, dtype, classes, variant, reason):
         tritonaff.affinity_field_loss(logits, target, variant=variant)
 
 
+@pytest.mark.parametrize(
+    ("classes", "grid_sizes", "reason"),
+    [
+        (257, (12, 6), "at most 256 classes, got 257"),
+        (3, (60, 40), "at most 4096 points of grids, got 5200"),
+    ],
+)
+def test_affinity_regression_where_there_is_no_tile(device, classes, grid_sizes, reason):
+    pytest.importorskip("triton")
+    logits = torch.zeros(1, classes, 3, 3, device=device)
+    target = torch.zeros(1, 3, 3, dtype=torch.uint8, device=device)
+    tritonaff.affinity_regression_loss(logits, target, grid_sizes)
+    with tritonaff.use_backend("triton"), pytest.raises(ValueError, match=reason):
+        tritonaff.affinity_regression_loss(logits, target, grid_sizes)
+
+
 def test_triton_without_a_device_or_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     logits, target = make_inputs((1, 3, 6, 6))

@@ -48,7 +48,7 @@ def test_every_operation_has_a_table(capsys):
 
 
 def test_what_no_memory_holds_is_named_and_left_out(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("tritonaff.checks.MAX_MATRIX_BYTES", 50_000_000)
+    monkeypatch.setattr("tritonaff.checks.MAX_MATRIX_BYTES", 80_000_000)
     path = tmp_path / "rows.json"
     arguments = ["--op", "affinity_regression_every_pixel", "--json", str(path)]
     arguments += ["--shape", "1,3,5,6", "1,3,60,80"]
@@ -177,6 +177,21 @@ def test_static(tmp_path):
         assert row["registers"] > 0
         assert row["instructions_per_element"]["memory"] > 0
         assert "tables" not in row["kernel"] or row["shared_bytes"] > 0
+
+
+def test_tiles_compile_for_sizes_of_1_and_multiply_in_full_precision():
+    """Neither can be seen in the interpreter: Triton takes an argument of 1 for a constant, and
+    products of float32 have 10 bits on tensor cores.
+    """
+    pytest.importorskip("triton")
+    script = """
+from tritonaff.bench import static
+for tile in static.TILES:
+    static.compile_tile(tile, "sm_90", size_1=True)
+    assert "tf32" not in static.compile_tile(tile, "sm_90").asm["ptx"], tile.kernel
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 def test_instructions_in_a_loop_count_as_often_as_it_runs():

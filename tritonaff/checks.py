@@ -95,22 +95,23 @@ def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     return sizes
 
 
-def check_matrices_fit(shape: Sequence[int], grid_sizes: Sequence[int] | None) -> None:
-    """ValueError where an affinity matrix for every image of this shape is no sensible request."""
-    n, *_, height, width = shape
+def check_matrices_fit(images: Tensor, grid_sizes: Sequence[int] | None) -> None:
+    """ValueError where an affinity matrix for each of these images is no sensible request."""
+    n, height, width = images.shape[0], images.shape[-2], images.shape[-1]
     points = height * width if grid_sizes is None else sum(size * size for size in grid_sizes)
-    size = n * points * points * 4
+    size = n * points * points * (8 if images.dtype == torch.float64 else 4)
     if size > MAX_MATRIX_BYTES:
         raise ValueError(
-            f"affinity matrices of {points} points must fit {_in_words(MAX_MATRIX_BYTES)}, "
-            f"{n} of them take {_in_words(size)}: choose smaller grid_sizes or images; "
+            f"affinity matrices must take at most {MAX_MATRIX_BYTES // 10**9} GB, got {n} of "
+            f"{points} x {points}, {_gigabytes(size)}: choose smaller grid_sizes or images; "
             "affinity_regression_terms and affinity_regression_loss need no matrix "
             "(except with the backend 'reference')"
         )
 
 
-def _in_words(size: int) -> str:
-    return f"{size / 1e12:.1f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
+def _gigabytes(size: int) -> str:
+    # In whole numbers: under torch.compile a size may be a symbol, which has no digits to format.
+    return f"{size // 10**12} TB" if size >= 10**13 else f"{size // 10**9} GB"
 
 
 def check_ignore_index(value: Any) -> int:

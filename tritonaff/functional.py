@@ -15,7 +15,7 @@ from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
 from tritonaff.ops.affinity_regression import affinity_regression as affinity_regression_op
 from tritonaff.ops.affinity_regression import label_affinity as label_affinity_op
 from tritonaff.ops.affinity_regression import square_root_affinity as square_root_affinity_op
-from tritonaff.ops.backend import current_backend
+from tritonaff.ops.backend import current_backend, without_autocast
 
 VARIANTS = ("paper", "authors")
 
@@ -237,8 +237,9 @@ def affinity_regression_terms(
 
     over all pairs of points that are not ignored, i = j included. The points of a grid size g are
     the rows floor(i H / g) and columns floor(j W / g), i, j = 0 ... g - 1, as nearest-neighbour
-    interpolation takes them, and L is the sum of the g^2. No L x L matrix is built: time and memory
-    are linear in L, so that ``grid_sizes=None``, every pixel, is as good as any other choice.
+    interpolation takes them, and L is the sum of the g^2. No L x L matrix is built. Time is linear
+    in L, except on a GPU for grids of up to 4096 points, where comparing all pairs is as quick: so
+    ``grid_sizes=None``, every pixel, is as good as any other choice.
 
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
@@ -278,8 +279,9 @@ def affinity_regression_terms(
     if backend == "reference":
         from tritonaff.reference.affinity_regression import affinity_regression_terms as reference
 
-        checks.check_matrices_fit(logits.shape, grid_sizes)
-        terms = reference(logits, target, grid_sizes, ignore_index=ignore_index)
+        checks.check_matrices_fit(logits, grid_sizes)
+        with without_autocast(logits):
+            terms = reference(logits, target, grid_sizes, ignore_index=ignore_index)
         return AffinityRegressionTerms(*terms)
     squared_error, pair_count, _ = affinity_regression_op(
         logits, target, grid_sizes or (), ignore_index, backend
@@ -359,12 +361,13 @@ def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int] | None = (12,
     """
     checks.check_logits(logits)
     grid_sizes = checks.check_grid_sizes(grid_sizes)
-    checks.check_matrices_fit(logits.shape, grid_sizes)
+    checks.check_matrices_fit(logits, grid_sizes)
     backend = current_backend()
     if backend == "reference":
         from tritonaff.reference.affinity_regression import square_root_affinity as reference
 
-        return reference(logits, grid_sizes)
+        with without_autocast(logits):
+            return reference(logits, grid_sizes)
     affinity: Tensor = square_root_affinity_op(logits, grid_sizes or (), backend)
     return affinity
 
@@ -375,7 +378,8 @@ def label_affinity(
     """The affinity of all pairs of sample points that the labels ask for, as matrices.
 
     Args:
-        target: (N, H, W) of uint8, int32 or int64, any labels.
+        target: (N, H, W) of uint8, int32 or int64. Any value but ignore_index is a label: the
+            number of classes is not known here.
         grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
             pixel, L = H W.
         ignore_index: label of the points that do not count.
@@ -399,7 +403,7 @@ def label_affinity(
     checks.check_target(target)
     grid_sizes = checks.check_grid_sizes(grid_sizes)
     ignore_index = checks.check_ignore_index(ignore_index)
-    checks.check_matrices_fit(target.shape, grid_sizes)
+    checks.check_matrices_fit(target, grid_sizes)
     if current_backend() == "reference":
         from tritonaff.reference.affinity_regression import label_affinity as reference
 

@@ -100,12 +100,18 @@ TILES = (
 )
 
 
+def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
+    """For contiguous float32 logits; or for those whose every size is 1, which Triton takes for a
+    constant.
+    """
+    options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS)}
+    return triton.compile(_source(tile, size_1), target=TARGETS[target], options=options)
+
+
 def analyse(tile: Tile, target: str) -> dict[str, Any]:
     """One row of the static table."""
+    compiled = compile_tile(tile, target)
     num_warps = tile.blocks.get("num_warps", NUM_WARPS)
-    compiled = triton.compile(
-        _source(tile), target=TARGETS[target], options={"num_warps": num_warps}
-    )
     if target.startswith("sm_"):
         registers, spills, assembly = _nvidia(compiled.asm["cubin"])
     else:
@@ -124,29 +130,32 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
     }
 
 
+FLOATS = ("margin", "eps")
 POINTERS = {
     "target_ptr": "*i64",
     "counts_ptr": "*i32",
     "count_ptr": "*i32",
     "pair_count_ptr": "*i64",
+    "gram_ptr": "*fp64",
 }
 
 
-def _source(tile: Tile) -> ASTSource:
-    """Types and alignments as the launcher of contiguous float32 logits finds them."""
+def _source(tile: Tile, size_1: bool) -> ASTSource:
+    """Types and alignments as the launcher finds them."""
     names = tile.kernel.arg_names
     constants = {name: size for name, size in tile.blocks.items() if name != "num_warps"}
     signature, aligned = {}, {}
     for i, name in enumerate(names):
-        if name.endswith("stride_w"):
-            constants[name] = 1
+        is_pointer, is_float = name.endswith("_ptr"), name in FLOATS
+        if name.endswith("stride_w") or (size_1 and not is_pointer and not is_float):
+            constants.setdefault(name, 1)
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
+        elif is_pointer:
             signature[name] = POINTERS.get(name, "*fp32")
             aligned[i,] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name in ("margin", "eps") else "i32"
+            signature[name] = "fp32" if is_float else "i32"
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(tile.kernel, signature, constexprs, aligned)
 

@@ -18,8 +18,9 @@ Every pixel, linear in their number:
 
     matrix_kernel          a block of points against another -> the matrix A itself, for people
 
-Half precision is read as it is; sums are float32 with products in full precision ("ieee"), those of
-the partial matrices float64. Grid sizes and blocks compile anew, image sizes do not.
+Half precision is read as it is; products are float32 in full precision ("ieee"), and so are sums,
+except those of the Gram matrices, which are float64. Grid sizes and blocks compile anew, image
+sizes do not.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from tritonaff.portable.affinity_regression import factors, squared_error_of
 # Blocks are small because products in full precision keep their operands in registers; those below
 # spill none or few on the GPUs that `tritonaff-bench static` compiles for.
 # Pixels that one program adds to a tile of the Gram matrices: at least so many, and so many per
-# class that the partial matrices stay below a fifth of the logits.
-GRAM_PIXELS, GRAM_PIXELS_PER_CLASS = 2048, 16
+# class that the partial matrices stay below a fifth of float32 logits.
+GRAM_PIXELS, GRAM_PIXELS_PER_CLASS = 2048, 32
 # Points i that one program compares with all others.
 POINTS_PER_PROGRAM = 256
 
@@ -215,15 +216,16 @@ def pairs_kernel(
             error += tl.sum(difference * difference, axis=0)[None, :]
     tl.store(error_ptr + tl.program_id(0), tl.sum(error) * 0.25)
 
-    count = tl.zeros((1,), tl.int64)
-    for step in range(STEPS_J):
-        k = step * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
-        h, w, _times, _first = grid_point(k, L, H, W, GRIDS)
-        label = load_label(
-            target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
-        )
-        count += tl.sum((label >= 0).to(tl.int64), axis=1)
-    tl.store(pair_count_ptr + n + tl.arange(0, 1), count * count, mask=program == 0)
+    if program == 0:
+        count = tl.zeros((1,), tl.int64)
+        for step in range(STEPS_J):
+            k = step * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
+            h, w, _times, _first = grid_point(k, L, H, W, GRIDS)
+            label = load_label(
+                target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
+            )
+            count += tl.sum((label >= 0).to(tl.int64), axis=1)
+        tl.store(pair_count_ptr + n + tl.arange(0, 1), count * count)
 
 
 @triton.jit
@@ -294,9 +296,10 @@ def gram_kernel(
     target_ptr += n * target_stride_n
     row = (tl.program_id(1) // tiles) * BLOCK_A + tl.arange(0, BLOCK_A)
     column = (tl.program_id(1) % tiles) * BLOCK_A + tl.arange(0, BLOCK_A)
-    dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float32)
-    dm = tl.zeros((BLOCK_A, BLOCK_A), tl.float32)
-    mm = tl.zeros((BLOCK_A, BLOCK_A), tl.float32)
+    # The three cancel where the predictions of a label are nearly the same.
+    dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
+    dm = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
+    mm = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
     count = tl.zeros((1,), tl.int32)
     for step in range(STEPS):
         first = (split.to(tl.int64) * STEPS + step) * BLOCK_P
@@ -314,9 +317,9 @@ def gram_kernel(
             logits_ptr, column[:, None], h, w, C, stride_c, stride_h, stride_w,
             label, top, scale, own_s, own_q,
         )  # fmt: skip
-        dd += tl.dot(d_a, tl.trans(d_b), input_precision="ieee")
-        dm += tl.dot(d_a, tl.trans(m_b), input_precision="ieee")
-        mm += tl.dot(m_a, tl.trans(m_b), input_precision="ieee")
+        dd += tl.dot(d_a, tl.trans(d_b), input_precision="ieee").to(tl.float64)
+        dm += tl.dot(d_a, tl.trans(m_b), input_precision="ieee").to(tl.float64)
+        mm += tl.dot(m_a, tl.trans(m_b), input_precision="ieee").to(tl.float64)
         count += tl.sum((label >= 0).to(tl.int32), axis=1)
     matrix = tl.program_id(0).to(tl.int64) * 3 * C * C
     offs = matrix + row[:, None] * C + column[None, :]
@@ -330,13 +333,13 @@ def gram_kernel(
 @triton.jit
 def gradient_kernel(
     factor_ptr, logits_ptr, target_ptr, grad_ptr,
-    C, H, W,
+    C, H, W, HW,
     stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
     grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
     ignore_index,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(H.to(tl.int64) * W, BLOCK_P)
+    blocks = tl.cdiv(HW, BLOCK_P)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
@@ -427,7 +430,7 @@ def forward(
 
     blocks = gram_blocks(logits)
     splits = triton.cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
-    partial = logits.new_empty(splits, n, 3, num_classes, num_classes, dtype=torch.float32)
+    partial = logits.new_empty(splits, n, 3, num_classes, num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, dtype=torch.int32)
     if n > 0:
         tiles = triton.cdiv(num_classes, blocks["BLOCK_A"])
@@ -436,7 +439,7 @@ def forward(
                 logits, target, partial, count, num_classes, height, width, n,
                 *logits.stride(), *target.stride(), ignore_index, **blocks,
             )  # fmt: skip
-    gram = partial.sum(dim=0, dtype=torch.float64)
+    gram = partial.sum(dim=0)
     points_counted = count.sum(dim=0)
     return squared_error_of(gram).float(), points_counted * points_counted, gram
 
@@ -470,7 +473,7 @@ def backward(
     if n > 0:
         with on_device(logits):
             gradient_kernel[(n * triton.cdiv(height * width, blocks["BLOCK_P"]),)](
-                factor, logits, target, grad, num_classes, height, width,
+                factor, logits, target, grad, num_classes, height, width, height * width,
                 *logits.stride(), *target.stride(), *grad.stride(), ignore_index, **blocks,
             )  # fmt: skip
     return grad

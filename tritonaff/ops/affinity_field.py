@@ -122,7 +122,8 @@ affinity_field.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _implementation(logits: Tensor, variant: str, backend: str) -> Any:
-    if tile_runs(backend, logits, variant_has_tile=variant == "paper"):
+    obstacle = None if variant == "paper" else "this variant has no tile"
+    if tile_runs(backend, logits, obstacle=obstacle):
         from tritonaff.kernels import affinity_field as kernels
 
         return kernels

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import tile_runs
+from tritonaff.ops.backend import tile_runs, without_autocast
 from tritonaff.portable import affinity_regression as portable
 from tritonaff.portable.blocks import sum_dtype
 
 # The tiles hold a block of points with all their classes several times over.
 MAX_TILE_CLASSES = 256
+# Those for grids compare all pairs: beyond this the linear form, portable, is faster.
+MAX_TILE_POINTS = 4096
 
 
 @torch.library.custom_op("tritonaff::affinity_regression", mutates_args=())
@@ -25,10 +27,11 @@ def affinity_regression(
     logits: Tensor, target: Tensor, grid_sizes: Sequence[int], ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared error and number of pairs (N,); Gram matrices (N, 3, C, C), none with grid sizes."""
-    implementation = _implementation(logits, backend)
-    result: tuple[Tensor, Tensor, Tensor] = implementation.forward(
-        logits, target, list(grid_sizes), ignore_index
-    )
+    implementation = _implementation(logits, grid_sizes, backend)
+    with without_autocast(logits):
+        result: tuple[Tensor, Tensor, Tensor] = implementation.forward(
+            logits, target, list(grid_sizes), ignore_index
+        )
     return result
 
 
@@ -57,10 +60,11 @@ def affinity_regression_backward(
     backend: str,
 ) -> Tensor:
     """The gradient with respect to the logits, in their dtype and memory format."""
-    implementation = _implementation(logits, backend)
-    grad: Tensor = implementation.backward(
-        grad_squared_error.contiguous(), logits, target, gram, list(grid_sizes), ignore_index
-    )
+    implementation = _implementation(logits, grid_sizes, backend)
+    with without_autocast(logits):
+        grad: Tensor = implementation.backward(
+            grad_squared_error.contiguous(), logits, target, gram, list(grid_sizes), ignore_index
+        )
     return grad
 
 
@@ -98,9 +102,9 @@ affinity_regression.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("tritonaff::square_root_affinity", mutates_args=())
 def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int], backend: str) -> Tensor:
     """The matrices (N, L, L)."""
-    affinity: Tensor = _implementation(logits, backend).square_root_affinity(
-        logits, list(grid_sizes)
-    )
+    implementation = _implementation(logits, (), backend)
+    with without_autocast(logits):
+        affinity: Tensor = implementation.square_root_affinity(logits, list(grid_sizes))
     return affinity
 
 
@@ -117,7 +121,8 @@ def square_root_affinity_backward(
     grad_affinity: Tensor, logits: Tensor, grid_sizes: Sequence[int]
 ) -> Tensor:
     """The gradient with respect to the logits; a plain matrix product, which needs no tile."""
-    return portable.square_root_affinity_backward(grad_affinity, logits, list(grid_sizes))
+    with without_autocast(logits):
+        return portable.square_root_affinity_backward(grad_affinity, logits, list(grid_sizes))
 
 
 @square_root_affinity_backward.register_fake
@@ -144,8 +149,11 @@ square_root_affinity.register_autograd(_affinity_backward, setup_context=_setup_
 label_affinity = portable.label_affinity
 
 
-def _implementation(logits: Tensor, backend: str) -> Any:
-    if tile_runs(backend, logits, max_classes=MAX_TILE_CLASSES):
+def _implementation(logits: Tensor, grid_sizes: Sequence[int], backend: str) -> Any:
+    points, obstacle = sum(size * size for size in grid_sizes), None
+    if points > MAX_TILE_POINTS:
+        obstacle = f"the tiles take at most {MAX_TILE_POINTS} points of grids, got {points}"
+    if tile_runs(backend, logits, max_classes=MAX_TILE_CLASSES, obstacle=obstacle):
         from tritonaff.kernels import affinity_regression as kernels
 
         return kernels

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "portable", "reference")
@@ -57,21 +58,30 @@ def tile_runs(
     backend: str,
     logits: Tensor,
     *,
-    variant_has_tile: bool = True,
     max_classes: int = MAX_TILE_CLASSES,
+    obstacle: str | None = None,
 ) -> bool:
-    """Whether a tile takes this call; ValueError where the user insists on one and none can."""
+    """Whether a tile takes this call; ValueError where the user insists on one and none can.
+
+    ``obstacle`` says what speaks against it in the operation's own options.
+    """
     if backend == "portable":
         return False
-    obstacle = _obstacle(logits, variant_has_tile, max_classes)
+    obstacle = obstacle or _obstacle(logits, max_classes)
     if obstacle and backend == "triton":
         raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
     return obstacle is None
 
 
-def _obstacle(logits: Tensor, variant_has_tile: bool, max_classes: int) -> str | None:
-    if not variant_has_tile:
-        return "this variant has no tile"
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """What an operation computes in float32 stays float32: under autocast products would not."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _obstacle(logits: Tensor, max_classes: int) -> str | None:
     if logits.element_size() > 4:
         return f"the tiles compute in float32, got {logits.dtype}"
     if logits.shape[1] > max_classes:

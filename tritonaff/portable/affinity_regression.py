@@ -11,8 +11,6 @@ same at all points of a label.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -37,7 +35,7 @@ def forward(
     gram = logits.new_zeros(n, 3, c, c, dtype=sum_dtype(logits.device))
     count = logits.new_zeros(n, dtype=torch.int64)
     if grid_sizes:
-        points = grid_points(logits, target, grid_sizes, ignore_index)
+        points = Points(sampled(logits, grid_sizes), sampled(target, grid_sizes), ignore_index)
         gram, count, kept = points.gram(), points.count(), gram[:, :0].clone()
     else:
         for images, rows in bands(logits):
@@ -59,10 +57,9 @@ def backward(
 ) -> Tensor:
     """The gradient with respect to the logits, given that with respect to the squared errors."""
     if grid_sizes:
-        points = grid_points(logits, target, grid_sizes, ignore_index)
-        return at_grid_points(
-            points.gradient(factors(points.gram(), grad_squared_error)), logits, grid_sizes
-        )
+        points = Points(sampled(logits, grid_sizes), sampled(target, grid_sizes), ignore_index)
+        grad = points.gradient(factors(points.gram(), grad_squared_error))
+        return at_points(grad * times_sampled(logits, grid_sizes), logits, grid_sizes)
     factor = factors(gram, grad_squared_error)
     grad = torch.empty_like(logits)
     for images, rows in bands(logits):
@@ -124,10 +121,6 @@ class Points:
         return grad.scatter_(1, self.own, own_grad).div_(2)
 
 
-def grid_points(logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int) -> Points:
-    return Points(sampled(logits, grid_sizes), sampled(target, grid_sizes), ignore_index)
-
-
 def squared_error_of(gram: Tensor) -> Tensor:
     """(<D D^T, M M^T> + <D M^T, M D^T>) / 2 of every image, in the matrices' dtype."""
     dd, dm, mm = gram.unbind(1)
@@ -152,8 +145,12 @@ def square_root_affinity_backward(
     """The gradient with respect to the logits, given that with respect to the matrices."""
     s = square_roots(sampled(logits, grid_sizes))
     product = torch.bmm(s, grad_affinity + grad_affinity.mT).mul_(s)
-    points = product.sub_(s.square().mul_(product.sum(dim=1, keepdim=True))).div_(2)
-    return at_grid_points(points, logits, grid_sizes)
+    grad = product.sub_(s.square().mul_(product.sum(dim=1, keepdim=True))).div_(2)
+    if not grid_sizes:
+        return in_layout_of(logits, grad.view(logits.shape))
+    h, w = grid_points(logits, grid_sizes)
+    same_pixel = (h[:, None] == h) & (w[:, None] == w)
+    return at_points(grad @ same_pixel.to(grad.dtype), logits, grid_sizes)
 
 
 def square_roots(logits: Tensor) -> Tensor:
@@ -175,27 +172,40 @@ def sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
     """(..., H, W) at the sample points: (..., L)."""
     if not grid_sizes:
         return x.flatten(-2)
-    grids = (x[..., rows[:, None], columns] for rows, columns in grids_of(x, grid_sizes))
-    return torch.cat([grid.flatten(-2) for grid in grids], dim=-1)
+    h, w = grid_points(x, grid_sizes)
+    return x[..., h, w]
 
 
-def at_grid_points(grad: Tensor, logits: Tensor, grid_sizes: list[int]) -> Tensor:
-    """The gradient (N, C, L) of the sample points as that of the logits: the points of several
-    grids may be the same pixel, and the other pixels get 0.
-    """
-    if not grid_sizes:
-        return in_layout_of(logits, grad.view(logits.shape))
-    width = logits.shape[-1]
-    grids = (rows[:, None] * width + columns for rows, columns in grids_of(logits, grid_sizes))
-    pixel = torch.cat([grid.flatten() for grid in grids])
-    result = torch.zeros_like(logits, dtype=grad.dtype, memory_format=torch.contiguous_format)
-    result.flatten(2).index_add_(2, pixel, grad)
-    return in_layout_of(logits, result)
-
-
-def grids_of(x: Tensor, grid_sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and columns of every grid."""
+def grid_points(x: Tensor, grid_sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the sample points: (L,)."""
     height, width = x.shape[-2:]
+    grids = []
     for size in grid_sizes:
         steps = torch.arange(size, device=x.device)
-        yield steps * height // size, steps * width // size
+        grids.append(torch.meshgrid(steps * height // size, steps * width // size, indexing="ij"))
+    rows, columns = zip(*grids, strict=True)
+    return torch.cat([h.flatten() for h in rows]), torch.cat([w.flatten() for w in columns])
+
+
+def times_sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
+    """How many of the sample points are the same pixel as each of them: (L,)."""
+
+    def steps(row: Tensor, height: int, size: int) -> Tensor:
+        """How many steps i have floor(i H / g) = row."""
+        return ((row + 1) * size + height - 1) // height - (row * size + height - 1) // height
+
+    (h, w), (height, width) = grid_points(x, grid_sizes), x.shape[-2:]
+    return torch.stack([steps(h, height, size) * steps(w, width, size) for size in grid_sizes]).sum(
+        dim=0
+    )
+
+
+def at_points(grad: Tensor, logits: Tensor, grid_sizes: list[int]) -> Tensor:
+    """The gradient (N, C, L) of the pixels that the sample points are; other pixels get 0.
+
+    Points that are the same pixel must have the same gradient: each of them writes it.
+    """
+    h, w = grid_points(logits, grid_sizes)
+    result = torch.zeros_like(logits)
+    result[:, :, h, w] = grad.to(logits.dtype)
+    return result
