@@ -134,8 +134,8 @@ def _run(args: argparse.Namespace) -> int:
     for op in args.op:
         _print(op, *_run_table([row for row in rows if row.op == op], copy_gb_per_s))
     for job in left_out:
-        shape, unable = (",".join(map(str, job[name])) for name in ("shape", "impl"))
-        print(f"not run: {job['op']} {shape} {unable}: {job['reason']}")
+        what = (",".join(map(str, job[name])) for name in ("shape", "impl"))
+        print(f"not run: {job['op']} {' '.join(what)}: {job['reason']}")
     if left_out:
         head["left_out"] = left_out
     if args.json:
