@@ -82,6 +82,17 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
     return sizes
 
 
+def check_distances(distances: Any) -> tuple[int, ...]:
+    if isinstance(distances, str) or not isinstance(distances, Sequence):
+        raise TypeError(f"distances must be a sequence of int, got {type(distances).__name__}")
+    values = tuple(check_int("every one of distances", value, at_least=1) for value in distances)
+    if not values or list(values) != sorted(set(values)):
+        raise ValueError(
+            f"distances must be ascending and distinct, at least one of them, got {distances}"
+        )
+    return values
+
+
 def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     if grid_sizes is None:
         return None
