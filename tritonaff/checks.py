@@ -22,19 +22,41 @@ LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_logits_and_target(logits: Any, target: Any) -> None:
     check_tensor("logits", logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
     check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
-    if logits.device != target.device:
-        raise ValueError(
-            f"logits and target must be on one device, got {logits.device} and {target.device}"
-        )
-    n, c, height, width = logits.shape
-    if c < 1 or height < 1 or width < 1:
-        raise ValueError(
-            f"logits must have at least one class, row and column, got shape {tuple(logits.shape)}"
-        )
+    _check_one_device("logits", logits, "target", target)
+    _check_not_empty("logits", logits)
+    n, _, height, width = logits.shape
     if tuple(target.shape) != (n, height, width):
         raise ValueError(
             f"target must have the shape (N, H, W) = {(n, height, width)} "
             f"of logits {tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+
+
+def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
+    check_tensor("probs", probs, LOGITS_DTYPES, ("N", "C", "H", "W"))
+    check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
+    _check_one_device("probs", probs, "affinity", affinity)
+    _check_not_empty("probs", probs)
+    n, _, height, width = probs.shape
+    if tuple(affinity.shape) != (n, 8 * num_rates, height, width):
+        raise ValueError(
+            f"affinity must have the shape (N, 8 R, H, W) = {(n, 8 * num_rates, height, width)} "
+            f"of R = {num_rates} rates and probs {tuple(probs.shape)}, got {tuple(affinity.shape)}"
+        )
+
+
+def _check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on one device, "
+            f"got {tensor.device} and {other.device}"
+        )
+
+
+def _check_not_empty(name: str, tensor: Tensor) -> None:
+    if 0 in tensor.shape[1:]:
+        raise ValueError(
+            f"{name} must have at least one class, row and column, got shape {tuple(tensor.shape)}"
         )
 
 
@@ -66,6 +88,30 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
             f"got {kernel_sizes}"
         )
     return sizes
+
+
+def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs (vertical, horizontal): an int r is (r, r), a pair is that rate alone."""
+    if isinstance(rates, str) or not isinstance(rates, Sequence):
+        raise TypeError(
+            f"rates must be a sequence of int and pairs of int, got {type(rates).__name__}"
+        )
+    pairs = tuple(_check_rate(rate) for rate in rates)
+    if not pairs or len(set(pairs)) != len(pairs) or any(min(pair) < 1 for pair in pairs):
+        raise ValueError(
+            f"rates must be at least 1 and distinct, at least one of them, got {rates}"
+        )
+    return pairs
+
+
+def _check_rate(rate: Any) -> tuple[int, int]:
+    if not isinstance(rate, (tuple, list)):
+        integer = check_int("every one of rates that is no pair", rate)
+        return integer, integer
+    if len(rate) != 2:
+        raise ValueError(f"every one of rates must be an int or a pair of int, got {rate}")
+    down, across = (check_int("both of a pair of rates", part) for part in rate)
+    return down, across
 
 
 def check_ignore_index(value: Any) -> int:
@@ -103,6 +149,12 @@ def check_int(name: str, value: Any, *, at_least: int | None = None) -> int:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     integer: int = operator.index(value)
     return integer
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:

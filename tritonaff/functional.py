@@ -1,5 +1,5 @@
-"""The losses as functions: each checks its input once, calls its operation, and turns tables into
-the loss.
+"""The losses and operations as functions: each checks its input once, calls its operation, and,
+for a loss, turns tables into it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonaff import checks
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
+from tritonaff.ops.affinity_propagation import affinity_propagation as affinity_propagation_op
 from tritonaff.ops.backend import current_backend
 
 VARIANTS = ("paper", "authors")
@@ -206,3 +207,93 @@ def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tenso
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
     # them in rounding.
     return (weighted.sum(dim=0) * (count > 0) / count.clamp(min=1)).sum()
+
+
+def affinity_propagation(
+    probs: Tensor,
+    affinity: Tensor,
+    rates: Sequence[int | tuple[int, int]],
+    *,
+    iterations: int = 10,
+    self_weight: float = 6.0,
+    steepness: float = 7.0,
+    from_logits: bool = True,
+) -> Tensor:
+    r"""Refines a segmentation: every pixel takes over from the neighbours that it is affine to.
+
+    One iteration makes of the class probabilities p of every pixel i
+
+    .. math::
+
+        p'_i = N\Big(\lambda \, p_i \max_c p_i(c) + \sum_s a_{is} \, p_s\Big), \qquad
+        a_{is} = \frac{\mu^{x_{is}}}{1 + \mu^{x_{is}}}
+
+    where s runs over the neighbours of all rates that are inside the image, x is the affinity logit
+    and N divides by the sum over classes. A sure pixel keeps its class, an unsure one follows its
+    neighbours.
+
+    Args:
+        probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities, not
+            logits. They need not sum to 1, but should not be negative. Half precision is read as it
+            is, and iterated in float32.
+        affinity: (N, 8 R, H, W) of the same dtypes, not necessarily that of ``probs``. Channels are
+            rate by rate and, within a rate (r1, r2), the neighbours at {-r1, 0, r1} rows x {-r2, 0,
+            r2} columns without the centre, row by row.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). No
+            rate is too large for an image: what is outside is no neighbour. The paper's bracket
+            notation: :func:`expand_rates`.
+        iterations: how often; 0 gives a copy.
+        self_weight: lambda, above 0.
+        steepness: mu, above 1; e would be the ordinary sigmoid.
+        from_logits: whether ``affinity`` holds logits x. If not, it is a itself, in [0, 1] (not
+            checked), and steepness is of no effect.
+
+    Returns:
+        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A pixel
+        where the sum to divide by is 0 (no probabilities, its own or its neighbours') is 0, with
+        a zero gradient. Differentiable with respect to ``probs`` and ``affinity``: once, in reverse
+        mode. The backward pass computes the iterations again and holds them all.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 6 and 7. Copies of it that
+    lost the exponent show Eq. 7 as mu x / (1 + mu x); only the power is the steeper sigmoid that
+    the text describes. The paper leaves open what happens at the border and how max is
+    differentiated: we sum over the neighbours inside, and max passes its gradient to the first of
+    the largest classes, as ``torch.max(dim)`` does.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> probs = torch.tensor([0.9, 0.6, 0.4]).view(1, 1, 1, 3)  # one row of three pixels
+        >>> probs = torch.cat((probs, 1 - probs), dim=1)  # the third one is of the other class
+        >>> affinity = torch.full((1, 8, 1, 3), 5.0)  # but affine to its neighbour
+        >>> tritonaff.affinity_propagation(probs, affinity, rates=[1]).argmax(dim=1).tolist()
+        [[[0, 0, 0]]]
+    """
+    pairs = checks.check_rates(rates)
+    checks.check_probs_and_affinity(probs, affinity, len(pairs))
+    iterations = checks.check_int("iterations", iterations, at_least=0)
+    self_weight = checks.check_number("self_weight", self_weight, above=0)
+    steepness = checks.check_number("steepness", steepness, above=1)
+    from_logits = checks.check_bool("from_logits", from_logits)
+
+    backend = current_backend()
+    if backend == "reference":
+        from tritonaff.reference.affinity_propagation import affinity_propagation as reference
+
+        return reference(
+            probs,
+            affinity,
+            pairs,
+            iterations=iterations,
+            self_weight=self_weight,
+            steepness=steepness,
+            from_logits=from_logits,
+        )
+    flat_rates = [rate for pair in pairs for rate in pair]
+    result: Tensor = affinity_propagation_op(
+        probs, affinity, flat_rates, iterations, self_weight, steepness, from_logits, backend
+    )
+    return result

@@ -1,4 +1,6 @@
-"""The losses as modules: options, and the weights that a loss learns, in one place."""
+"""The losses and operations as modules: options, and the weights that a loss learns, in one
+place.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonaff import checks
-from tritonaff.functional import VARIANTS, affinity_field_loss
+from tritonaff.functional import VARIANTS, affinity_field_loss, affinity_propagation
 
 
 class AffinityFieldLoss(nn.Module):
@@ -201,6 +203,63 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, {super().extra_repr()}"
+
+
+class AffinityPropagation(nn.Module):
+    """:func:`tritonaff.affinity_propagation` with fixed options.
+
+    Args:
+        rates, iterations, self_weight, steepness, from_logits: see
+            :func:`tritonaff.affinity_propagation`.
+
+    Shapes:
+        ``forward(probs, affinity)`` with probs (N, C, H, W) and affinity (N, 8 R, H, W) gives the
+        refined probs, (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> propagate = tritonaff.AffinityPropagation(rates=[1, (2, 3)])
+        >>> probs, affinity = torch.randn(1, 4, 8, 8).softmax(dim=1), torch.randn(1, 16, 8, 8)
+        >>> propagate(probs, affinity).shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    def __init__(
+        self,
+        rates: Sequence[int | tuple[int, int]],
+        *,
+        iterations: int = 10,
+        self_weight: float = 6.0,
+        steepness: float = 7.0,
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        self.rates = checks.check_rates(rates)
+        self.iterations = checks.check_int("iterations", iterations, at_least=0)
+        self.self_weight = checks.check_number("self_weight", self_weight, above=0)
+        self.steepness = checks.check_number("steepness", steepness, above=1)
+        self.from_logits = checks.check_bool("from_logits", from_logits)
+
+    def forward(self, probs: Tensor, affinity: Tensor) -> Tensor:
+        return affinity_propagation(
+            probs,
+            affinity,
+            self.rates,
+            iterations=self.iterations,
+            self_weight=self.self_weight,
+            steepness=self.steepness,
+            from_logits=self.from_logits,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"rates={self.rates}, iterations={self.iterations}, self_weight={self.self_weight}, "
+            f"steepness={self.steepness}, from_logits={self.from_logits}"
+        )
 
 
 class _ReverseGradient(torch.autograd.Function):

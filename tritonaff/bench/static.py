@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonaff.kernels import affinity_field
+from tritonaff.kernels import affinity_field, affinity_propagation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,7 +29,7 @@ KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
 
 @dataclass(frozen=True)
 class Tile:
-    """A kernel as its launcher calls it: 19 classes, 3 sizes, float32, contiguous."""
+    """A kernel as its launcher calls it: 19 classes, 3 sizes or 4 rates, float32, contiguous."""
 
     op: str
     kernel: Any
@@ -49,12 +49,47 @@ PATCH: dict[str, Any] = {
 PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 PIXELS = {"BLOCK_C": 32, "BLOCK_P": affinity_field.BLOCK_ALL_CLASSES // 32}
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
+RATES = (8, 8, 16, 16, 32, 32, 64, 64)
+FROM_LOGITS = {"FROM_LOGITS": True, "BLOCK_P": affinity_propagation.BLOCK // 8}
+ALL_CLASSES = {"BLOCK_C": 32, "BLOCK_P": affinity_propagation.BLOCK // 32}
+NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
+SUM = {"RATES": RATES, **ALL_CLASSES}
+SUM_ELEMENTS = 19 * ALL_CLASSES["BLOCK_P"]
 TILES = (
     Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
     Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
     Tile("affinity_field", affinity_field.gradient_kernel, PATCH, PATCH_ELEMENTS, trips=8),
     Tile("affinity_field", affinity_field.softmax_backward_kernel, PIXELS, PIXEL_ELEMENTS),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.gates_kernel,
+        {"RATES": RATES, **FROM_LOGITS},
+        len(RATES) * affinity_propagation.BLOCK // 2,
+    ),
+    Tile("affinity_propagation", affinity_propagation.step_kernel, SUM, SUM_ELEMENTS, trips=8),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.normalise_backward_kernel,
+        ALL_CLASSES,
+        SUM_ELEMENTS,
+    ),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.step_backward_kernel,
+        {**NOT_FIRST, **SUM},
+        SUM_ELEMENTS,
+        trips=8,
+    ),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.gates_backward_kernel,
+        {"NUM_RATES": len(RATES) // 2, **FROM_LOGITS},
+        len(RATES) * affinity_propagation.BLOCK // 2,
+        trips=4,
+    ),
 )
+# Every other number is an int.
+FLOATS = ("margin", "eps", "self_weight", "slope")
 
 
 def analyse(tile: Tile, target: str) -> dict[str, Any]:
@@ -94,7 +129,7 @@ def _source(tile: Tile) -> ASTSource:
             signature[name] = {"target_ptr": "*i64", "counts_ptr": "*i32"}.get(name, "*fp32")
             aligned[i,] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name in ("margin", "eps") else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(tile.kernel, signature, constexprs, aligned)
 
