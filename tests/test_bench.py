@@ -102,7 +102,7 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
     logits, target = make_inputs((1, 19, 256, 512))
     case = CASES["affinity_field"]
     for labels in (target, torch.randint(0, 19, target.shape)):
-        result = measure.measure(case, "portable", ("fwd_bwd",), logits, labels, quick=True)
+        result = measure.measure(case, "portable", ("fwd_bwd",), (logits, labels), quick=True)
         assert result.by_mode["fwd_bwd"].peak_bytes <= 8 * logits.nbytes
 
 

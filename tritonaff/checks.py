@@ -48,8 +48,7 @@ def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
 def _check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(
-            f"{name} and {other_name} must be on one device, "
-            f"got {tensor.device} and {other.device}"
+            f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}"
         )
 
 

@@ -233,9 +233,9 @@ def affinity_propagation(
     neighbours.
 
     Args:
-        probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities, not
-            logits. They need not sum to 1, but should not be negative. Half precision is read as it
-            is, and iterated in float32.
+        probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities,
+            not logits. They need not sum to 1, but should not be negative. Half precision is read
+            as it is and iterated in float32.
         affinity: (N, 8 R, H, W) of the same dtypes, not necessarily that of ``probs``. Channels are
             rate by rate and, within a rate (r1, r2), the neighbours at {-r1, 0, r1} rows x {-r2, 0,
             r2} columns without the centre, row by row.
@@ -249,10 +249,11 @@ def affinity_propagation(
             checked), and steepness is of no effect.
 
     Returns:
-        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A pixel
-        where the sum to divide by is 0 (no probabilities, its own or its neighbours') is 0, with
-        a zero gradient. Differentiable with respect to ``probs`` and ``affinity``: once, in reverse
-        mode. The backward pass computes the iterations again and holds them all.
+        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A
+        pixel where the sum to divide by is 0 (all of its probabilities are, and nothing comes from
+        neighbours) is 0, with a zero gradient. Differentiable with respect to ``probs`` and
+        ``affinity``: once, in reverse mode. The backward pass computes the iterations again and
+        holds them all.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

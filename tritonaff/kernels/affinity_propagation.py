@@ -29,30 +29,39 @@ from torch import Tensor
 
 from tritonaff.kernels.affinity_field import on_device, pixels
 
-# Elements of a tile, of which a thread keeps about 16.
-BLOCK = 2048
+# Elements of a tile: 8 for each thread of 4 warps, which leaves registers to hide loads behind.
+BLOCK = 1024
+# However many the classes, so many pixels, and warps for them.
+MIN_BLOCK_P, MAX_WARPS = 4, 16
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_BLOCK = 1 << 15
-MAX_WARPS = 16
 
 
 @triton.jit
-def neighbour_of(h, w, direction, R1: tl.constexpr, R2: tl.constexpr):
-    """Row and column of the neighbours in one of 8 directions; the fifth of 3 x 3 is the pixel."""
+def step_to(direction, R1: tl.constexpr, R2: tl.constexpr):
+    """Rows and columns to the neighbour in one of 8 directions; the fifth of 3 x 3 is the pixel."""
     place = direction + (direction > 3)
-    return h + (place // 3 - 1) * R1, w + (place % 3 - 1) * R2
+    return (place // 3 - 1) * R1, (place % 3 - 1) * R2
 
 
 @triton.jit
-def load(ptr, c, h, w, mask, stride_c, stride_h, stride_w):
-    offs = c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+def is_inside(h, w, H, W):
+    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit
-def store(ptr, value, c, h, w, mask, stride_c, stride_h, stride_w):
-    offs = c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
+def offsets(c, h, w, stride_c, stride_h, stride_w):
+    return c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+
+
+@triton.jit
+def load(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptrs, value, mask):
+    tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -69,13 +78,12 @@ def gates_kernel(
     gates_ptr += n * (4 * len(RATES)) * HW
     for k in tl.static_range(len(RATES) // 2):
         channel = 8 * k + direction
-        gate = load(affinity_ptr, channel, h, w, in_image, stride_c, stride_h, stride_w)
+        gate = load(affinity_ptr + offsets(channel, h, w, stride_c, stride_h, stride_w), in_image)
         if FROM_LOGITS:
             gate = 1 / (1 + tl.exp(-slope * gate))
-        h_s, w_s = neighbour_of(h, w, direction, RATES[2 * k], RATES[2 * k + 1])
-        inside = (h_s >= 0) & (h_s < H) & (w_s >= 0) & (w_s < W)
-        offs = channel.to(tl.int64) * HW + pixel
-        tl.store(gates_ptr + offs, tl.where(inside, gate, 0.0), mask=in_image)
+        dy, dx = step_to(direction, RATES[2 * k], RATES[2 * k + 1])
+        gate = tl.where(is_inside(h + dy, w + dx, H, W), gate, 0.0)
+        store(gates_ptr + channel.to(tl.int64) * HW + pixel, gate, in_image)
 
 
 @triton.jit
@@ -91,30 +99,31 @@ def step_kernel(
     in_image = (pixel < HW)[None, :]
     pixel, h, w = pixel[None, :], h[None, :], w[None, :]
     mask = (c < C) & in_image
-    p_ptr += n * p_stride_n
     gates_ptr += n * (4 * len(RATES)) * HW + pixel
+    p_ptrs = p_ptr + n * p_stride_n + offsets(c, h, w, p_stride_c, p_stride_h, p_stride_w)
 
-    p = load(p_ptr, c, h, w, mask, p_stride_c, p_stride_h, p_stride_w)
+    p = load(p_ptrs, mask)
     largest = tl.max(tl.where(c < C, p, -float("inf")), axis=0)[None, :]
     y = self_weight * largest * p
     for k in tl.static_range(len(RATES) // 2):
         # Not unrolled: all neighbours at once would not fit the registers.
         for direction in range(8):
-            gate = tl.load(gates_ptr, mask=in_image, other=0.0)
+            dy, dx = step_to(0 * n + direction, RATES[2 * k], RATES[2 * k + 1])
+            gate = load(gates_ptr, in_image)
+            there = mask & is_inside(h + dy, w + dx, H, W)
+            y += gate * load(p_ptrs + (dy * p_stride_h + dx * p_stride_w), there)
             gates_ptr += HW
-            h_s, w_s = neighbour_of(h, w, direction, RATES[2 * k], RATES[2 * k + 1])
-            there = mask & (h_s >= 0) & (h_s < H) & (w_s >= 0) & (w_s < W)
-            y += gate * load(p_ptr, c, h_s, w_s, there, p_stride_c, p_stride_h, p_stride_w)
     total = tl.sum(y, axis=0)[None, :]
     total = tl.where(total == 0, float("inf"), total)
-    tl.store(total_ptr + n * HW + pixel, total, mask=in_image)
-    store(out_ptr + n * stride_n, y / total, c, h, w, mask, stride_c, stride_h, stride_w)
+    store(total_ptr + n * HW + pixel, total, in_image)
+    out_ptrs = out_ptr + n * stride_n + offsets(c, h, w, stride_c, stride_h, stride_w)
+    store(out_ptrs, y / total, mask)
 
 
 @triton.jit
-def through_normalisation(grad_p, p, total_ptr, pixel, in_image):
+def through_normalisation(grad_p, p, total_ptrs, in_image):
     """From the gradient of p = y / total to that of y."""
-    total = tl.load(total_ptr + pixel, mask=in_image, other=1.0)
+    total = tl.load(total_ptrs, mask=in_image, other=1.0)
     return (grad_p - tl.sum(grad_p * p, axis=0)[None, :]) / total
 
 
@@ -131,11 +140,11 @@ def normalise_backward_kernel(
     in_image = (pixel < HW)[None, :]
     pixel, h, w = pixel[None, :], h[None, :], w[None, :]
     mask = (c < C) & in_image
-    grad_ptr += n * grad_stride_n
-    grad_p = load(grad_ptr, c, h, w, mask, grad_stride_c, grad_stride_h, grad_stride_w)
-    p = load(p_ptr + n * stride_n, c, h, w, mask, stride_c, stride_h, stride_w)
-    grad_y = through_normalisation(grad_p, p, total_ptr + n * HW, pixel, in_image)
-    store(out_ptr + n * stride_n, grad_y, c, h, w, mask, stride_c, stride_h, stride_w)
+    grad_offs = n * grad_stride_n + offsets(c, h, w, grad_stride_c, grad_stride_h, grad_stride_w)
+    offs = n * stride_n + offsets(c, h, w, stride_c, stride_h, stride_w)
+    grad_p, p = load(grad_ptr + grad_offs, mask), load(p_ptr + offs, mask)
+    grad_y = through_normalisation(grad_p, p, total_ptr + n * HW + pixel, in_image)
+    store(out_ptr + offs, grad_y, mask)
 
 
 @triton.jit
@@ -152,13 +161,12 @@ def step_backward_kernel(
     in_image = (pixel < HW)[None, :]
     pixel, h, w = pixel[None, :], h[None, :], w[None, :]
     mask = (c < C) & in_image
-    p_ptr += n * p_stride_n
-    grad_y_ptr += n * stride_n
-    gates_ptr += n * (4 * len(RATES)) * HW
+    gates_ptr += n * (4 * len(RATES)) * HW + pixel
     grad_gates_ptr += n * (4 * len(RATES)) * HW + pixel
+    p_ptrs = p_ptr + n * p_stride_n + offsets(c, h, w, p_stride_c, p_stride_h, p_stride_w)
+    offs = n * stride_n + offsets(c, h, w, stride_c, stride_h, stride_w)
 
-    p = load(p_ptr, c, h, w, mask, p_stride_c, p_stride_h, p_stride_w)
-    grad_y = load(grad_y_ptr, c, h, w, mask, stride_c, stride_h, stride_w)
+    p, grad_y = load(p_ptrs, mask), load(grad_y_ptr + offs, mask)
     shown = tl.where(c < C, p, -float("inf"))
     largest = tl.max(shown, axis=0)[None, :]
     first = tl.argmax(shown, axis=0, tie_break_left=True)[None, :]
@@ -167,27 +175,23 @@ def step_backward_kernel(
     for k in tl.static_range(len(RATES) // 2):
         # Not unrolled: all neighbours at once would not fit the registers.
         for direction in range(8):
-            if NEEDS_GATES:  # that of this pixel, for its neighbour s
-                h_s, w_s = neighbour_of(h, w, direction, RATES[2 * k], RATES[2 * k + 1])
-                there = mask & (h_s >= 0) & (h_s < H) & (w_s >= 0) & (w_s < W)
-                p_s = load(p_ptr, c, h_s, w_s, there, p_stride_c, p_stride_h, p_stride_w)
-                before = tl.load(grad_gates_ptr, mask=in_image, other=0.0)
-                grad_gate = before + tl.sum(grad_y * p_s, axis=0)[None, :]
-                tl.store(grad_gates_ptr, grad_gate, mask=in_image)
+            dy, dx = step_to(0 * n + direction, RATES[2 * k], RATES[2 * k + 1])
+            if NEEDS_GATES:  # of this pixel, for its neighbour s
+                there = mask & is_inside(h + dy, w + dx, H, W)
+                p_s = load(p_ptrs + (dy * p_stride_h + dx * p_stride_w), there)
+                grad_gate = load(grad_gates_ptr, in_image) + tl.sum(grad_y * p_s, axis=0)[None, :]
+                store(grad_gates_ptr, grad_gate, in_image)
                 grad_gates_ptr += HW
-            if NEEDS_P:  # from the pixel that has this one as its neighbour s
-                h_i, w_i = neighbour_of(h, w, 7 - direction, RATES[2 * k], RATES[2 * k + 1])
-                inside = in_image & (h_i >= 0) & (h_i < H) & (w_i >= 0) & (w_i < W)
-                offs = h_i.to(tl.int64) * W + w_i
-                gate = tl.load(gates_ptr + offs, mask=inside, other=0.0)
+            if NEEDS_P:  # from the pixel whose neighbour s this one is
+                inside = in_image & is_inside(h - dy, w - dx, H, W)
+                gate = load(gates_ptr - (dy * W + dx), inside)
+                back = dy * stride_h + dx * stride_w
+                grad_p += gate * load(grad_y_ptr + offs - back, mask & inside)
                 gates_ptr += HW
-                there = mask & inside
-                grad_y_i = load(grad_y_ptr, c, h_i, w_i, there, stride_c, stride_h, stride_w)
-                grad_p += gate * grad_y_i
     if NEEDS_P:
         if not IS_FIRST:
-            grad_p = through_normalisation(grad_p, p, before_ptr + n * HW, pixel, in_image)
-        store(out_ptr + n * stride_n, grad_p, c, h, w, mask, stride_c, stride_h, stride_w)
+            grad_p = through_normalisation(grad_p, p, before_ptr + n * HW + pixel, in_image)
+        store(out_ptr + offs, grad_p, mask)
 
 
 @triton.jit
@@ -202,13 +206,12 @@ def gates_backward_kernel(
     for k in range(NUM_RATES):
         channel = 8 * k + tl.arange(0, 8)[:, None]
         offs = n * (8 * NUM_RATES) * HW + channel.to(tl.int64) * HW + pixel
-        grad = tl.load(grad_gates_ptr + offs, mask=in_image, other=0.0)
+        grad = load(grad_gates_ptr + offs, in_image)
         if FROM_LOGITS:
-            gate = tl.load(gates_ptr + offs, mask=in_image, other=0.0)
+            gate = load(gates_ptr + offs, in_image)
             grad = grad * gate * (1 - gate) * slope
-        store(
-            grad_ptr + n * stride_n, grad, channel, h, w, in_image, stride_c, stride_h, stride_w
-        )
+        grad_offs = n * stride_n + offsets(channel, h, w, stride_c, stride_h, stride_w)
+        store(grad_ptr + grad_offs, grad, in_image)
 
 
 def forward(
@@ -293,9 +296,7 @@ def backward(
     return grad_probs, grad_affinity
 
 
-def launch_gates(
-    affinity: Tensor, rates: list[int], steepness: float, from_logits: bool
-) -> Tensor:
+def launch_gates(affinity: Tensor, rates: list[int], steepness: float, from_logits: bool) -> Tensor:
     n, channels, height, width = affinity.shape
     gates = affinity.new_empty(n, channels, height, width, dtype=torch.float32)
     gates_kernel[gates_grid(affinity)](
@@ -321,12 +322,12 @@ def new_total(probs: Tensor) -> Tensor:
 
 
 def tile(probs: Tensor) -> dict[str, int]:
-    """All classes of some pixels, and warps for a tile of many classes."""
+    """All classes of some pixels, and more warps for a tile of many classes."""
     classes = triton.next_power_of_2(probs.shape[1])
     if probs.device.type == "cpu":
-        return {"BLOCK_C": classes, "BLOCK_P": max(16, INTERPRETED_BLOCK // classes)}
-    block_p = max(16, min(256, BLOCK // classes))
-    num_warps = min(MAX_WARPS, max(4, classes * block_p // 512))
+        return {"BLOCK_C": classes, "BLOCK_P": max(1, INTERPRETED_BLOCK // classes)}
+    block_p = max(MIN_BLOCK_P, min(256, BLOCK // classes))
+    num_warps = min(MAX_WARPS, max(4, 4 * classes * block_p // BLOCK))
     return {"BLOCK_C": classes, "BLOCK_P": block_p, "num_warps": num_warps}
 
 

@@ -1,8 +1,8 @@
 """Affinity propagation in torch operations: any device, no Triton.
 
-Pixels are flat, (N, C, H W): the neighbour at (dy, dx) is dy W + dx further on, so each neighbour is
-one addcmul_ of two ranges and nothing is padded or copied. At the image's sides such a range runs
-on into the next row; the gates, which are the affinities after the sigmoid, are 0 there.
+Pixels are flat, (N, C, H W): the neighbour at (dy, dx) is dy W + dx further on, so each neighbour
+is one addcmul_ of two ranges and nothing is padded or copied. At the image's sides such a range
+runs on into the next row; the gates, which are the affinities after the sigmoid, are 0 there.
 
 docs/dilated_affinity.md derives the backward pass. In both passes images are independent: memory is
 that of one image, or of as many small ones as make up a block.
@@ -181,17 +181,15 @@ class Stencil:
 
     def affinity_backward(self, grad_gates: Tensor, out: Tensor) -> None:
         """From the gradient of the gates, which it overwrites, to that of the affinity."""
-        planes = grad_gates.unflatten(2, self.size).unbind(1)
-        gates = self.gates.unflatten(2, self.size).unbind(1)
-        for grad, gate, neighbour in zip(planes, gates, self.neighbours, strict=True):
+        planes = *grad_gates.shape[:2], *self.size
+        grads, gates = grad_gates.view(planes).unbind(1), self.gates.view(planes).unbind(1)
+        for grad, gate, neighbour in zip(grads, gates, self.neighbours, strict=True):
             if self.slope is not None:
                 grad.mul_(gate).mul_(1 - gate).mul_(self.slope)
             clear_outside(grad, neighbour)
             out[:, neighbour.channel].copy_(grad)
 
-    def ranges(
-        self, pixels: slice, backwards: bool = False
-    ) -> Iterator[tuple[int, slice, slice]]:
+    def ranges(self, pixels: slice, backwards: bool = False) -> Iterator[tuple[int, slice, slice]]:
         """For every neighbour, those of ``pixels`` and their neighbours that are pixels at all.
 
         Backwards, ``pixels`` are the neighbours.

@@ -34,9 +34,9 @@ def affinity_propagation(
     for _ in range(iterations):
         largest, _ = p.max(dim=1, keepdim=True)
         total = self_weight * p * largest
-        for a_s, (dy, dx) in zip(a.split(1, dim=1), offsets, strict=True):
+        for s, (dy, dx) in enumerate(offsets):
             # Outside the image there is no neighbour: p_s is 0.
-            total = total + a_s * shifted(p, dy, dx, 0.0)
+            total = total + a[:, s : s + 1] * shifted(p, dy, dx, 0.0)
         p = normalised(total)
     return p.to(probs.dtype)
 
