@@ -90,10 +90,11 @@ class Case:
 
 
 def propagation_loss(logits: Tensor, target: Tensor, affinity: Tensor) -> Tensor:
-    """Minus the mean probability that is left to the true class."""
+    """Minus the mean probability of the true class, in the result's dtype: it has its rounding."""
     (refined,) = propagation_tables(logits, target, affinity)
     at_least_float32 = torch.promote_types(refined.dtype, torch.float32)
-    return F.nll_loss(refined.to(at_least_float32), target, ignore_index=255)
+    loss = F.nll_loss(refined.to(at_least_float32), target, ignore_index=255)
+    return loss.to(refined.dtype)
 
 
 def propagation_tables(logits: Tensor, target: Tensor, affinity: Tensor) -> tuple[Tensor]:
