@@ -2,6 +2,7 @@
 
     python examples/train_segmentation.py                  # drawn scenes; minutes on two CPU cores
     python examples/train_segmentation.py --data FOLDER    # your own images, see --help
+    python examples/train_segmentation.py --loss ce ce+ar  # affinity regression, with heat maps
 
 Every loss gets the same initial weights, the same batches in the same order, the same number of
 steps and the same optimiser. To compare another loss, add it to LOSSES.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import statistics
 import sys
@@ -40,13 +42,21 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
-from tritonaff import AdaptiveAffinityFieldLoss
+from tritonaff import (
+    AdaptiveAffinityFieldLoss,
+    AffinityRegressionLoss,
+    label_affinity,
+    square_root_affinity,
+)
 from tritonaff.metrics import BoundaryScore
+from tritonaff.plotting import plot_affinity
 
 # ------------------------------------------------------------------------------------ losses
 
 
 class CrossEntropy(nn.Module):
+    changes_at = math.inf  # the progress from which on the loss is another one: never
+
     def __init__(self, num_classes: int, ignore_index: int) -> None:
         super().__init__()
         self.ignore_index = ignore_index
@@ -71,9 +81,32 @@ class CrossEntropyAAF(CrossEntropy):
         return [self.aaf.optimizer_group(lr)]
 
 
+AR_FROM = 2 / 3  # of the progress
+AR_WEIGHT = 0.1
+
+
+class CrossEntropyAR(CrossEntropy):
+    """Cross-entropy first, affinity regression beside it at the end: the paper adds it at the peak
+    of the network, this script after a fixed part of the steps.
+    """
+
+    changes_at = AR_FROM
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__(num_classes, ignore_index)
+        self.ar = AffinityRegressionLoss(ignore_index=ignore_index)
+
+    def forward(self, logits: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        # A weight of 0, not an "if": that would read the progress back from the device and compile
+        # twice. What it costs in vain is little, the loss looks at 180 points of an image.
+        weight = AR_WEIGHT * (progress >= AR_FROM)
+        return super().forward(logits, target, progress) + weight * self.ar(logits, target)
+
+
 LOSSES = {
     "ce": ("cross-entropy", CrossEntropy),
     "ce+aaf": ("cross-entropy + AAF", CrossEntropyAAF),
+    "ce+ar": ("cross-entropy + AR", CrossEntropyAR),
 }
 
 # -------------------------------------------------------------------------------------- data
@@ -264,6 +297,7 @@ REPORTS = 4  # how often a training looks at the validation split
 class Result(NamedTuple):
     title: str
     network: nn.Module
+    before: nn.Module | None  # the network when the loss changed, if it did
     step_ms: float
 
 
@@ -299,9 +333,11 @@ def train(
             reason = str(error).splitlines()[0]
             display.say(f"torch.compile does not work here, training in eager mode ({reason})")
 
-    times = []
+    times, before = [], None
     crops = random_crops(data.train, options)
     for step in range(steps):
+        if before is None and step / steps >= criterion.changes_at:
+            before = copy.deepcopy(network)
         batch = next_batch(step)
         start = time.perf_counter()
         loss = forward(*batch)
@@ -314,7 +350,7 @@ def train(
         display.advance(value)
         if (step + 1) * REPORTS // steps > step * REPORTS // steps:
             display.report(score(network, data.val, len(data.classes), options.ignore_index)[0])
-    return Result(title, network, 1000 * statistics.median(times))
+    return Result(title, network, before, 1000 * statistics.median(times))
 
 
 def compiled(forward: Callable, network: nn.Module, batch: tuple) -> Callable:
@@ -351,13 +387,29 @@ def score(
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, image: np.ndarray) -> Tensor:
-    """The classes (H, W) of one image, on the CPU."""
+def infer(network: nn.Module, image: np.ndarray) -> Tensor:
+    """The logits (1, C, H, W) of one image."""
     device = next(network.parameters()).device
     network.eval()
     logits = network(to_input(torch.from_numpy(image[None]), device))
     network.train()
-    return logits.argmax(dim=1)[0].cpu()
+    return logits
+
+
+def predict(network: nn.Module, image: np.ndarray) -> Tensor:
+    """The classes (H, W) of one image, on the CPU."""
+    return infer(network, image).argmax(dim=1)[0].cpu()
+
+
+def affinity_regression(network: nn.Module, pairs: list[Pair], ignore_index: int) -> float:
+    """The loss on full images, its mean over those that have a point which counts."""
+    loss_fn = AffinityRegressionLoss(ignore_index=ignore_index)
+    losses = []
+    for image, labels in pairs:
+        target = torch.from_numpy(labels)[None]
+        if label_affinity(target, ignore_index=ignore_index)[1].any():
+            losses.append(loss_fn(infer(network, image).cpu(), target).item())
+    return statistics.mean(losses) if losses else 0.0
 
 
 def draw(path: Path, data: Dataset, results: list[Result], rows: int = 4) -> None:
@@ -385,6 +437,19 @@ def draw(path: Path, data: Dataset, results: list[Result], rows: int = 4) -> Non
     figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def draw_affinity(path: Path, data: Dataset, result: Result, ignore_index: int) -> None:
+    """The first image drawn above as the affinity regression sees it: Fig. 4 of its paper."""
+    image, labels = data.test[0]
+    affinity, valid = label_affinity(torch.from_numpy(labels)[None], ignore_index=ignore_index)
+    matrices = {
+        "label affinity": affinity,
+        "before": square_root_affinity(infer(result.before, image)).cpu(),
+        "after": square_root_affinity(infer(result.network, image)).cpu(),
+    }
+    ignored = ~(valid[:, :, None] & valid[:, None, :])
+    plot_affinity({k: v.masked_fill(ignored, torch.nan) for k, v in matrices.items()}, path)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -417,6 +482,20 @@ def main() -> int:
     picture = options.output / f"{data.name}.png"
     draw(picture, data, results)
     display.say(f"picture: {picture}")
+    for result in results:
+        if result.before is None:
+            continue
+        # Any training lowers it: what was trained without it stands beside.
+        networks = {"before": result.before, "after": result.network}
+        networks |= {other.title: other.network for other in results if other.before is None}
+        values = ", ".join(
+            f"{affinity_regression(network, data.test, options.ignore_index):.4f} {title}"
+            for title, network in networks.items()
+        )
+        display.say(f"affinity regression on the test split: {values}")
+        picture = options.output / f"{data.name}-affinity.png"
+        draw_affinity(picture, data, result, options.ignore_index)
+        display.say(f"heat maps: {picture}")
     return 0
 
 
@@ -441,8 +520,9 @@ def parse_arguments() -> argparse.Namespace:
         "--loss",
         nargs="+",
         choices=LOSSES,
-        default=list(LOSSES),
-        help="which losses to train with (default: all)",
+        default=("ce", "ce+aaf"),
+        help="which losses to train with (default: ce ce+aaf); ce+ar is cross-entropy and, in the "
+        "last third of the steps, affinity regression, and draws heat maps of it",
     )
     parser.add_argument("--steps", type=positive, default=800, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
@@ -463,7 +543,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         default=Path("runs"),
         metavar="FOLDER",
-        help="where the picture goes (default: %(default)s)",
+        help="where the pictures go (default: %(default)s)",
     )
     parser.add_argument(
         "--no-compile",

@@ -141,7 +141,7 @@ def case_with(kernel_sizes, edge_factor=1.0, **options):
     def tables(logits, target):
         return tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
 
-    return Case("affinity_field", (), (), loss, tables)
+    return Case("affinity_field", (), (), loss, tables, largest_term=9.2)
 
 
 @st.composite
@@ -226,8 +226,9 @@ def test_larger_images_of_many_classes(backend, device, shape, confidence):
 def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     """Blocks and bands of one class, one row, one image, and edge pairs in many steps."""
     from tritonaff.portable import affinity_field as portable
+    from tritonaff.portable import blocks
 
-    monkeypatch.setattr(portable, "CPU_BLOCK", block)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", block)
     monkeypatch.setattr(portable, "CPU_PAIRS", 7)
     for case in (case_with((3, 7)), case_with((5,), variant="authors")):
         check_parity(case, "portable", *make_inputs((3, 4, 6, 7)))
@@ -471,7 +472,7 @@ def test_a_size_beyond_the_image_does_not_disturb_the_others(backend, device, sh
     def tables(logits, target):
         return tritonaff.affinity_field_terms(logits, target, (3, 41, 81))
 
-    check_parity(Case("affinity_field", (), (), loss, tables), backend, *values)
+    check_parity(Case("affinity_field", (), (), loss, tables, largest_term=9.2), backend, *values)
     if shape[2:] == (1, 1):
         assert not evaluate(CASES["affinity_field"], backend, *values)["gradient"].any()
 

@@ -89,7 +89,7 @@ def case_with(rates, softmax=False, **options):
         # In the dtype of the result: its rounding is the loss's, too.
         return (result * weight).sum().to(result.dtype) / max(1, result[:, 0].numel())
 
-    return Case("affinity_propagation", (), (), loss, tables)
+    return Case("affinity_propagation", (), (), loss, tables, largest_term=1.0)
 
 
 def laid_out(tensor, layout):

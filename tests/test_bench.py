@@ -9,9 +9,16 @@ import sys
 import pytest
 import torch
 
+import tritonaff
 from tritonaff.bench import measure
 from tritonaff.bench.__main__ import main
-from tritonaff.bench.cases import CASES, ParityError, check_parity, make_inputs
+from tritonaff.bench.cases import (
+    CASES,
+    ParityError,
+    check_parity,
+    differentiable,
+    make_inputs,
+)
 
 QUICK = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"]
 
@@ -26,7 +33,7 @@ def test_rows(capsys, tmp_path):
     assert set(content) == {"device", "versions", "rows"}
     assert [(row["op"], row["impl"], row["mode"]) for row in content["rows"]] == [
         (op, impl, mode)
-        for op in ("affinity_field", "affinity_propagation")
+        for op in CASES
         for mode in ("fwd", "fwd_bwd")
         for impl in ("reference", "portable", "cross_entropy")
     ]
@@ -51,7 +58,7 @@ def wrong_sign(forward_or_backward):
     return wrong
 
 
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", ["affinity_field", "affinity_propagation"])
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path, op, part):
     portable = importlib.import_module(f"tritonaff.portable.{op}")
@@ -112,15 +119,20 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
 def test_portable_propagation_holds_its_iterates_and_gates():
     """Those of one large image, whatever the batch."""
     case = CASES["affinity_propagation"]
-    one, three = (case.make_inputs((n, 19, 160, 192)) for n in (1, 3))
-    peaks = []
-    for inputs in (one, three):
-        result = measure.measure(case, "portable", ("fwd_bwd",), inputs, quick=True)
-        peaks.append(result.by_mode["fwd_bwd"].peak_bytes)
-    logits, _, affinity = one
-    assert peaks[0] <= 16 * logits.nbytes + 3.5 * affinity.nbytes
+
+    def peak(inputs):
+        def forward_backward(_):
+            with tritonaff.use_backend("portable"):
+                torch.autograd.grad(case.loss(*leaves), differentiable(leaves))
+
+        leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs]
+        return measure.peak_bytes(forward_backward, torch.device("cpu"))
+
+    logits, _, affinity = one = case.make_inputs((1, 19, 160, 192))
+    assert peak(one) <= 16 * logits.nbytes + 3.5 * affinity.nbytes
     # What an image more costs is what goes in and out of the operation.
-    assert peaks[1] - peaks[0] <= 2 * (5 * logits.nbytes + affinity.nbytes)
+    three = case.make_inputs((3, 19, 160, 192))
+    assert peak(three) - peak(one) <= 2 * (5 * logits.nbytes + affinity.nbytes)
 
 
 def test_interpreted_tiles_are_not_timed(capsys):
@@ -161,10 +173,11 @@ def test_static(tmp_path):
         "affinity_propagation": (
             "gates", "step", "normalise_backward", "step_backward", "gates_backward",
         ),
+        "affinity_regression": ("pairs", "pairs_gradient", "gram", "gradient", "matrix"),
     }  # fmt: skip
     assert kernels == {
         (op, f"{name}_kernel", target)
-        for op in CASES
+        for op in names
         for name in names[op]
         for target in ("sm_80", "sm_90", "gfx942")
     }

@@ -1,5 +1,6 @@
 """The training example as its users run it, small."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
+
+import tritonaff
 
 Image = pytest.importorskip("PIL.Image")
 np = pytest.importorskip("numpy")
@@ -44,12 +49,11 @@ def folder(tmp_path):
     return root
 
 
-def check_output(result, output, name):
+def check_output(result, output, name, other="cross-entropy + AAF"):
     assert result.returncode == 0, result.stderr
-    for title in ("cross-entropy", "cross-entropy \\+ AAF"):
-        row = re.search(
-            rf"\|\s*{title}\s*\|\s*0\.\d+\s*\|\s*0\.\d+\s*\|\s*\d+\.\d\s*\|", result.stdout
-        )
+    for title in ("cross-entropy", other):
+        cells = re.escape(title), r"0\.\d+", r"0\.\d+", r"\d+\.\d"
+        row = re.search(r"\|\s*" + r"\s*\|\s*".join(cells) + r"\s*\|", result.stdout)
         assert row, result.stdout
     table = [line for line in result.stdout.splitlines() if line.startswith(("|", "+"))]
     assert max(map(len, table)) <= 80
@@ -61,6 +65,7 @@ def check_output(result, output, name):
 def test_drawn_scenes(tmp_path):
     result = run(*SMALL, "--no-compile", "--output", tmp_path)
     check_output(result, tmp_path, "scenes")
+    assert "cross-entropy + AR" not in result.stdout  # only where it is asked for
 
 
 def test_a_data_set_in_a_folder(folder, tmp_path):
@@ -75,6 +80,51 @@ def test_without_a_compiler_it_says_so_and_trains(folder, tmp_path):
     result = run(*SMALL, *arguments, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(cache))
     check_output(result, tmp_path, "data")
     assert len(re.findall("training in eager mode", result.stdout)) == 1
+
+
+def test_affinity_regression_and_its_heat_maps(folder, tmp_path):
+    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--no-compile"]
+    result = run(*SMALL, *arguments, "--steps", 3, "--learning-rate", 0.1, "--loss", "ce", "ce+ar")
+    check_output(result, tmp_path, "data", "cross-entropy + AR")
+    line = (
+        r"affinity regression on the test split: "
+        r"(0\.\d{4}) before, (0\.\d{4}) after, (0\.\d{4}) cross-entropy\n"
+    )
+    ((before, after, without),) = re.findall(line, result.stdout)
+    assert len({before, after, without}) == 3
+    heat_maps = tmp_path / "data-affinity.png"
+    assert f"heat maps: {heat_maps}" in result.stdout
+    picture = np.asarray(Image.open(heat_maps).convert("RGB")).astype(int)
+    assert picture.shape[1] > 2 * picture.shape[0] > 1000
+    # The void pixel is a point of both grids: gray lines in each of the three.
+    void = (np.ptp(picture, axis=-1) == 0) & (picture[..., 0] > 100) & (picture[..., 0] < 200)
+    columns = np.flatnonzero(void.sum(axis=0) > picture.shape[0] / 2)
+    assert len(np.flatnonzero(np.diff(columns, prepend=-9) > 1)) == 3 * 2
+
+
+def test_fewer_steps_than_affinity_regression_needs(folder, tmp_path):
+    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--no-compile"]
+    result = run(*SMALL, *arguments, "--loss", "ce", "ce+ar")
+    check_output(result, tmp_path, "data", "cross-entropy + AR")
+    assert "heat maps" not in result.stdout
+
+
+def test_affinity_regression_joins_in_the_last_third(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    criterion = importlib.import_module("train_segmentation").CrossEntropyAR(3, ignore_index=255)
+    logits, target = torch.randn(2, 3, 24, 24), torch.randint(0, 3, (2, 24, 24))
+    target[:, :5] = 255
+    before = F.cross_entropy(logits, target, ignore_index=255)
+    after = before + 0.1 * tritonaff.AffinityRegressionLoss(ignore_index=255)(logits, target)
+    assert after > before + 1e-3
+    torch.compiler.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    for step in range(9):
+        progress = torch.tensor(step / 9)
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            loss = compiled(logits, target, progress)
+        torch.testing.assert_close(loss, before if step < 6 else after)
 
 
 def remove_labels(folder):

@@ -16,14 +16,31 @@ import torch
 from torch import Tensor
 
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
+# An affinity matrix is for people to look at: larger ones are taken for a mistake.
+MAX_MATRIX_BYTES = 8 * 10**9
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_logits(logits: Any, name: str = "logits") -> None:
+    check_tensor(name, logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
+    if any(size < 1 for size in logits.shape[1:]):
+        raise ValueError(
+            f"{name} must have at least one class, row and column, got shape {tuple(logits.shape)}"
+        )
+
+
+def check_target(target: Any) -> None:
+    check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
+    if any(size < 1 for size in target.shape[1:]):
+        raise ValueError(
+            f"target must have at least one row and column, got shape {tuple(target.shape)}"
+        )
+
+
 def check_logits_and_target(logits: Any, target: Any) -> None:
-    check_tensor("logits", logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
+    check_logits(logits)
     check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
     _check_one_device("logits", logits, "target", target)
-    _check_not_empty("logits", logits)
     n, _, height, width = logits.shape
     if tuple(target.shape) != (n, height, width):
         raise ValueError(
@@ -33,10 +50,9 @@ def check_logits_and_target(logits: Any, target: Any) -> None:
 
 
 def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
-    check_tensor("probs", probs, LOGITS_DTYPES, ("N", "C", "H", "W"))
+    check_logits(probs, "probs")
     check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     _check_one_device("probs", probs, "affinity", affinity)
-    _check_not_empty("probs", probs)
     n, _, height, width = probs.shape
     if tuple(affinity.shape) != (n, 8 * num_rates, height, width):
         raise ValueError(
@@ -49,13 +65,6 @@ def _check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
     if tensor.device != other.device:
         raise ValueError(
             f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}"
-        )
-
-
-def _check_not_empty(name: str, tensor: Tensor) -> None:
-    if 0 in tensor.shape[1:]:
-        raise ValueError(
-            f"{name} must have at least one class, row and column, got shape {tuple(tensor.shape)}"
         )
 
 
@@ -87,6 +96,37 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
             f"got {kernel_sizes}"
         )
     return sizes
+
+
+def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
+    if grid_sizes is None:
+        return None
+    if isinstance(grid_sizes, str) or not isinstance(grid_sizes, Sequence):
+        raise TypeError(
+            f"grid_sizes must be a sequence of int or None, got {type(grid_sizes).__name__}"
+        )
+    sizes = tuple(check_int("every one of grid_sizes", size, at_least=1) for size in grid_sizes)
+    if not sizes:
+        raise ValueError("grid_sizes must hold at least one size, or be None for every pixel")
+    return sizes
+
+
+def check_matrices_fit(shape: Sequence[int], grid_sizes: Sequence[int] | None) -> None:
+    """ValueError where an affinity matrix for every image of this shape is no sensible request."""
+    n, *_, height, width = shape
+    points = height * width if grid_sizes is None else sum(size * size for size in grid_sizes)
+    size = n * points * points * 4
+    if size > MAX_MATRIX_BYTES:
+        raise ValueError(
+            f"affinity matrices of {points} points must fit {_in_words(MAX_MATRIX_BYTES)}, "
+            f"{n} of them take {_in_words(size)}: choose smaller grid_sizes or images; "
+            "affinity_regression_terms and affinity_regression_loss need no matrix "
+            "(except with the backend 'reference')"
+        )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e12:.1f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
 
 
 def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:

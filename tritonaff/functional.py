@@ -13,6 +13,9 @@ from torch import Tensor
 from tritonaff import checks
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
 from tritonaff.ops.affinity_propagation import affinity_propagation as affinity_propagation_op
+from tritonaff.ops.affinity_regression import affinity_regression as affinity_regression_op
+from tritonaff.ops.affinity_regression import label_affinity as label_affinity_op
+from tritonaff.ops.affinity_regression import square_root_affinity as square_root_affinity_op
 from tritonaff.ops.backend import current_backend
 
 VARIANTS = ("paper", "authors")
@@ -207,6 +210,202 @@ def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tenso
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
     # them in rounding.
     return (weighted.sum(dim=0) * (count > 0) / count.clamp(min=1)).sum()
+
+
+class AffinityRegressionTerms(NamedTuple):
+    """What the affinity regression loss is made of, each of shape (N,)."""
+
+    squared_error: Tensor
+    """Sum of (A - M)^2 over the pairs of points; float32, float64 for float64 logits.
+    Differentiable.
+    """
+    pair_count: Tensor
+    """Number of pairs, the square of the number of points that count; int64."""
+
+
+def affinity_regression_terms(
+    logits: Tensor,
+    target: Tensor,
+    grid_sizes: Sequence[int] | None = (12, 6),
+    *,
+    ignore_index: int = 255,
+) -> AffinityRegressionTerms:
+    r"""Squared error between the square-root affinity and the label affinity of each image.
+
+    With S = sqrt(softmax(logits)) at L sample points and their labels y,
+
+    .. math:: E = \sum_{ij} (A_{ij} - M_{ij})^2, \quad A = S^T S, \quad M_{ij} = [y_i = y_j]
+
+    over all pairs of points that are not ignored, i = j included. The points of a grid size g are
+    the rows floor(i H / g) and columns floor(j W / g), i, j = 0 ... g - 1, as nearest-neighbour
+    interpolation takes them, and L is the sum of the g^2. No L x L matrix is built: time and memory
+    are linear in L, so that ``grid_sizes=None``, every pixel, is as good as any other choice.
+
+    Args:
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
+        target: (N, H, W) of uint8, int32 or int64.
+        grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
+            None: every pixel.
+        ignore_index: label of the points to leave out.
+
+    Returns:
+        :class:`AffinityRegressionTerms`. Differentiable with respect to the logits: once, in
+        reverse mode; finite where a probability underflows.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range. A label outside [0, C) other than ignore_index
+            raises in eager mode on the CPU; elsewhere such points are ignored. With the backend
+            "reference", matrices that do not fit.
+
+    Paper: Cao, "Use Square Root Affinity to Regress Label in Semantic Segmentation", Eq. 3 to 6.
+    It knows no ignored points, and names grids of 12 and 6.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.zeros(1, 2, 1, 2)  # two undecided pixels: their affinity is 1
+        >>> target = torch.tensor([[[0, 1]]])  # of two classes: it should be 0, twice
+        >>> terms = tritonaff.affinity_regression_terms(logits, target, grid_sizes=None)
+        >>> terms.squared_error.tolist(), terms.pair_count.tolist()
+        ([2.0], [4])
+    """
+    checks.check_logits_and_target(logits, target)
+    grid_sizes = checks.check_grid_sizes(grid_sizes)
+    ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, logits.shape[1], ignore_index)
+
+    backend = current_backend()
+    if backend == "reference":
+        from tritonaff.reference.affinity_regression import affinity_regression_terms as reference
+
+        checks.check_matrices_fit(logits.shape, grid_sizes)
+        terms = reference(logits, target, grid_sizes, ignore_index=ignore_index)
+        return AffinityRegressionTerms(*terms)
+    squared_error, pair_count, _ = affinity_regression_op(
+        logits, target, grid_sizes or (), ignore_index, backend
+    )
+    return AffinityRegressionTerms(squared_error, pair_count)
+
+
+def affinity_regression_loss(
+    logits: Tensor,
+    target: Tensor,
+    grid_sizes: Sequence[int] | None = (12, 6),
+    *,
+    ignore_index: int = 255,
+) -> Tensor:
+    r"""The affinity regression loss: points of one label agree, points of two labels differ, at any
+    distance.
+
+    The mean over images of squared_error / pair_count of :func:`affinity_regression_terms`: a mean
+    square. Images without any point that counts are left out; without any such image it is 0 with
+    a zero gradient.
+
+    Args:
+        logits, target, grid_sizes, ignore_index: see :func:`affinity_regression_terms`.
+
+    Returns:
+        A scalar in [0, 1]: float32, float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError: as :func:`affinity_regression_terms`.
+
+    Paper: Cao, Eq. 6; added to cross-entropy with the weight 0.1 (Eq. 7) when training with
+    cross-entropy alone has reached its peak.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.randn(2, 4, 32, 32, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 32, 32))
+        >>> loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+        >>> loss = loss + 0.1 * tritonaff.affinity_regression_loss(logits, target)
+        >>> loss.backward()
+    """
+    squared_error, pair_count = affinity_regression_terms(
+        logits, target, grid_sizes, ignore_index=ignore_index
+    )
+    counted = pair_count > 0
+    mean_square = squared_error * counted / pair_count.clamp(min=1)
+    return mean_square.sum() / counted.sum().clamp(min=1)
+
+
+def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int] | None = (12, 6)) -> Tensor:
+    r"""The affinity of all pairs of sample points that the logits predict, as matrices.
+
+    .. math:: A_{ij} = \sum_c \sqrt{p_i(c) \, p_j(c)}, \quad p = softmax(logits)
+
+    the Bhattacharyya coefficient of two predictions: in [0, 1], and 1 exactly if they are equal.
+
+    Args:
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides.
+        grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
+            pixel, L = H W.
+
+    Returns:
+        (N, L, L): float32, float64 for float64 logits. Differentiable: once, in reverse mode.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or size; matrices of more than 8 GB.
+
+    Paper: Cao, Eq. 5 and 8. :func:`tritonaff.plotting.plot_affinity` draws it as the paper's Fig. 4
+    does.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.tensor([[[[9.0, 9.0]], [[0.0, 0.0]]]])  # two pixels that agree
+        >>> tritonaff.square_root_affinity(logits, grid_sizes=None).round(decimals=3).tolist()
+        [[[1.0, 1.0], [1.0, 1.0]]]
+    """
+    checks.check_logits(logits)
+    grid_sizes = checks.check_grid_sizes(grid_sizes)
+    checks.check_matrices_fit(logits.shape, grid_sizes)
+    backend = current_backend()
+    if backend == "reference":
+        from tritonaff.reference.affinity_regression import square_root_affinity as reference
+
+        return reference(logits, grid_sizes)
+    affinity: Tensor = square_root_affinity_op(logits, grid_sizes or (), backend)
+    return affinity
+
+
+def label_affinity(
+    target: Tensor, grid_sizes: Sequence[int] | None = (12, 6), ignore_index: int = 255
+) -> tuple[Tensor, Tensor]:
+    """The affinity of all pairs of sample points that the labels ask for, as matrices.
+
+    Args:
+        target: (N, H, W) of uint8, int32 or int64, any labels.
+        grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
+            pixel, L = H W.
+        ignore_index: label of the points that do not count.
+
+    Returns:
+        affinity: (N, L, L) float32, 1 where two points that count have the same label, else 0.
+        valid: (N, L) bool, which points count.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or size; matrices of more than 8 GB.
+
+    Paper: Cao, Eq. 3.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> affinity, valid = tritonaff.label_affinity(torch.tensor([[[3, 3, 255]]]), None)
+        >>> affinity.tolist(), valid.tolist()
+        ([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]], [[True, True, False]])
+    """
+    checks.check_target(target)
+    grid_sizes = checks.check_grid_sizes(grid_sizes)
+    ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_matrices_fit(target.shape, grid_sizes)
+    if current_backend() == "reference":
+        from tritonaff.reference.affinity_regression import label_affinity as reference
+
+        return reference(target, grid_sizes, ignore_index)
+    return label_affinity_op(target, list(grid_sizes or ()), ignore_index)
 
 
 def affinity_propagation(

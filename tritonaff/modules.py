@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tritonaff import checks
-from tritonaff.functional import VARIANTS, affinity_field_loss, affinity_propagation
+from tritonaff.functional import (
+    VARIANTS,
+    affinity_field_loss,
+    affinity_propagation,
+    affinity_regression_loss,
+)
 
 
 class AffinityFieldLoss(nn.Module):
@@ -203,6 +208,44 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, {super().extra_repr()}"
+
+
+class AffinityRegressionLoss(nn.Module):
+    """:func:`tritonaff.affinity_regression_loss` with fixed options.
+
+    The paper adds it to cross-entropy with the weight 0.1, for fine-tuning, when training with
+    cross-entropy alone has reached its peak.
+
+    Args:
+        grid_sizes, ignore_index: see :func:`tritonaff.affinity_regression_loss`.
+
+    Shapes:
+        ``forward(logits, target)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> loss_fn = tritonaff.AffinityRegressionLoss(grid_sizes=(12, 6))
+        >>> logits = torch.randn(1, 3, 48, 64, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 48, 64))
+        >>> (0.1 * loss_fn(logits, target)).backward()
+    """
+
+    def __init__(self, grid_sizes: Sequence[int] | None = (12, 6), ignore_index: int = 255) -> None:
+        super().__init__()
+        self.grid_sizes = checks.check_grid_sizes(grid_sizes)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return affinity_regression_loss(
+            logits, target, self.grid_sizes, ignore_index=self.ignore_index
+        )
+
+    def extra_repr(self) -> str:
+        return f"grid_sizes={self.grid_sizes}, ignore_index={self.ignore_index}"
 
 
 class AffinityPropagation(nn.Module):

@@ -25,6 +25,7 @@ from tritonaff.bench.cases import (
     Shape,
     check_agreement,
     check_parity,
+    obstacle,
 )
 from tritonaff.version import __version__
 
@@ -118,10 +119,25 @@ def _run(args: argparse.Namespace) -> int:
     if device.type != "cpu":
         copy_gb_per_s = head["copy_gb_per_s"] = round(measure.copy_gb_per_s(device), 1)
     rows: list[measure.Row] = []
+    left_out: list[dict[str, Any]] = []
     with _progress(len(jobs) * (len(impls) + 1)) as step:
         for case, dtype, shape in jobs:
-            rows += _rows(case, dtype, shape, impls, args, device, step)
-    _print(f"{head['device']}, {_one_line(versions())}", *_run_table(rows, copy_gb_per_s))
+            obstacles = {impl: obstacle(case, impl, shape) for impl in impls}
+            left_out += [
+                {"op": case.name, "impl": impl, "shape": shape, "reason": reason}
+                for impl, reason in obstacles.items()
+                if reason
+            ]
+            able = tuple(impl for impl in impls if not obstacles[impl])
+            rows += _rows(case, dtype, shape, able, args, device, step)
+    print(f"{head['device']}, {_one_line(versions())}")
+    for op in args.op:
+        _print(op, *_run_table([row for row in rows if row.op == op], copy_gb_per_s))
+    for job in left_out:
+        shape = ",".join(map(str, job["shape"]))
+        print(f"not run: {job['op']} {shape} {job['impl']}: {job['reason']}")
+    if left_out:
+        head["left_out"] = left_out
     if args.json:
         _write(args.json, {**head, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
@@ -210,13 +226,12 @@ def _rows(
 def _run_table(
     rows: list[measure.Row], copy_gb_per_s: float | None
 ) -> tuple[list[str], list[list[str]]]:
-    columns = ["op", "shape", "mode", "impl", "ms", "x eager", "x compiled", "compile s", "peak MB"]
+    columns = ["shape", "mode", "impl", "ms", "x eager", "x compiled", "compile s", "peak MB"]
     if copy_gb_per_s:
         columns += ["GB/s", "% copy"]
     lines = []
     for row in rows:
         line = [
-            row.op,
             ",".join(map(str, row.shape)) + ("" if row.dtype == "float32" else f" {row.dtype}"),
             row.mode,
             row.impl,
@@ -246,18 +261,23 @@ def _static(args: argparse.Namespace) -> int:
             for target in static.TARGETS:
                 step(f"{tile.kernel.__name__} {target}")
                 kernels.append(static.analyse(tile, target))
+    print(f"instructions per element (class of a pixel), triton {versions()['triton']}")
     columns = ["kernel", "target", "regs", "spills", "shared", *static.KINDS, "all"]
-    lines = [
-        [
-            row["kernel"].removesuffix("_kernel"),
-            row["target"],
-            *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
-            *(f"{row['instructions_per_element'][kind]:.0f}" for kind in (*static.KINDS, "all")),
+    for op in dict.fromkeys(row["op"] for row in kernels):
+        lines = [
+            [
+                row["kernel"].removesuffix("_kernel"),
+                row["target"],
+                *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
+                *(
+                    f"{row['instructions_per_element'][kind]:.0f}"
+                    for kind in (*static.KINDS, "all")
+                ),
+            ]
+            for row in kernels
+            if row["op"] == op
         ]
-        for row in kernels
-    ]
-    title = f"instructions per element (class of a pixel), triton {versions()['triton']}"
-    _print(title, columns, lines)
+        _print(op, columns, lines)
     if args.json:
         _write(args.json, {"device": "none: compiled", "versions": versions(), "kernels": kernels})
     return 0

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonaff.kernels import affinity_field, affinity_propagation
+from tritonaff.kernels import affinity_field, affinity_propagation, affinity_regression
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,6 +50,14 @@ PATCH: dict[str, Any] = {
 PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 PIXELS = {"BLOCK_C": 32, "BLOCK_P": affinity_field.BLOCK_ALL_CLASSES // 32}
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
+# On no device: the blocks are a GPU's, not those that the interpreter likes.
+LOGITS = torch.empty(1, 19, 256, 512, device="meta")
+GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
+PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
+PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
+GRAM = affinity_regression.gram_blocks(LOGITS)
+GRADIENT = affinity_regression.gradient_blocks(LOGITS)
+MATRIX = affinity_regression.matrix_blocks(LOGITS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
 FROM_LOGITS = {"FROM_LOGITS": True, "BLOCK_P": affinity_propagation.BLOCK // 8}
 ALL_CLASSES = {"BLOCK_C": 32, "BLOCK_P": affinity_propagation.BLOCK // 32}
@@ -60,6 +69,40 @@ TILES = (
     Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
     Tile("affinity_field", affinity_field.gradient_kernel, PATCH, PATCH_ELEMENTS, trips=8),
     Tile("affinity_field", affinity_field.softmax_backward_kernel, PIXELS, PIXEL_ELEMENTS),
+    Tile(
+        "affinity_regression",
+        affinity_regression.pairs_kernel,
+        GRIDS | PAIRS,
+        19 * 180,
+        trips=PAIRS["STEPS_I"] * PAIRS["STEPS_J"],
+    ),
+    Tile(
+        "affinity_regression",
+        affinity_regression.pairs_gradient_kernel,
+        GRIDS | PAIRS_GRADIENT,
+        19 * PAIRS_GRADIENT["BLOCK_I"],
+        trips=PAIRS_GRADIENT["STEPS_J"],
+    ),
+    Tile(
+        "affinity_regression",
+        affinity_regression.gram_kernel,
+        GRAM,
+        19 * GRAM["BLOCK_P"] * GRAM["STEPS"],
+        trips=GRAM["STEPS"],
+    ),
+    Tile(
+        "affinity_regression",
+        affinity_regression.gradient_kernel,
+        GRADIENT,
+        19 * GRADIENT["BLOCK_P"],
+    ),
+    Tile(
+        "affinity_regression",
+        affinity_regression.matrix_kernel,
+        GRIDS | MATRIX,
+        19 * 2 * MATRIX["BLOCK_I"],
+        trips=MATRIX["BLOCK_C"] // MATRIX["BLOCK_A"],
+    ),
     Tile(
         "affinity_propagation",
         affinity_propagation.gates_kernel,
@@ -88,20 +131,19 @@ TILES = (
         trips=4,
     ),
 )
-# Every other number is an int.
-FLOATS = ("margin", "eps", "self_weight", "slope")
 
 
 def analyse(tile: Tile, target: str) -> dict[str, Any]:
     """One row of the static table."""
+    num_warps = tile.blocks.get("num_warps", NUM_WARPS)
     compiled = triton.compile(
-        _source(tile), target=TARGETS[target], options={"num_warps": NUM_WARPS}
+        _source(tile), target=TARGETS[target], options={"num_warps": num_warps}
     )
     if target.startswith("sm_"):
         registers, spills, assembly = _nvidia(compiled.asm["cubin"])
     else:
         registers, spills, assembly = _amd(compiled.asm["amdgcn"])
-    threads = NUM_WARPS * TARGETS[target].warp_size
+    threads = num_warps * TARGETS[target].warp_size
     counts = count_instructions(assembly, tile.trips)
     per_element = {kind: round(counts[kind] * threads / tile.elements, 1) for kind in KINDS}
     return {
@@ -115,10 +157,20 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
     }
 
 
+# Every other number is an int.
+FLOATS = ("margin", "eps", "self_weight", "slope")
+POINTERS = {
+    "target_ptr": "*i64",
+    "counts_ptr": "*i32",
+    "count_ptr": "*i32",
+    "pair_count_ptr": "*i64",
+}
+
+
 def _source(tile: Tile) -> ASTSource:
     """Types and alignments as the launcher of contiguous float32 logits finds them."""
     names = tile.kernel.arg_names
-    constants: dict[str, Any] = dict(tile.blocks)
+    constants = {name: size for name, size in tile.blocks.items() if name != "num_warps"}
     signature, aligned = {}, {}
     for i, name in enumerate(names):
         if name.endswith("stride_w"):
@@ -126,7 +178,7 @@ def _source(tile: Tile) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = {"target_ptr": "*i64", "counts_ptr": "*i32"}.get(name, "*fp32")
+            signature[name] = POINTERS.get(name, "*fp32")
             aligned[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"

@@ -17,12 +17,12 @@ arguments that are 1 or divisible by 16.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tritonaff.kernels.shared import load_label, on_device, pixels
 
 # Few rows of many columns: coalesced loads, and a halo that neighbouring programs have in cache.
 BLOCK_H, BLOCK_W = 4, 32
@@ -44,17 +44,6 @@ def patch(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     h = (place // patches_w) * BLOCK_H + offs // BLOCK_W
     w = (place % patches_w) * BLOCK_W + offs % BLOCK_W
     return n.to(tl.int64), h, w
-
-
-@triton.jit
-def load_label(target_ptr, h, w, H, W, C, stride_h, stride_w, ignore_index):
-    """The labels (1, pixels), -1 at pixels that do not count or are outside."""
-    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    offs = h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    label = tl.load(target_ptr + offs, mask=inside, other=0).to(tl.int64)
-    known = (label >= 0) & (label < C)
-    tl.device_assert(known | (label == ignore_index), "target holds a label that is no class")
-    return tl.where(inside & known & (label != ignore_index), label, -1).to(tl.int32)
 
 
 @triton.jit
@@ -86,18 +75,6 @@ def difference(p_i, q_i, p_j, q_j):
 def kl(p, q, log_p, log_q, log_p_other, log_q_other):
     """KL(p || other)."""
     return p * (log_p - log_p_other) + q * (log_q - log_q_other)
-
-
-@triton.jit
-def pixels(HW, W, BLOCK_P: tl.constexpr):
-    """Image, and index, row and column (pixels,), of this program's consecutive pixels."""
-    blocks = tl.cdiv(HW, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
-    offs = tl.arange(0, BLOCK_P)
-    # The 64-bit division is that of one number; those of the pixels fit 32 bits.
-    w = (first % W).to(tl.int32) + offs
-    return n, first + offs, first // W + w // W, w % W
 
 
 @triton.jit
@@ -368,13 +345,3 @@ def pixel_blocks(logits: Tensor) -> dict[str, int]:
 def pixel_grid(logits: Tensor) -> tuple[int]:
     n, _, height, width = logits.shape
     return (triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]) * n,)
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches go to the tensor's device, not to the current one."""
-    if tensor.device.type == "cpu":  # interpreted
-        return nullcontext()
-    guard: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(
-        tensor.device
-    )
-    return guard

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.affinity_field import on_device, pixels
+from tritonaff.kernels.shared import on_device, pixels
 
 # Elements of a tile: 8 for each thread of 4 warps, which leaves registers to hide loads behind.
 BLOCK = 1024

@@ -11,7 +11,7 @@ from functools import cache
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "portable", "reference")
-# The tiles hold a pixel's classes in one block of this size at most.
+# Most tiles hold a pixel's classes in one block of this size at most.
 MAX_TILE_CLASSES = 1024
 
 _current = "auto"
@@ -53,23 +53,29 @@ def current_backend() -> str:
     return _current
 
 
-def tile_runs(backend: str, logits: Tensor, variant_has_tile: bool = True) -> bool:
+def tile_runs(
+    backend: str,
+    logits: Tensor,
+    *,
+    variant_has_tile: bool = True,
+    max_classes: int = MAX_TILE_CLASSES,
+) -> bool:
     """Whether a tile takes this call; ValueError where the user insists on one and none can."""
     if backend == "portable":
         return False
-    obstacle = _obstacle(logits, variant_has_tile)
+    obstacle = _obstacle(logits, variant_has_tile, max_classes)
     if obstacle and backend == "triton":
         raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
     return obstacle is None
 
 
-def _obstacle(logits: Tensor, variant_has_tile: bool) -> str | None:
+def _obstacle(logits: Tensor, variant_has_tile: bool, max_classes: int) -> str | None:
     if not variant_has_tile:
         return "this variant has no tile"
     if logits.element_size() > 4:
         return f"the tiles compute in float32, got {logits.dtype}"
-    if logits.shape[1] > MAX_TILE_CLASSES:
-        return f"the tiles take at most {MAX_TILE_CLASSES} classes, got {logits.shape[1]}"
+    if logits.shape[1] > max_classes:
+        return f"the tiles take at most {max_classes} classes, got {logits.shape[1]}"
     if not _triton_installed():
         return "triton is not installed"
     if logits.device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":

@@ -22,10 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements in one step of the dense part, and pairs of pixels in one step of the sparse part. On a
-# CPU the buffers of a step stay in its cache; a GPU wants fewer launches.
-CPU_BLOCK, CPU_PAIRS = 1 << 18, 1 << 16
-DEVICE_BLOCK, DEVICE_PAIRS = 1 << 24, 1 << 22
+from tritonaff.portable.blocks import (
+    at_least_float32,
+    bands,
+    blocks,
+    counted_labels,
+    in_layout_of,
+    sum_dtype,
+)
+
+# Pairs of pixels in one step of the sparse part.
+CPU_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 22
 
 
 def forward(
@@ -40,8 +47,9 @@ def forward(
     logits = at_least_float32(logits).contiguous()
     top, rest = softmax_statistics(logits)
     image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
-    edge_sum = new_table(logits, len(kernel_sizes))
-    non_edge_sum = new_table(logits, len(kernel_sizes))
+    shape = logits.shape[1], len(kernel_sizes)
+    edge_sum = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
+    non_edge_sum = torch.zeros_like(edge_sum)
     edge_count = torch.zeros_like(edge_sum, dtype=torch.int64)
     pair_count = edge_count.new_zeros(len(kernel_sizes))
 
@@ -237,30 +245,6 @@ def dense_blocks(image: Image) -> Iterator[Dense]:
         yield Dense(image, images, classes, padded, inner)
 
 
-def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cuts (N, C, H, W) into blocks of several whole images, or of some classes of one."""
-    n, c, height, width = logits.shape
-    images = max(1, block_size(logits) // (c * height * width))
-    classes = c if images > 1 else max(1, block_size(logits) // (height * width))
-    for i in range(0, n, images):
-        for j in range(0, c, classes):
-            yield slice(i, i + images), slice(j, j + classes)
-
-
-def bands(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cuts (N, C, H, W) into bands of all classes: several whole images, or some rows of one."""
-    n, c, height, width = logits.shape
-    images = max(1, block_size(logits) // (c * height * width))
-    rows = height if images > 1 else max(1, block_size(logits) // (c * width))
-    for i in range(0, n, images):
-        for j in range(0, height, rows):
-            yield slice(i, i + images), slice(j, j + rows)
-
-
-def block_size(logits: Tensor) -> int:
-    return CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK
-
-
 def box_sum(
     padded: Tensor, d: int, out: Tensor, rows: Tensor | None = None, margin: int = 0
 ) -> Tensor:
@@ -397,28 +381,3 @@ def probabilities(
     total = 1 + rest
     q = torch.sub(e.new_ones(()), e, out=out).add_(rest).div_(total).clamp_(eps, 1 - eps)
     return e.div_(total).clamp_(eps, 1 - eps), q
-
-
-def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The labels (N, 1, H, W) as int64, -1 where a pixel does not count."""
-    label = target.to(torch.int64)[:, None]
-    counted = (label >= 0) & (label < num_classes) & (label != ignore_index)
-    return label.where(counted, -1).contiguous()
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
-
-
-def in_layout_of(logits: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the dtype and strides that torch.empty_like gives for the logits."""
-    like = torch.empty_like(logits, device="meta")
-    if (like.dtype, like.stride()) == (grad.dtype, grad.stride()):
-        return grad
-    return torch.empty_like(logits).copy_(grad)
-
-
-def new_table(logits: Tensor, size: int) -> Tensor:
-    """Zeros (C, K) to add up millions of pairs in: float64 where the device has it."""
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    return torch.zeros(logits.shape[1], size, dtype=dtype, device=logits.device)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.affinity_field import (
+from tritonaff.portable.affinity_field import softmax_backward_, softmax_statistics
+from tritonaff.portable.blocks import (
     at_least_float32,
     blocks,
     counted_labels,
     in_layout_of,
-    new_table,
-    softmax_backward_,
-    softmax_statistics,
+    sum_dtype,
 )
 
 
@@ -37,8 +36,9 @@ def forward(
     logits = at_least_float32(logits).contiguous()
     label = counted_labels(target, logits.shape[1], ignore_index)
     top, rest = softmax_statistics(logits)
-    edge_sum = new_table(logits, len(kernel_sizes))
-    non_edge_sum = new_table(logits, len(kernel_sizes))
+    shape = logits.shape[1], len(kernel_sizes)
+    edge_sum = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
+    non_edge_sum = torch.zeros_like(edge_sum)
     edge_count = torch.zeros_like(edge_sum, dtype=torch.int64)
     pair_count = torch.zeros_like(edge_count)
 

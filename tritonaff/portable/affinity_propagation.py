@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonaff.portable.blocks import at_least_float32
 from tritonaff.rates import rate_offsets
 
 # Elements in one step. On a CPU what the neighbours of a step read stays in its cache; a GPU wants
@@ -241,5 +242,4 @@ def block_size(tensor: Tensor) -> int:
 
 def flat(images: Tensor) -> Tensor:
     """(n, C, H W) in at least float32, contiguous; the images themselves if they are all that."""
-    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    return images.to(dtype).contiguous().flatten(2)
+    return at_least_float32(images).contiguous().flatten(2)

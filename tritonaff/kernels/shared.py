@@ -1,0 +1,49 @@
+"""What the tiles of several operations share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_label(target_ptr, h, w, H, W, C, stride_h, stride_w, ignore_index):
+    """The labels (1, pixels), -1 at pixels that do not count or are outside."""
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    offs = h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+    label = tl.load(target_ptr + offs, mask=inside, other=0).to(tl.int64)
+    known = (label >= 0) & (label < C)
+    tl.device_assert(known | (label == ignore_index), "target holds a label that is no class")
+    return tl.where(inside & known & (label != ignore_index), label, -1).to(tl.int32)
+
+
+@triton.jit
+def rows_and_columns(first, W, BLOCK_P: tl.constexpr):
+    """Rows and columns (BLOCK_P,) of consecutive pixels, the first of them given as int64."""
+    # The 64-bit division is that of one number; those of the pixels fit 32 bits.
+    w = (first % W).to(tl.int32) + tl.arange(0, BLOCK_P)
+    return first // W + w // W, w % W
+
+
+@triton.jit
+def pixels(HW, W, BLOCK_P: tl.constexpr):
+    """Image, and index, row and column (pixels,), of this program's consecutive pixels."""
+    blocks = tl.cdiv(HW, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
+    h, w = rows_and_columns(first, W, BLOCK_P)
+    return n, first + tl.arange(0, BLOCK_P), h, w
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the tensor's device, not to the current one."""
+    if tensor.device.type == "cpu":  # interpreted
+        return nullcontext()
+    guard: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(
+        tensor.device
+    )
+    return guard

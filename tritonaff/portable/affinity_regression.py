@@ -1,0 +1,201 @@
+"""Affinity regression in torch operations: any device, no Triton, linear in the number of points.
+
+docs/affinity_regression.md derives it. With the square roots of the probabilities S (C, L), the
+one-hot labels Y, D = S - Y and M = S + Y, the squared error over all pairs of points needs only the
+C x C matrices D D^T, D M^T and M M^T, and its gradient one product of such a matrix with D and M.
+No L x L matrix exists.
+
+These matrices are added up in float64: their products cancel where the prediction is nearly the
+same at all points of a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tritonaff.portable.blocks import (
+    at_least_float32,
+    bands,
+    counted_labels,
+    in_layout_of,
+    sum_dtype,
+)
+
+
+def forward(
+    logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error and number of pairs (N,), and the Gram matrices (N, 3, C, C).
+
+    No grid sizes mean every pixel. At the few points of grids the backward pass computes the Gram
+    matrices again: (N, 0, C, C).
+    """
+    n, c = logits.shape[:2]
+    gram = logits.new_zeros(n, 3, c, c, dtype=sum_dtype(logits.device))
+    count = logits.new_zeros(n, dtype=torch.int64)
+    if grid_sizes:
+        points = grid_points(logits, target, grid_sizes, ignore_index)
+        gram, count, kept = points.gram(), points.count(), gram[:, :0].clone()
+    else:
+        for images, rows in bands(logits):
+            points = Points(logits[images, :, rows], target[images, rows], ignore_index)
+            gram[images] += points.gram()
+            count[images] += points.count()
+        kept = gram
+    squared_error = squared_error_of(gram).to(at_least_float32(logits[:0]).dtype)
+    return squared_error, count * count, kept
+
+
+def backward(
+    grad_squared_error: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    gram: Tensor,
+    grid_sizes: list[int],
+    ignore_index: int,
+) -> Tensor:
+    """The gradient with respect to the logits, given that with respect to the squared errors."""
+    if grid_sizes:
+        points = grid_points(logits, target, grid_sizes, ignore_index)
+        return at_grid_points(
+            points.gradient(factors(points.gram(), grad_squared_error)), logits, grid_sizes
+        )
+    factor = factors(gram, grad_squared_error)
+    grad = torch.empty_like(logits)
+    for images, rows in bands(logits):
+        points = Points(logits[images, :, rows], target[images, rows], ignore_index)
+        grad[images, :, rows] = points.gradient(factor[images]).view_as(grad[images, :, rows])
+    return grad
+
+
+class Points:
+    """The square roots of the probabilities S at some points, and D = S - Y over M = S + Y.
+
+    All are 0 at points that do not count.
+    """
+
+    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
+        """Logits (n, C, ...) and target (n, ...) at L points, of any dtype."""
+        x = at_least_float32(logits).flatten(2)
+        n, num_classes, count = x.shape
+        label = counted_labels(target.flatten(1), num_classes, ignore_index)
+        self.own = label.clamp(min=0)
+        self.valid = valid = label.ge(0).to(x.dtype)
+        # The square root of exp(x - max) as half the exponent: not 0 where p underflows.
+        s = (x - x.amax(dim=1, keepdim=True)).div_(2).exp_()
+        own_s = s.gather(1, self.own)
+        # 1 - p in the label's channel is the sum of the others: all digits where p is near 1.
+        others = s.square().scatter_(1, self.own, 0).sum(dim=1, keepdim=True)
+        total = others + own_s.square()
+        scale = total.rsqrt().mul_(valid)
+        self.s = s.mul_(scale)
+        self.own_s = own_s.mul_(scale)
+        self.own_q = others.div_(total).mul_(valid)
+
+        wide = x.new_empty(n, 2, num_classes, count, dtype=sum_dtype(x.device))
+        wide.copy_(self.s[:, None])
+        d, m = wide.unbind(1)
+        # sqrt(p) - 1 would round away what is left of it near 1.
+        d.scatter_(1, self.own, -(self.own_q / (1 + self.own_s)).to(wide.dtype))
+        m.scatter_(1, self.own, (self.own_s + valid).to(wide.dtype))
+        self.d_over_m = wide.view(n, 2 * num_classes, count)
+
+    def count(self) -> Tensor:
+        """The number of points that count: (n,)."""
+        return self.valid.sum(dim=(1, 2), dtype=torch.int64)
+
+    def gram(self) -> Tensor:
+        """D D^T, D M^T and M M^T: (n, 3, C, C)."""
+        c = self.s.shape[1]
+        product = torch.bmm(self.d_over_m, self.d_over_m.mT)
+        return torch.stack((product[:, :c, :c], product[:, :c, c:], product[:, c:, c:]), dim=1)
+
+    def gradient(self, factor: Tensor) -> Tensor:
+        """With G = factor [D; M] for d/dS: the gradient of the logits, (S G - p <S, G>) / 2."""
+        product = torch.bmm(factor, self.d_over_m).to(self.s.dtype).mul_(self.s)
+        own = product.gather(1, self.own)
+        others = product.scatter_(1, self.own, 0).sum(dim=1, keepdim=True)
+        # Where p is near 1 its channel would subtract nearly equal numbers.
+        own_grad = self.own_q * own - self.own_s.square() * others
+        grad = product.sub_(self.s.square().mul_(others.add_(own)))
+        return grad.scatter_(1, self.own, own_grad).div_(2)
+
+
+def grid_points(logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int) -> Points:
+    return Points(sampled(logits, grid_sizes), sampled(target, grid_sizes), ignore_index)
+
+
+def squared_error_of(gram: Tensor) -> Tensor:
+    """(<D D^T, M M^T> + <D M^T, M D^T>) / 2 of every image, in the matrices' dtype."""
+    dd, dm, mm = gram.unbind(1)
+    return ((dd * mm).sum(dim=(1, 2)) + (dm * dm.mT).sum(dim=(1, 2))).div_(2).clamp_(min=0)
+
+
+def factors(gram: Tensor, grad_squared_error: Tensor) -> Tensor:
+    """What to multiply D over M with for the gradient of S: (N, C, 2C)."""
+    dd, dm, mm = gram.unbind(1)
+    return torch.cat((mm + dm, dm.mT + dd), dim=2) * grad_squared_error[:, None, None]
+
+
+def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
+    """S^T S at the points: (N, L, L)."""
+    s = square_roots(sampled(logits, grid_sizes))
+    return torch.bmm(s.mT, s)
+
+
+def square_root_affinity_backward(
+    grad_affinity: Tensor, logits: Tensor, grid_sizes: list[int]
+) -> Tensor:
+    """The gradient with respect to the logits, given that with respect to the matrices."""
+    s = square_roots(sampled(logits, grid_sizes))
+    product = torch.bmm(s, grad_affinity + grad_affinity.mT).mul_(s)
+    points = product.sub_(s.square().mul_(product.sum(dim=1, keepdim=True))).div_(2)
+    return at_grid_points(points, logits, grid_sizes)
+
+
+def square_roots(logits: Tensor) -> Tensor:
+    """sqrt(softmax) of (N, C, L)."""
+    return at_least_float32(logits).log_softmax(dim=1).div_(2).exp_()
+
+
+def label_affinity(
+    target: Tensor, grid_sizes: list[int], ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """1 where two points have the same label (N, L, L), and which points count (N, L)."""
+    label = sampled(target.to(torch.int64), grid_sizes)
+    valid = label != ignore_index
+    same = torch.eq(label[:, :, None], label[:, None, :])
+    return same.logical_and_(valid[:, :, None]).to(torch.float32), valid
+
+
+def sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
+    """(..., H, W) at the sample points: (..., L)."""
+    if not grid_sizes:
+        return x.flatten(-2)
+    grids = (x[..., rows[:, None], columns] for rows, columns in grids_of(x, grid_sizes))
+    return torch.cat([grid.flatten(-2) for grid in grids], dim=-1)
+
+
+def at_grid_points(grad: Tensor, logits: Tensor, grid_sizes: list[int]) -> Tensor:
+    """The gradient (N, C, L) of the sample points as that of the logits: the points of several
+    grids may be the same pixel, and the other pixels get 0.
+    """
+    if not grid_sizes:
+        return in_layout_of(logits, grad.view(logits.shape))
+    width = logits.shape[-1]
+    grids = (rows[:, None] * width + columns for rows, columns in grids_of(logits, grid_sizes))
+    pixel = torch.cat([grid.flatten() for grid in grids])
+    result = torch.zeros_like(logits, dtype=grad.dtype, memory_format=torch.contiguous_format)
+    result.flatten(2).index_add_(2, pixel, grad)
+    return in_layout_of(logits, result)
+
+
+def grids_of(x: Tensor, grid_sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and columns of every grid."""
+    height, width = x.shape[-2:]
+    for size in grid_sizes:
+        steps = torch.arange(size, device=x.device)
+        yield steps * height // size, steps * width // size

@@ -1,0 +1,60 @@
+"""What the portable implementations share: steps of bounded memory, dtypes, layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements in one step. On a CPU the buffers of a step stay in its cache; a GPU wants fewer
+# launches.
+CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 24
+
+
+def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cuts (N, C, H, W) into blocks of several whole images, or of some classes of one."""
+    n, c, height, width = logits.shape
+    images = max(1, block_size(logits) // (c * height * width))
+    classes = c if images > 1 else max(1, block_size(logits) // (height * width))
+    for i in range(0, n, images):
+        for j in range(0, c, classes):
+            yield slice(i, i + images), slice(j, j + classes)
+
+
+def bands(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cuts (N, C, H, W) into bands of all classes: several whole images, or some rows of one."""
+    n, c, height, width = logits.shape
+    images = max(1, block_size(logits) // (c * height * width))
+    rows = height if images > 1 else max(1, block_size(logits) // (c * width))
+    for i in range(0, n, images):
+        for j in range(0, height, rows):
+            yield slice(i, i + images), slice(j, j + rows)
+
+
+def block_size(logits: Tensor) -> int:
+    return CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK
+
+
+def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The labels (N, 1, H, W) as int64, -1 where a pixel does not count."""
+    label = target.to(torch.int64)[:, None]
+    counted = (label >= 0) & (label < num_classes) & (label != ignore_index)
+    return label.where(counted, -1).contiguous()
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+
+
+def in_layout_of(logits: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the dtype and strides that torch.empty_like gives for the logits."""
+    like = torch.empty_like(logits, device="meta")
+    if (like.dtype, like.stride()) == (grad.dtype, grad.stride()):
+        return grad
+    return torch.empty_like(logits).copy_(grad)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What to add up millions of terms in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
