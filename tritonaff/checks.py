@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
+COUNT_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 # An affinity matrix is for people to look at: larger ones are taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,6 +60,41 @@ def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
             f"affinity must have the shape (N, 8 R, H, W) = {(n, 8 * num_rates, height, width)} "
             f"of R = {num_rates} rates and probs {tuple(probs.shape)}, got {tuple(affinity.shape)}"
         )
+
+
+def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rates: int) -> None:
+    check_tensor("affinity_logits", affinity_logits, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
+    check_target(target)
+    _check_one_device("affinity_logits", affinity_logits, "target", target)
+    n, height, width = target.shape
+    if tuple(affinity_logits.shape) != (n, 8 * num_rates, height, width):
+        raise ValueError(
+            f"affinity_logits must have the shape (N, 8 R, H, W) = "
+            f"{(n, 8 * num_rates, height, width)} of R = {num_rates} rates and target "
+            f"{tuple(target.shape)}, got {tuple(affinity_logits.shape)}"
+        )
+
+
+def check_statistics(statistics: Any, num_rates: int) -> tuple[Tensor, Tensor] | None:
+    """Counts of pixels (R, 9) and of signals (R, 9, 2): a pair of them, or what has both."""
+    if statistics is None:
+        return None
+    if hasattr(statistics, "pixel_count") and hasattr(statistics, "signal_count"):
+        statistics = statistics.pixel_count, statistics.signal_count
+    if not isinstance(statistics, (tuple, list)):
+        raise TypeError(
+            "statistics must be None, NeighborStatistics or a pair of tensors, "
+            f"got {type(statistics).__name__}"
+        )
+    if len(statistics) != 2:
+        raise ValueError(
+            f"statistics must be (pixel_count, signal_count), got {len(statistics)} of them"
+        )
+    pixel_count, signal_count = statistics
+    # Their first size is the number of rates.
+    check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (num_rates, 9))
+    check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (num_rates, 9, 2))
+    return pixel_count, signal_count
 
 
 def _check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

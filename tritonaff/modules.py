@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tritonaff import checks
 from tritonaff.functional import (
     VARIANTS,
+    WEIGHTINGS,
     affinity_field_loss,
     affinity_propagation,
     affinity_regression_loss,
+    dilated_affinity_loss,
 )
 
 
@@ -246,6 +248,76 @@ class AffinityRegressionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid_sizes={self.grid_sizes}, ignore_index={self.ignore_index}"
+
+
+class DilatedAffinityLoss(nn.Module):
+    """:func:`tritonaff.dilated_affinity_loss` with fixed options.
+
+    Args:
+        rates, weighting, statistics, gamma, beta, ignore_index: see
+            :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
+            buffers, which move with the module.
+
+    Shapes:
+        ``forward(affinity_logits, target)`` with affinity_logits (N, 8 R, H, W) and target
+        (N, H, W) gives a scalar.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> rates = tritonaff.expand_rates([2, (2, 4)])
+        >>> loss_fn = tritonaff.DilatedAffinityLoss(rates, beta=1.5)
+        >>> affinity_logits = torch.randn(1, 8 * len(rates), 16, 16, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 16, 16))
+        >>> loss_fn(affinity_logits, target).backward()
+    """
+
+    pixel_count: Tensor | None
+    signal_count: Tensor | None
+
+    def __init__(
+        self,
+        rates: Sequence[int | tuple[int, int]],
+        *,
+        weighting: str = "sqrt",
+        statistics: Any = None,
+        gamma: float = 2.0,
+        beta: float = 1.0,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.rates = checks.check_rates(rates)
+        checks.check_option("weighting", weighting, WEIGHTINGS)
+        self.weighting = weighting
+        self.gamma = checks.check_number("gamma", gamma, at_least=0)
+        self.beta = checks.check_number("beta", beta, at_least=0)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+        counts = checks.check_statistics(statistics, len(self.rates)) or (None, None)
+        for name, count in zip(("pixel_count", "signal_count"), counts, strict=True):
+            self.register_buffer(name, None if count is None else count.detach().clone())
+
+    def forward(self, affinity_logits: Tensor, target: Tensor) -> Tensor:
+        counts = self.pixel_count, self.signal_count
+        return dilated_affinity_loss(
+            affinity_logits,
+            target,
+            self.rates,
+            weighting=self.weighting,
+            statistics=None if self.pixel_count is None else counts,
+            gamma=self.gamma,
+            beta=self.beta,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"rates={self.rates}, weighting={self.weighting!r}, "
+            f"statistics={'batch' if self.pixel_count is None else 'given'}, gamma={self.gamma}, "
+            f"beta={self.beta}, ignore_index={self.ignore_index}"
+        )
 
 
 class AffinityPropagation(nn.Module):

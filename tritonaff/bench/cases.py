@@ -17,6 +17,8 @@ from tritonaff.functional import (
     affinity_propagation,
     affinity_regression_loss,
     affinity_regression_terms,
+    dilated_affinity_loss,
+    dilated_affinity_terms,
 )
 from tritonaff.ops.backend import use_backend
 from tritonaff.rates import rate_offsets
