@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from tritonaff.portable.blocks import bands, sum_dtype
 
 NOT_VALID = 255
+# Most pixels are of one category: neighbouring ones are added up in lanes of their own, because
+# adding to the number that has just been added to has to wait.
+LANES = 16
 # Float32 holds every integer up to here.
 EXACT_IN_FLOAT32 = 1 << 24
 
@@ -35,30 +38,26 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss sums, signal counts and correct counts (G, S + 1, 2), pixel counts (G, S + 1)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    shape = len(offsets) // (2 * group_size), 2, 2, group_size + 1
-    # Of losses and of signals predicted right, for each group, target and category.
+    shape = 2, len(offsets) // (2 * group_size), 2, group_size + 1, LANES
+    # Of losses and of signals predicted right: by group, target, category and lane.
     sums = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
     histogram = Histogram(target, offsets, group_size)
-    spare: list[Tensor] = []
+    buffers: list[Tensor] = []
     for block in signals(target, offsets, group_size, ignore_index, dtype):
         histogram.add(block)
-        x, a, b = block.buffers(spare, 3)
+        x, pt, not_pt, product = block.of_its_size(buffers)
         x.copy_(logits[block.place])
-        predicted_same = torch.gt(x, 0, out=a)
-        correct_same = torch.mul(predicted_same, block.same, out=b).sum(dim=1)
-        # Those that are different and not predicted same.
-        correct_different = b.copy_(block.different).addcmul_(
-            predicted_same, block.different, value=-1
-        )
-        correct = correct_different.sum(dim=1), correct_same
+        predicted_same = torch.gt(x, 0, out=pt)
+        correct_same = torch.mul(predicted_same, block.same, out=product).sum(dim=1)
+        wrong = torch.mul(predicted_same, block.different, out=product).sum(dim=1)
+        correct = block.different.sum(dim=1) - wrong, correct_same
 
-        minus_log_pt, minus_log_not_pt = minus_logs(x, block, a, b)
-        focal = minus_log_not_pt.mul_(-gamma).exp_().mul_(minus_log_pt)
+        focal = probabilities(x, block, pt, not_pt, product).mul_(not_pt.pow_(gamma))
         for t, chosen in enumerate((block.different, block.same)):
-            per_pixel = torch.mul(focal, chosen, out=minus_log_pt).sum(dim=1), correct[t]
-            for table, values in zip(sums[block.group, :, t], per_pixel, strict=True):
-                table.scatter_add_(0, block.category, values.flatten().to(sums.dtype))
-    loss_sum, correct_count = sums.transpose(0, 1).transpose(2, 3)
+            per_pixel = torch.mul(focal, chosen, out=product).sum(dim=1), correct[t]
+            for table, values in zip(sums[:, block.group, t], per_pixel, strict=True):
+                table.view(-1).scatter_add_(0, block.bin, values.flatten().to(sums.dtype))
+    loss_sum, correct_count = sums.sum(dim=-1).transpose(2, 3)
     pixel_count, signal_count = histogram.counts()
     return (
         loss_sum.to(dtype, memory_format=torch.contiguous_format),
@@ -83,19 +82,17 @@ def backward(
     with respect to u is -(1 - pt)^gamma (gamma pt (-log pt) + 1 - pt).
     """
     grad = torch.empty_like(logits)
-    spare: list[Tensor] = []
+    buffers: list[Tensor] = []
     for block in signals(target, offsets, group_size, ignore_index, grad_loss_sum.dtype):
-        x, a, b, c = block.buffers(spare, 4)
+        x, pt, not_pt, signed = block.of_its_size(buffers)
         x.copy_(logits[block.place])
-        minus_log_pt, minus_log_not_pt = minus_logs(x, block, a, b)
-        slope = torch.exp(torch.neg(minus_log_pt, out=c), out=c).mul_(minus_log_pt).mul_(gamma)
-        slope.add_(torch.exp(torch.neg(minus_log_not_pt, out=a), out=a))
-        slope.mul_(minus_log_not_pt.mul_(-gamma).exp_())
+        slope = probabilities(x, block, pt, not_pt, signed).mul_(pt).mul_(gamma).add_(not_pt)
+        slope.mul_(not_pt.pow_(gamma))
         of_different, of_same = (
-            coefficient.index_select(0, block.category).view_as(block.different[:, 0])[:, None]
+            coefficient.index_select(0, block.category).view_as(block.same[:, :1])
             for coefficient in grad_loss_sum[block.group].unbind(dim=1)
         )
-        signed = torch.mul(block.different, of_different, out=a)
+        torch.mul(block.different, of_different, out=signed)
         signed.addcmul_(block.same, of_same, value=-1)
         grad[block.place] = slope.mul_(signed)
     return grad
@@ -131,13 +128,14 @@ class Signals(NamedTuple):
     same: Tensor  # (n, S, h, W), 1 and 0
     different: Tensor  # (n, S, h, W), 1 and 0
     category: Tensor  # (n h W,)
+    bin: Tensor  # (n h W,), category * LANES + a lane
 
-    def buffers(self, spare: list[Tensor], number: int) -> list[Tensor]:
-        """Tensors to write into, like ``same``, kept in ``spare`` from block to block."""
-        if not spare:  # the first block is as large as any
-            spare += [torch.empty_like(self.same) for _ in range(number)]
+    def of_its_size(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Four tensors to write into, like ``same``: all blocks share the memory."""
+        if not buffers:  # the first block is as large as any
+            buffers += [torch.empty_like(self.same) for _ in range(4)]
         n, _, rows, _ = self.same.shape
-        return [buffer[:n, :, :rows] for buffer in spare]
+        return [buffer[:n, :, :rows] for buffer in buffers]
 
 
 def signals(
@@ -158,6 +156,7 @@ def signals(
         n = min(images.stop, len(target)) - images.start
         if buffer is None:
             buffer = counted.new_empty(2, n, group_size, rows, width)
+            lanes = torch.arange(n * rows * width, device=target.device) % LANES
         same, different = buffer[:, :n, :, :rows]
 
         def at(
@@ -182,7 +181,10 @@ def signals(
                 torch.mul(at(counted, 0, 0), at(counted, *step), out=valid)
             different.sub_(same.mul_(different))
             category = group_size - different.sum(dim=1).flatten().to(torch.int64)
-            yield Signals(group, (images, channels, band), same, different, category)
+            lane = lanes[: len(category)]
+            yield Signals(
+                group, (images, channels, band), same, different, category, category * LANES + lane
+            )
 
 
 def comparable(target: Tensor) -> Tensor:
@@ -194,13 +196,19 @@ def comparable(target: Tensor) -> Tensor:
     return target.to(torch.int64)
 
 
-def minus_logs(x: Tensor, block: Signals, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """-log(pt) and -log(1 - pt), written to a and b; x is overwritten."""
-    torch.sub(block.same, block.different, out=a)
-    u = x.mul_(a)
-    both = torch.abs(u, out=a).neg_().exp_().log1p_()
-    minus_log_not_pt = torch.clamp(u, min=0, out=b).add_(both)
-    return both.add_(u.neg_().clamp_(min=0)), minus_log_not_pt
+def probabilities(
+    x: Tensor, block: Signals, pt: Tensor, not_pt: Tensor, spare: Tensor
+) -> Tensor:
+    """Writes pt and 1 - pt, each with all its digits; x becomes -log(pt), which is returned."""
+    sign = torch.sub(block.same, block.different, out=pt)
+    u = x.mul_(sign)
+    torch.sigmoid(u, out=pt)
+    minus_u = u.neg_()
+    torch.sigmoid(minus_u, out=not_pt)
+    # -log(pt) = softplus(-u) = max(-u, 0) - log(1 - min(pt, 1 - pt)), and on CPUs sigmoids are
+    # cheaper than exponentials.
+    log = torch.minimum(pt, not_pt, out=spare).neg_().log1p_()
+    return minus_u.clamp_(min=0).sub_(log)
 
 
 class Histogram:
@@ -209,19 +217,20 @@ class Histogram:
     def __init__(self, target: Tensor, offsets: list[int], group_size: int) -> None:
         self.bins = group_size + 1
         groups = len(offsets) // (2 * group_size)
-        self.pixels = target.new_zeros(groups, self.bins * self.bins, dtype=torch.int64)
+        shape = groups, self.bins, self.bins, LANES
+        self.pixels = target.new_zeros(shape, dtype=torch.int64)
 
     def add(self, block: Signals) -> None:
         differing = self.bins - 1 - block.category
         valid = block.same.sum(dim=1).flatten().to(torch.int64) + differing
-        place = block.category * self.bins + valid
-        self.pixels[block.group].scatter_add_(0, place, torch.ones_like(place))
+        place = block.bin + (block.category * (self.bins - 1) + valid) * LANES
+        self.pixels[block.group].view(-1).scatter_add_(0, place, torch.ones_like(place))
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Pixel counts (G, S + 1), without pixels that have no valid neighbour, and signal counts
         (G, S + 1, 2).
         """
-        pixels = self.pixels.view(-1, self.bins, self.bins)
+        pixels = self.pixels.sum(dim=-1)
         number = torch.arange(self.bins, device=pixels.device)
         pixel_count = pixels[:, :, 1:].sum(dim=2)
         different = pixel_count * number.flip(0)
