@@ -39,7 +39,8 @@ def test_the_top_level_links_to_the_packages():
 
 def test_the_same_file_name_is_the_same_operation():
     for room in ("ops", "kernels", "portable", "reference"):
-        assert (ROOT / "tritonaff" / room / "affinity_field.py").exists()
+        for operation in ("affinity_field", "affinity_propagation"):
+            assert (ROOT / "tritonaff" / room / f"{operation}.py").exists()
 
 
 def test_the_changelog_knows_the_version():

@@ -58,9 +58,12 @@ def tile_runs(
     logits: Tensor,
     *,
     variant_has_tile: bool = True,
-    max_classes: int = MAX_TILE_CLASSES,
+    max_classes: int | None = MAX_TILE_CLASSES,
 ) -> bool:
-    """Whether a tile takes this call; ValueError where the user insists on one and none can."""
+    """Whether a tile takes this call; ValueError where the user insists on one and none can.
+
+    ``max_classes`` is how many the logits may have, None where their channels are no classes.
+    """
     if backend == "portable":
         return False
     obstacle = _obstacle(logits, variant_has_tile, max_classes)
@@ -69,12 +72,12 @@ def tile_runs(
     return obstacle is None
 
 
-def _obstacle(logits: Tensor, variant_has_tile: bool, max_classes: int) -> str | None:
+def _obstacle(logits: Tensor, variant_has_tile: bool, max_classes: int | None) -> str | None:
     if not variant_has_tile:
         return "this variant has no tile"
     if logits.element_size() > 4:
         return f"the tiles compute in float32, got {logits.dtype}"
-    if logits.shape[1] > max_classes:
+    if max_classes is not None and logits.shape[1] > max_classes:
         return f"the tiles take at most {max_classes} classes, got {logits.shape[1]}"
     if not _triton_installed():
         return "triton is not installed"
