@@ -23,10 +23,12 @@ from tritonaff.modules import (
     AffinityFieldLoss,
     AffinityPropagation,
     AffinityRegressionLoss,
+    DilatedAffinityHead,
     DilatedAffinityLoss,
 )
 from tritonaff.ops.backend import use_backend
 from tritonaff.rates import expand_rates
+from tritonaff.statistics import NeighborStatistics
 from tritonaff.version import __version__
 
 __all__ = [
@@ -36,8 +38,10 @@ __all__ = [
     "AffinityPropagation",
     "AffinityRegressionLoss",
     "AffinityRegressionTerms",
+    "DilatedAffinityHead",
     "DilatedAffinityLoss",
     "DilatedAffinityTerms",
+    "NeighborStatistics",
     "__version__",
     "affinity_field_loss",
     "affinity_field_terms",

@@ -143,7 +143,7 @@ class AffinityAccuracy(Metric):
 
     A signal, a pixel and one of its 8 neighbours at a rate, is predicted as "same label" if its
     logit is above 0. The category n0 ... n8 of a pixel at a rate is that of
-    :func:`tritonaff.neighbor_counts`. Most pixels are n8: :attr:`AffinityAccuracies.overall` is
+    :func:`tritonaff.neighbor_categories`. Most pixels are n8: :attr:`AffinityAccuracies.overall` is
     high even for a head that always says "same".
 
     Args:

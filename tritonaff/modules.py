@@ -19,6 +19,8 @@ from tritonaff.functional import (
     affinity_regression_loss,
     dilated_affinity_loss,
 )
+from tritonaff.rates import DIRECTIONS
+from tritonaff.statistics import NeighborStatistics
 
 
 class AffinityFieldLoss(nn.Module):
@@ -248,6 +250,81 @@ class AffinityRegressionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid_sizes={self.grid_sizes}, ignore_index={self.ignore_index}"
+
+
+class DilatedAffinityHead(nn.Conv2d):
+    """Predicts dilated affinity from features: a 1 x 1 convolution whose first prediction is the
+    frequency of "same label".
+
+    Args:
+        in_channels: of the features, at least 1.
+        rates: R distinct rates, those of the loss and the propagation.
+        positive_frequency: fraction of the signals whose target is "same", in (0, 1): one for all
+            rates, R of them, or a :class:`tritonaff.NeighborStatistics` of the same rates, whose
+            counts n are then n + 1, so that never or always is finite too. None: 0.5.
+
+    Shapes:
+        ``forward(features)`` with features (N, in_channels, H, W) gives logits (N, 8 R, H, W),
+        with the channels of :func:`tritonaff.dilated_affinity_target`.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 4.1. It prints the bias as
+    -log(pi / (1 - pi)), after RetinaNet, whose formula is -log((1 - pi) / pi): only the latter
+    predicts pi, the frequency of positive signals. As in RetinaNet, weights start with a deviation
+    of 0.01, so that they hardly disturb it.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> head = tritonaff.DilatedAffinityHead(256, rates=[8, 16], positive_frequency=[0.9, 0.8])
+        >>> head(torch.zeros(1, 256, 4, 4)).sigmoid()[0, ::8, 0, 0].tolist()
+        [0.8999999761581421, 0.800000011920929]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        rates: Sequence[int | tuple[int, int]],
+        positive_frequency: float | Sequence[float] | Tensor | NeighborStatistics | None = None,
+    ) -> None:
+        in_channels = checks.check_int("in_channels", in_channels, at_least=1)
+        self.rates = checks.check_rates(rates)
+        # Set before Conv2d's __init__, which calls reset_parameters.
+        self.positive_frequency = _check_positive_frequency(positive_frequency, self.rates)
+        super().__init__(in_channels, len(self.rates) * len(DIRECTIONS), kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        assert self.bias is not None
+        nn.init.normal_(self.weight, std=0.01)
+        frequency = torch.tensor(self.positive_frequency, dtype=torch.float64)
+        with torch.no_grad():
+            self.bias.copy_(frequency.logit().repeat_interleave(len(DIRECTIONS)))
+
+    def extra_repr(self) -> str:
+        frequency = ", ".join(f"{x:.4g}" for x in self.positive_frequency)
+        return f"{self.in_channels}, rates={self.rates}, positive_frequency=({frequency})"
+
+
+def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    """One for each rate."""
+    if isinstance(value, NeighborStatistics):
+        if value.rates != rates:
+            raise ValueError(f"positive_frequency must be of the rates {rates}, got {value.rates}")
+        different, same = (value.signal_count.cpu().double().sum(dim=1) + 1).unbind(dim=1)
+        return tuple((same / (same + different)).tolist())
+    if value is None:
+        value = 0.5
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        value = [value] * len(rates)
+    if len(value) != len(rates):
+        raise ValueError(
+            f"positive_frequency must be a number or one for each of {len(rates)} rates, "
+            f"got {len(value)} numbers"
+        )
+    return tuple(checks.check_number("positive_frequency", x, above=0, below=1) for x in value)
 
 
 class DilatedAffinityLoss(nn.Module):

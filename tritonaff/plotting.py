@@ -84,9 +84,7 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     _save(figure, path)
 
 
-def plot_neighbor_frequencies(
-    statistics: NeighborStatistics, path: str | os.PathLike[str]
-) -> None:
+def plot_neighbor_frequencies(statistics: NeighborStatistics, path: str | os.PathLike[str]) -> None:
     """Draws how many of the 8 neighbours have a pixel's own label: the proportion of n0 to n8 by
     rate, on a logarithmic scale.
 
@@ -113,19 +111,21 @@ def plot_neighbor_frequencies(
         True
     """
     if not isinstance(statistics, NeighborStatistics):
-        raise TypeError(
-            f"statistics must be a NeighborStatistics, got {type(statistics).__name__}"
-        )
-    percents = (100 * statistics.frequencies()).masked_fill(statistics.frequencies() == 0, torch.nan)
+        raise TypeError(f"statistics must be a NeighborStatistics, got {type(statistics).__name__}")
+    percents = (100 * statistics.frequencies()).masked_fill(
+        statistics.frequencies() == 0, torch.nan
+    )
     figure = Figure((2.5 + 0.8 * len(statistics.rates), 4.2), layout="compressed")
     axis = figure.subplots()
     xs = range(len(statistics.rates))
     for k, column in enumerate(percents.T.tolist()):
         axis.plot(xs, column, marker="o", color=_shade(k, 9), label=f"n{k}")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xticks(xs, [_rate_name(rate) for rate in statistics.rates])
     axis.set_xlabel("rate")
     axis.set_ylabel("pixels (%)")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, reverse=True)
     _save(figure, path)
 
@@ -181,6 +181,7 @@ def plot_affinity_accuracy(
         axis.set_title(title)
         axis.set_xticks(range(9), [f"n{k}" for k in range(9)])
         axis.set_ylim(-0.02, 1.02)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     axes[0].set_ylabel("accuracy of affinity")
     _save(figure, path)

@@ -16,10 +16,10 @@ from tritonaff.functional import neighbor_counts, signal_weight
 class NeighborStatistics:
     """How many neighbours at each rate have a pixel's own label, counted over a data set.
 
-    Adds up what :func:`tritonaff.neighbor_counts` finds, image by image, on the targets' device
-    and without reading anything back. From it come the weights of the dilated affinity loss and
-    the bias of :class:`tritonaff.DilatedAffinityHead`. The targets must have the resolution of the
-    affinity map, of which the rates are.
+    Adds up :func:`tritonaff.functional.neighbor_counts`, on the targets' device and without reading
+    anything back. :class:`tritonaff.DilatedAffinityLoss` weighs signals by them, and
+    :class:`tritonaff.DilatedAffinityHead` starts with their frequency. Rates are in pixels of the
+    affinity map: labels must come at its resolution.
 
     Args:
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). The
@@ -101,7 +101,9 @@ class NeighborStatistics:
         return count[:, 1] / count.sum(dim=1).clamp(min=1)
 
     def weight(self, weighting: str = "sqrt") -> Tensor:
-        """(R, 9, 2), what each signal weighs in the loss: see :func:`tritonaff.signal_weight`."""
+        """(R, 9, 2), what each signal weighs in the loss; see
+        :func:`tritonaff.functional.signal_weight`.
+        """
         return signal_weight(weighting, self.pixel_count, self.signal_count)
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +130,9 @@ class NeighborStatistics:
         """
         missing = [name for name in self.state_dict() if name not in state_dict]
         if missing:
-            raise ValueError(f"state_dict must hold {', '.join(self.state_dict())}, lacks {missing}")
+            raise ValueError(
+                f"state_dict must hold {', '.join(self.state_dict())}, lacks {missing}"
+            )
         self._check_same(checks.check_rates(state_dict["rates"]), state_dict["ignore_index"])
         counts = {
             name: torch.as_tensor(state_dict[name]) for name in ("pixel_count", "signal_count")
