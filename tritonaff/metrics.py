@@ -326,10 +326,10 @@ class RefinementReport(Metric):
 
     def _near_boundary(self, target: Tensor, counted: Tensor) -> Iterator[Tensor]:
         """For each distance, (N, H, W): which pixels that count have another label within it."""
-        label = target[:, None].float()
+        label, ignored = target[:, None].float(), ~counted[:, None]
         # The largest and the smallest label within the distance: they differ across a boundary.
-        highest = label.masked_fill(~counted, -torch.inf)
-        lowest = label.masked_fill(~counted, torch.inf)
+        highest = label.masked_fill(ignored, -torch.inf)
+        lowest = label.masked_fill(ignored, torch.inf)
         done = 0
         for distance in self.distances:
             highest = _dilate(highest, distance - done)

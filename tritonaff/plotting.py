@@ -112,9 +112,8 @@ def plot_neighbor_frequencies(statistics: NeighborStatistics, path: str | os.Pat
     """
     if not isinstance(statistics, NeighborStatistics):
         raise TypeError(f"statistics must be a NeighborStatistics, got {type(statistics).__name__}")
-    percents = (100 * statistics.frequencies()).masked_fill(
-        statistics.frequencies() == 0, torch.nan
-    )
+    percents = 100 * statistics.frequencies()
+    percents[percents == 0] = torch.nan
     figure = Figure((2.5 + 0.8 * len(statistics.rates), 4.2), layout="compressed")
     axis = figure.subplots()
     xs = range(len(statistics.rates))

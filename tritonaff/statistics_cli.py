@@ -82,7 +82,7 @@ def _rate(text: str) -> int | tuple[int, int]:
     if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"expected R or R1,R2 of positive integers, got {text!r}")
     first, *second = map(int, sizes)
-    return (first, *second) if second else first
+    return (first, second[0]) if second else first
 
 
 def _workers(text: str) -> int:
@@ -178,15 +178,24 @@ def _results(
         initializer=_use_one_thread,
     )
     try:
-        # Workers inherit this: Ctrl-C is for the parent alone, which then stops them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with _interrupts_held_back():  # workers inherit that: Ctrl-C is for this process alone
             futures = [executor.submit(count_file, path, rates, ignore_index) for path in paths]
-        finally:
-            signal.signal(signal.SIGINT, handler)
         yield (future.result() for future in futures)
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C takes effect afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _use_one_thread() -> None:
