@@ -63,8 +63,30 @@ def make_propagation_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of :func:`make_inputs`, and affinity logits that know the target as well as they do."""
     logits, target = make_inputs(shape, dtype, "cpu", confidence=confidence, seed=seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    offsets = rate_offsets(PROPAGATION_RATES)
+    affinity = _affinity_logits(target, confidence, seed + 1)
+    return logits.to(device), target.to(device), affinity.to(device, dtype)
+
+
+def make_dilated_affinity_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Affinity logits (N, 8 R, H, W) and the target (N, H, W) of 21 classes that they know as well
+    as those of :func:`make_inputs` do.
+    """
+    n, _, height, width = shape
+    _, target = make_inputs((n, 21, height, width), confidence=confidence, seed=seed)
+    affinity = _affinity_logits(target, confidence, seed + 1)
+    return affinity.to(device, dtype), target.to(device)
+
+
+def _affinity_logits(target: Tensor, confidence: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    offsets = rate_offsets(AFFINITY_RATES)
     same = torch.stack(
         [
             target == target.roll((-dy, -dx), dims=(1, 2))
@@ -72,8 +94,7 @@ def make_propagation_inputs(
         ],
         dim=1,
     )
-    affinity = confidence * (same.float() - 0.5) + torch.randn(same.shape, generator=generator)
-    return logits.to(device), target.to(device), affinity.to(device, dtype)
+    return confidence * (same.float() - 0.5) + torch.randn(same.shape, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -104,11 +125,11 @@ def propagation_loss(logits: Tensor, target: Tensor, affinity: Tensor) -> Tensor
 
 
 def propagation_tables(logits: Tensor, target: Tensor, affinity: Tensor) -> tuple[Tensor]:
-    return (affinity_propagation(logits.softmax(dim=1), affinity, PROPAGATION_RATES),)
+    return (affinity_propagation(logits.softmax(dim=1), affinity, AFFINITY_RATES),)
 
 
 AFFINITY_FIELD_SIZES = (3, 5, 7)
-PROPAGATION_RATES = ((8, 8), (16, 16), (32, 32), (64, 64))
+AFFINITY_RATES = ((8, 8), (16, 16), (32, 32), (64, 64))
 
 CASES = {
     "affinity_field": Case(
@@ -143,6 +164,15 @@ CASES = {
         tables=propagation_tables,
         largest_term=1.0,
         make_inputs=make_propagation_inputs,
+    ),
+    "dilated_affinity": Case(
+        name="dilated_affinity",
+        shapes=((1, 32, 65, 65), (1, 32, 257, 257)),
+        quick_shapes=((1, 32, 32, 32),),
+        loss=lambda logits, target: dilated_affinity_loss(logits, target, AFFINITY_RATES),
+        tables=lambda logits, target: dilated_affinity_terms(logits, target, AFFINITY_RATES),
+        largest_term=10.0,  # a sure logit on the wrong side, and noise
+        make_inputs=make_dilated_affinity_inputs,
     ),
 }
 

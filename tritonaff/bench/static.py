@@ -17,7 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonaff.kernels import affinity_field, affinity_propagation, affinity_regression
+from tritonaff.kernels import (
+    affinity_field,
+    affinity_propagation,
+    affinity_regression,
+    dilated_affinity,
+)
+from tritonaff.rates import rate_offsets
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,6 +70,13 @@ ALL_CLASSES = {"BLOCK_C": 32, "BLOCK_P": affinity_propagation.BLOCK // 32}
 NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
 SUM = {"RATES": RATES, **ALL_CLASSES}
 SUM_ELEMENTS = 19 * ALL_CLASSES["BLOCK_P"]
+SIGNALS: dict[str, Any] = {
+    "OFFSETS": tuple(rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))),
+    "GROUP_SIZE": 8,
+    "BLOCK_P": dilated_affinity.BLOCK_P,
+}
+SIGNAL_TABLES = {**SIGNALS, "BLOCK_K": 16}
+NUM_SIGNALS = len(SIGNALS["OFFSETS"]) // 2 * dilated_affinity.BLOCK_P
 TILES = (
     Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
     Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
@@ -130,6 +143,10 @@ TILES = (
         len(RATES) * affinity_propagation.BLOCK // 2,
         trips=4,
     ),
+    Tile(
+        "dilated_affinity", dilated_affinity.tables_kernel, {**SIGNALS, "BLOCK_K": 16}, NUM_SIGNALS
+    ),
+    Tile("dilated_affinity", dilated_affinity.gradient_kernel, SIGNALS, NUM_SIGNALS),
 )
 
 
@@ -158,7 +175,7 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
 
 
 # Every other number is an int.
-FLOATS = ("margin", "eps", "self_weight", "slope")
+FLOATS = ("margin", "eps", "self_weight", "slope", "gamma")
 POINTERS = {
     "target_ptr": "*i64",
     "counts_ptr": "*i32",

@@ -21,15 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.affinity_field import pixels
-from tritonaff.kernels.shared import on_device
+from tritonaff.kernels.shared import on_device, pixels
 
 # A few pixels for each thread of 4 warps: their loads hide each other's latency.
 BLOCK_P = 512
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_BLOCK_P = 1 << 15
-# What the tables hold of every category: loss of different and of same signals, then counts: correct
-# different and same signals, valid signals, pixels.
+# The tables hold of every category the losses of different and of same signals, and four counts:
+# correct different signals, correct same ones, valid ones, pixels.
 LOSSES, COUNTS = 2, 4
 
 
@@ -54,10 +53,10 @@ def signals(
     num_different = tl.zeros(label.shape, tl.int32)
     num_valid = tl.zeros(label.shape, tl.int32)
     for s in tl.static_range(GROUP_SIZE):
-        dy: tl.constexpr = OFFSETS[2 * (GROUP * GROUP_SIZE + s)]
-        dx: tl.constexpr = OFFSETS[2 * (GROUP * GROUP_SIZE + s) + 1]
+        h_j = h + OFFSETS[2 * (GROUP * GROUP_SIZE + s)]
+        w_j = w + OFFSETS[2 * (GROUP * GROUP_SIZE + s) + 1]
         label_j, counted_j = load_counted(
-            target_ptr, h + dy, w + dx, H, W, stride_h, stride_w, ignore_index
+            target_ptr, h_j, w_j, H, W, stride_h, stride_w, ignore_index
         )
         is_valid = counted & counted_j
         is_different = (is_valid & (label_j != label)).to(tl.int32)
@@ -152,7 +151,7 @@ def gradient_kernel(
     x_ptrs = logits_ptr + n * stride_n + row * stride_h + column * stride_w
     grad_ptrs = grad_ptr + n * grad_stride_n + row * grad_stride_h + column * grad_stride_w
     for group in tl.static_range(len(OFFSETS) // (2 * GROUP_SIZE)):
-        different, valid, num_different, num_valid = signals(
+        different, valid, num_different, _ = signals(
             target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
             OFFSETS, group, GROUP_SIZE,
         )  # fmt: skip

@@ -50,13 +50,13 @@ def forward(
         predicted_same = torch.gt(x, 0, out=pt)
         correct_same = torch.mul(predicted_same, block.same, out=product).sum(dim=1)
         wrong = torch.mul(predicted_same, block.different, out=product).sum(dim=1)
-        correct = block.different.sum(dim=1) - wrong, correct_same
+        correct = block.num_different - wrong, correct_same
 
         focal = probabilities(x, block, pt, not_pt, product).mul_(not_pt.pow_(gamma))
         for t, chosen in enumerate((block.different, block.same)):
             per_pixel = torch.mul(focal, chosen, out=product).sum(dim=1), correct[t]
             for table, values in zip(sums[:, block.group, t], per_pixel, strict=True):
-                table.view(-1).scatter_add_(0, block.bin, values.flatten().to(sums.dtype))
+                table.view(-1).scatter_add_(0, block.bins, values.flatten().to(sums.dtype))
     loss_sum, correct_count = sums.sum(dim=-1).transpose(2, 3)
     pixel_count, signal_count = histogram.counts()
     return (
@@ -86,7 +86,8 @@ def backward(
     for block in signals(target, offsets, group_size, ignore_index, grad_loss_sum.dtype):
         x, pt, not_pt, signed = block.of_its_size(buffers)
         x.copy_(logits[block.place])
-        slope = probabilities(x, block, pt, not_pt, signed).mul_(pt).mul_(gamma).add_(not_pt)
+        minus_log_pt = probabilities(x, block, pt, not_pt, signed)
+        slope = torch.addcmul(not_pt, minus_log_pt, pt, value=gamma, out=x)
         slope.mul_(not_pt.pow_(gamma))
         of_different, of_same = (
             coefficient.index_select(0, block.category).view_as(block.same[:, :1])
@@ -127,8 +128,9 @@ class Signals(NamedTuple):
     place: tuple[slice, slice, slice]  # of the signals in the logits
     same: Tensor  # (n, S, h, W), 1 and 0
     different: Tensor  # (n, S, h, W), 1 and 0
+    num_different: Tensor  # (n, h, W)
     category: Tensor  # (n h W,)
-    bin: Tensor  # (n h W,), category * LANES + a lane
+    bins: Tensor  # (n h W,), category * LANES + a lane
 
     def of_its_size(self, buffers: list[Tensor]) -> list[Tensor]:
         """Four tensors to write into, like ``same``: all blocks share the memory."""
@@ -144,47 +146,47 @@ def signals(
     """The signals of a batch, block by block, all in the same buffers."""
     _, height, width = target.shape
     steps = list(zip(offsets[::2], offsets[1::2], strict=True))
-    in_image = [(dy, dx) for dy, dx in steps if abs(dy) < height and abs(dx) < width]
+    in_image = {(dy, dx) for dy, dx in steps if abs(dy) < height and abs(dx) < width}
     pad_h, pad_w = (max(map(abs, step), default=0) for step in zip(*in_image, (0, 0), strict=True))
     padding = pad_w, pad_w, pad_h, pad_h
-    counted = F.pad((target.to(torch.int64) != ignore_index).to(dtype), padding)
-    label = F.pad(comparable(target), padding)
+    counted = F.pad((target.to(torch.int64) != ignore_index).to(dtype), padding).contiguous()
+    label = F.pad(comparable(target), padding).contiguous()
 
     buffer: Tensor | None = None
     for images, band in bands(target[:, None].expand(-1, group_size, -1, -1)):
-        rows = min(band.stop, height) - band.start
         n = min(images.stop, len(target)) - images.start
-        if buffer is None:
+        rows = min(band.stop, height) - band.start
+        if buffer is None:  # the first block is as large as any
             buffer = counted.new_empty(2, n, group_size, rows, width)
             lanes = torch.arange(n * rows * width, device=target.device) % LANES
         same, different = buffer[:, :n, :, :rows]
-
-        def at(
-            x: Tensor,
-            dy: int,
-            dx: int,
-            images: slice = images,
-            top: int = pad_h + band.start,
-            rows: int = rows,
-        ) -> Tensor:
-            return x[images, top + dy : top + dy + rows, pad_w + dx : pad_w + dx + width]
+        same_by_step, valid_by_step = same.unbind(dim=1), different.unbind(dim=1)
+        label_here, counted_here = (
+            x[images, pad_h + band.start :, pad_w : pad_w + width][:, :rows]
+            for x in (label, counted)
+        )
 
         for group in range(len(steps) // group_size):
             channels = slice(group * group_size, (group + 1) * group_size)
-            for s, step in enumerate(steps[channels]):
-                valid = different[:, s]
-                if step not in in_image:
-                    same[:, s].zero_()
-                    valid.zero_()
+            for s, (dy, dx) in enumerate(steps[channels]):
+                if (dy, dx) not in in_image:
+                    same_by_step[s].zero_()
+                    valid_by_step[s].zero_()
                     continue
-                torch.eq(at(label, 0, 0), at(label, *step), out=same[:, s])
-                torch.mul(at(counted, 0, 0), at(counted, *step), out=valid)
+                torch.eq(label_here, moved(label_here, dy, dx), out=same_by_step[s])
+                torch.mul(counted_here, moved(counted_here, dy, dx), out=valid_by_step[s])
             different.sub_(same.mul_(different))
-            category = group_size - different.sum(dim=1).flatten().to(torch.int64)
-            lane = lanes[: len(category)]
-            yield Signals(
-                group, (images, channels, band), same, different, category, category * LANES + lane
-            )
+            num_different = different.sum(dim=1)
+            category = group_size - num_different.flatten().to(torch.int64)
+            bins = torch.add(lanes[: len(category)], category, alpha=LANES)
+            place = images, channels, band
+            yield Signals(group, place, same, different, num_different, category, bins)
+
+
+def moved(window: Tensor, dy: int, dx: int) -> Tensor:
+    """The same window of a padded image, so far down and to the right. Slicing is slower."""
+    step = dy * window.stride(1) + dx * window.stride(2)
+    return window.as_strided(window.shape, window.stride(), window.storage_offset() + step)
 
 
 def comparable(target: Tensor) -> Tensor:
@@ -196,9 +198,7 @@ def comparable(target: Tensor) -> Tensor:
     return target.to(torch.int64)
 
 
-def probabilities(
-    x: Tensor, block: Signals, pt: Tensor, not_pt: Tensor, spare: Tensor
-) -> Tensor:
+def probabilities(x: Tensor, block: Signals, pt: Tensor, not_pt: Tensor, spare: Tensor) -> Tensor:
     """Writes pt and 1 - pt, each with all its digits; x becomes -log(pt), which is returned."""
     sign = torch.sub(block.same, block.different, out=pt)
     u = x.mul_(sign)
@@ -221,9 +221,11 @@ class Histogram:
         self.pixels = target.new_zeros(shape, dtype=torch.int64)
 
     def add(self, block: Signals) -> None:
-        differing = self.bins - 1 - block.category
-        valid = block.same.sum(dim=1).flatten().to(torch.int64) + differing
-        place = block.bin + (block.category * (self.bins - 1) + valid) * LANES
+        # A pixel's bin of category k and v valid neighbours is number k (S + 1) + v.
+        same = block.same.sum(dim=1).flatten().to(torch.int64)
+        # Its valid neighbours are S - category + same.
+        more = torch.add(same + (self.bins - 1), block.category, alpha=self.bins - 2)
+        place = torch.add(block.bins, more, alpha=LANES)
         self.pixels[block.group].view(-1).scatter_add_(0, place, torch.ones_like(place))
 
     def counts(self) -> tuple[Tensor, Tensor]:
