@@ -97,7 +97,6 @@ def tables_kernel(
 ):  # fmt: skip
     n, pixel, h, w = pixels(HW, W, BLOCK_P)
     in_image = pixel < HW
-    h = h.to(tl.int32)
     target_ptr += n * target_stride_n
     x_ptrs = logits_ptr + n * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
     k = tl.arange(0, BLOCK_K)
@@ -152,7 +151,6 @@ def gradient_kernel(
 ):  # fmt: skip
     n, pixel, h, w = pixels(HW, W, BLOCK_P)
     in_image = pixel < HW
-    h = h.to(tl.int32)
     target_ptr += n * target_stride_n
     row, column = h.to(tl.int64), w.to(tl.int64)
     x_ptrs = logits_ptr + n * stride_n + row * stride_h + column * stride_w
