@@ -174,6 +174,7 @@ def test_static(tmp_path):
             "gates", "step", "normalise_backward", "step_backward", "gates_backward",
         ),
         "affinity_regression": ("pairs", "pairs_gradient", "gram", "gradient", "matrix"),
+        "dilated_affinity": ("tables", "gradient"),
     }  # fmt: skip
     assert kernels == {
         (op, f"{name}_kernel", target)

@@ -12,6 +12,7 @@ from tritonaff.metrics import AffinityAccuracy, RefinementReport
 
 RATES = [1, (2, 3)]
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -33,7 +34,9 @@ for i in range(len(target)):
 statistics.all_reduce()
 result = statistics.state_dict(), tuple(accuracy.compute()), tuple(report.compute())
 torch.save(result, folder / f"{rank}.pt")
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # an ordinary exit now and then aborts in gloo's threads
 """
 
 

@@ -39,7 +39,7 @@ def test_the_top_level_links_to_the_packages():
 
 def test_the_same_file_name_is_the_same_operation():
     for room in ("ops", "kernels", "portable", "reference"):
-        for operation in ("affinity_field", "affinity_propagation"):
+        for operation in ("affinity_field", "affinity_propagation", "dilated_affinity"):
             assert (ROOT / "tritonaff" / room / f"{operation}.py").exists()
 
 

@@ -484,6 +484,13 @@ def neighbor_counts(
 
     Raises:
         TypeError, ValueError: as :func:`dilated_affinity_target`.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.functional import neighbor_counts
+        >>> counts = neighbor_counts(torch.tensor([[[0, 0, 0, 1]]]), rates=[1])
+        >>> counts.pixel_count[0, 7:].tolist(), counts.signal_count[0, 7:].tolist()
+        ([2, 2], [[2, 1], [0, 3]])
     """
     checks.check_target(target)
     pairs = checks.check_rates(rates)

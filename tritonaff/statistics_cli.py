@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tritonaff-stats", description=__doc__.partition("\n\n")[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog="tritonaff-stats", description=__doc__)
     parser.add_argument(
         "labels",
         type=Path,
@@ -65,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         help="at the resolution of the images; 12,24 stands for both orders",
     )
     parser.add_argument("--ignore-index", type=int, default=255, metavar="LABEL")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=Path("neighbors.json"))
-    parser.add_argument("--plot", type=Path, metavar="FILE", default=Path("neighbors.png"))
+    for name, default in (("--json", "neighbors.json"), ("--plot", "neighbors.png")):
+        parser.add_argument(
+            name, type=Path, default=Path(default), metavar="FILE", help="default: %(default)s"
+        )
     parser.add_argument(
         "--workers",
         type=_workers,

@@ -75,7 +75,6 @@ SIGNALS: dict[str, Any] = {
     "GROUP_SIZE": 8,
     "BLOCK_P": dilated_affinity.BLOCK_P,
 }
-SIGNAL_TABLES = {**SIGNALS, "BLOCK_K": 16}
 NUM_SIGNALS = len(SIGNALS["OFFSETS"]) // 2 * dilated_affinity.BLOCK_P
 TILES = (
     Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
@@ -144,9 +143,13 @@ TILES = (
         trips=4,
     ),
     Tile(
-        "dilated_affinity", dilated_affinity.tables_kernel, {**SIGNALS, "BLOCK_K": 16}, NUM_SIGNALS
+        "dilated_affinity",
+        dilated_affinity.tables_kernel,
+        {**SIGNALS, "BLOCK_K": 16},
+        NUM_SIGNALS,
+        trips=8,
     ),
-    Tile("dilated_affinity", dilated_affinity.gradient_kernel, SIGNALS, NUM_SIGNALS),
+    Tile("dilated_affinity", dilated_affinity.gradient_kernel, SIGNALS, NUM_SIGNALS, trips=8),
 )
 
 

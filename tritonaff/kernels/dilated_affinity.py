@@ -23,13 +23,15 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import on_device, pixels
 
-# A few pixels for each thread of 4 warps: their loads hide each other's latency.
+# Four pixels for each thread of 4 warps: the loads of all labels of a group are in flight together,
+# and the tables' reduction is shared by many. Two pixels a thread spill registers on sm_80.
 BLOCK_P = 512
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_BLOCK_P = 1 << 15
 # The tables hold of every category the losses of different and of same signals, and four counts:
 # correct different signals, correct same ones, valid ones, pixels.
 LOSSES, COUNTS = 2, 4
+FAR = 1 << 30
 
 
 @triton.jit
@@ -68,14 +70,16 @@ def signals(
 
 
 @triton.jit
-def softplus(u):
-    """softplus(u) and softplus(-u), each with all its digits."""
+def probabilities(u):
+    """pt = sigmoid(u), 1 - pt, and minus their logarithms, each with all its digits."""
     e = tl.exp(-tl.abs(u))
-    # log(1 + e): the rounding of 1 + e is made good again by the quotient.
     one_plus_e = 1 + e
-    step = one_plus_e - 1
-    log = tl.where(step == 0, e, tl.log(one_plus_e) * (e / tl.where(step == 0, 1.0, step)))
-    return tl.maximum(u, 0.0) + log, tl.maximum(-u, 0.0) + log
+    larger = 1 / one_plus_e
+    smaller = e * larger
+    # log(1 + e), with what the rounding of 1 + e took away.
+    log = tl.log(one_plus_e) + (e - (one_plus_e - 1)) * larger
+    pt, not_pt = tl.where(u > 0, larger, smaller), tl.where(u > 0, smaller, larger)
+    return pt, not_pt, tl.maximum(-u, 0.0) + log, tl.maximum(u, 0.0) + log
 
 
 @triton.jit
@@ -108,11 +112,12 @@ def tables_kernel(
         loss_same = tl.zeros((BLOCK_P,), tl.float32)
         correct_different = tl.zeros((BLOCK_P,), tl.int32)
         correct_same = tl.zeros((BLOCK_P,), tl.int32)
-        for s in tl.static_range(GROUP_SIZE):
+        # Not unrolled: loads of all signals at once would take the registers, and long to compile.
+        for s in range(GROUP_SIZE):
             is_different = ((different >> s) & 1) == 1
             is_same = (((valid >> s) & 1) == 1) & (is_different == 0)
             x = tl.load(x_ptrs, mask=in_image, other=0.0).to(tl.float32)
-            minus_log_not_pt, minus_log_pt = softplus(tl.where(is_different, -x, x))
+            _, _, minus_log_pt, minus_log_not_pt = probabilities(tl.where(is_different, -x, x))
             focal = tl.exp(-gamma * minus_log_not_pt) * minus_log_pt
             loss_different += tl.where(is_different, focal, 0.0)
             loss_same += tl.where(is_same, focal, 0.0)
@@ -158,12 +163,12 @@ def gradient_kernel(
         of_category = coefficients_ptr + 2 * (GROUP_SIZE - num_different)
         of_different, of_same = tl.load(of_category), tl.load(of_category + 1)
         coefficients_ptr += 2 * (GROUP_SIZE + 1)
-        for s in tl.static_range(GROUP_SIZE):
+        for s in range(GROUP_SIZE):
             is_different = ((different >> s) & 1) == 1
             is_valid = ((valid >> s) & 1) == 1
             x = tl.load(x_ptrs, mask=in_image, other=0.0).to(tl.float32)
-            minus_log_not_pt, minus_log_pt = softplus(tl.where(is_different, -x, x))
-            pt, not_pt = tl.exp(-minus_log_pt), tl.exp(-minus_log_not_pt)
+            u = tl.where(is_different, -x, x)
+            pt, not_pt, minus_log_pt, minus_log_not_pt = probabilities(u)
             slope = tl.exp(-gamma * minus_log_not_pt) * (gamma * pt * minus_log_pt + not_pt)
             slope *= tl.where(is_different, of_different, -of_same)
             slope = tl.where(is_valid, slope, 0.0)
@@ -199,7 +204,7 @@ def forward(
     different = pixel_count * torch.arange(group_size, -1, -1, device=logits.device)
     signal_count = torch.stack((different, valid - different), dim=-1)
     correct_count = torch.stack((correct_different, correct_same), dim=-1)
-    return loss_sum, signal_count, correct_count, pixel_count.contiguous()
+    return loss_sum, signal_count, correct_count, pixel_count.clone()
 
 
 def backward(
@@ -226,7 +231,9 @@ def backward(
 
 
 def blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, object]:
-    return {"OFFSETS": tuple(offsets), "GROUP_SIZE": group_size, "BLOCK_P": block_p(logits)}
+    # Outside any image as well, and 32-bit coordinates do not overflow.
+    steps = tuple(max(-FAR, min(FAR, step)) for step in offsets)
+    return {"OFFSETS": steps, "GROUP_SIZE": group_size, "BLOCK_P": block_p(logits)}
 
 
 def block_p(logits: Tensor) -> int:

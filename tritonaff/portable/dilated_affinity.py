@@ -221,9 +221,8 @@ class Histogram:
         self.pixels = target.new_zeros(shape, dtype=torch.int64)
 
     def add(self, block: Signals) -> None:
-        # A pixel's bin of category k and v valid neighbours is number k (S + 1) + v.
+        # Category k and v = S - k + same valid neighbours have bin k (S + 1) + v, in LANES of them.
         same = block.same.sum(dim=1).flatten().to(torch.int64)
-        # Its valid neighbours are S - category + same.
         more = torch.add(same + (self.bins - 1), block.category, alpha=self.bins - 2)
         place = torch.add(block.bins, more, alpha=LANES)
         self.pixels[block.group].view(-1).scatter_add_(0, place, torch.ones_like(place))
