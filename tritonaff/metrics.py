@@ -1,8 +1,9 @@
 """Metrics that show what structured losses are for. Counts stay on the tensors' device until
 ``compute()``.
 
-:class:`AffinityAccuracy` and :class:`RefinementReport` are torchmetrics, which add up over the
-processes of a distributed run; they need the extra ``metrics``.
+:class:`AffinityAccuracy` and :class:`RefinementReport` are torchmetrics: they need the extra
+``metrics``, add up over the processes of a distributed run, and are moved to the tensors' device
+with ``.to(device)``.
 """
 
 from __future__ import annotations
