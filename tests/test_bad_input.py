@@ -227,6 +227,60 @@ def test_labels_outside_the_classes_are_ignored_by_the_authors_variant_and_under
         assert torch.equal(result, function(logits, void, variant=variant))
 
 
+AFFINITY = torch.zeros(2, 8, 4, 5)
+BAD_PROPAGATION_TENSORS = {
+    "probs no tensor": ([[0.5]], AFFINITY, TypeError, "probs must be a tensor, got list"),
+    "probs integer": (LOGITS.long(), AFFINITY, TypeError, "probs must have dtype .* got int64"),
+    "probs rank": (LOGITS[0], AFFINITY, ValueError, r"probs must have shape \(N, C, H, W\), got"),
+    "no classes": (NO_CLASSES, AFFINITY, ValueError, "probs must have at least one class, row"),
+    "affinity no tensor": (LOGITS, 1.0, TypeError, "affinity must be a tensor, got float"),
+    "affinity bool": (LOGITS, AFFINITY > 0, TypeError, "affinity must have dtype .* got bool"),
+    "affinity sparse": (LOGITS, AFFINITY.to_sparse(), TypeError, "must be a dense tensor"),
+    "affinity rank": (LOGITS, AFFINITY[0], ValueError, r"must have shape \(N, 8 R, H, W\), got"),
+    "affinity channels": (
+        LOGITS,
+        AFFINITY[:, :7],
+        ValueError,
+        r"\(2, 8, 4, 5\) of R = 1 rates and probs \(2, 3, 4, 5\), got \(2, 7, 4, 5\)",
+    ),
+    "affinity size": (LOGITS, AFFINITY[..., :4], ValueError, r"got \(2, 8, 4, 4\)"),
+    "affinity batch": (LOGITS, AFFINITY[:1], ValueError, r"got \(1, 8, 4, 5\)"),
+    "devices": (LOGITS, AFFINITY.to("meta"), ValueError, "probs and affinity must be on one dev"),
+}
+BAD_PROPAGATION_OPTIONS = {
+    "rates": ({"rates": 8}, TypeError, "rates must be a sequence"),
+    "rates empty": ({"rates": []}, ValueError, "rates must be at least 1 and distinct"),
+    "rates twice": ({"rates": [(2, 2), 2]}, ValueError, "rates must be at least 1 and distinct"),
+    "iterations": ({"iterations": -1}, ValueError, "iterations must be at least 0, got -1"),
+    "iterations type": ({"iterations": 1.0}, TypeError, "iterations must be an int, got float"),
+    "self_weight": ({"self_weight": 0}, ValueError, r"self_weight must be in \(0, inf\), got 0"),
+    "self_weight type": ({"self_weight": "6"}, TypeError, "self_weight must be a number, got str"),
+    "steepness": ({"steepness": 1.0}, ValueError, r"steepness must be in \(1, inf\), got 1.0"),
+    "steepness infinite": ({"steepness": float("inf")}, ValueError, "steepness must be in"),
+    "from_logits": ({"from_logits": 1}, TypeError, "from_logits must be a bool, got int"),
+}
+
+
+@cases(BAD_PROPAGATION_TENSORS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tensors_of_propagation(backend, bad):
+    probs, affinity, error, message = bad
+    with tritonaff.use_backend(backend), pytest.raises(error, match=message):
+        tritonaff.affinity_propagation(probs, affinity, [1])
+    with tritonaff.use_backend(backend), pytest.raises(error, match=message):
+        tritonaff.AffinityPropagation([1])(probs, affinity)
+
+
+@cases(BAD_PROPAGATION_OPTIONS)
+def test_options_of_propagation(bad):
+    options, error, message = bad
+    options = {"rates": [1], **options}
+    with pytest.raises(error, match=message):
+        tritonaff.affinity_propagation(LOGITS, AFFINITY, **options)
+    with pytest.raises(error, match=message):
+        tritonaff.AffinityPropagation(**options)
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
@@ -249,6 +303,24 @@ def test_the_same_error_of_options_under_compile(bad):
     options, error, message = bad
     with pytest.raises(error, match=message):
         torch.compile(tritonaff.affinity_field_loss, backend="eager")(LOGITS, TARGET, **options)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@cases(BAD_PROPAGATION_OPTIONS)
+def test_the_same_error_of_propagation_options_under_compile(bad):
+    options, error, message = bad
+    with pytest.raises(error, match=message):
+        torch.compile(tritonaff.affinity_propagation, backend="eager")(
+            LOGITS, AFFINITY, **{"rates": [1], **options}
+        )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@cases(BAD_PROPAGATION_TENSORS)
+def test_the_same_error_of_propagation_tensors_under_compile(bad):
+    probs, affinity, error, message = bad
+    with pytest.raises(error, match=message):
+        torch.compile(tritonaff.affinity_propagation, backend="eager")(probs, affinity, [1])
 
 
 def test_numpy_numbers_are_numbers():

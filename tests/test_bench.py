@@ -1,5 +1,6 @@
 """The bench: it refuses wrong implementations, and what it prints and writes can be read."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,9 +9,16 @@ import sys
 import pytest
 import torch
 
+import tritonaff
 from tritonaff.bench import measure
 from tritonaff.bench.__main__ import main
-from tritonaff.bench.cases import CASES, ParityError, check_parity, make_inputs
+from tritonaff.bench.cases import (
+    CASES,
+    ParityError,
+    check_parity,
+    differentiable,
+    make_inputs,
+)
 
 QUICK_ALL = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"]
 QUICK = [*QUICK_ALL, "--op", "affinity_field"]
@@ -24,8 +32,9 @@ def test_rows(capsys, tmp_path):
     assert f"torch {torch.__version__}" in printed
     content = json.loads(path.read_text())
     assert set(content) == {"device", "versions", "rows"}
-    assert [(row["impl"], row["mode"]) for row in content["rows"]] == [
-        (impl, mode)
+    assert [(row["op"], row["impl"], row["mode"]) for row in content["rows"]] == [
+        (op, impl, mode)
+        for op in CASES
         for mode in ("fwd", "fwd_bwd")
         for impl in ("reference", "portable", "cross_entropy")
     ]
@@ -38,6 +47,7 @@ def test_rows(capsys, tmp_path):
         assert row["peak_bytes"] > 0
         assert row["speedup_compiled"] is None
         assert (row["impl"] == "reference") == (row["speedup_eager"] == 1)
+        assert row["op"] in printed
         assert f"{row['ms']:.2f}" in printed
 
 
@@ -72,16 +82,16 @@ def wrong_sign(forward_or_backward):
     return wrong
 
 
+@pytest.mark.parametrize("op", ["affinity_field", "affinity_propagation"])
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path, part):
-    from tritonaff.portable import affinity_field as portable
-
+def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path, op, part):
+    portable = importlib.import_module(f"tritonaff.portable.{op}")
     monkeypatch.setattr(portable, part, wrong_sign(getattr(portable, part)))
     path = tmp_path / "rows.json"
-    assert main([*QUICK, "--json", str(path)]) == 1
+    assert main([*QUICK, "--op", op, "--json", str(path)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "affinity_field portable" in printed.err
+    assert f"{op} portable" in printed.err
     assert not path.exists()
 
 
@@ -126,8 +136,27 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
     logits, target = make_inputs((1, 19, 256, 512))
     case = CASES["affinity_field"]
     for labels in (target, torch.randint(0, 19, target.shape)):
-        result = measure.measure(case, "portable", ("fwd_bwd",), logits, labels, quick=True)
+        result = measure.measure(case, "portable", ("fwd_bwd",), (logits, labels), quick=True)
         assert result.by_mode["fwd_bwd"].peak_bytes <= 8 * logits.nbytes
+
+
+def test_portable_propagation_holds_its_iterates_and_gates():
+    """Those of one large image, whatever the batch."""
+    case = CASES["affinity_propagation"]
+
+    def peak(inputs):
+        def forward_backward(_):
+            with tritonaff.use_backend("portable"):
+                torch.autograd.grad(case.loss(*leaves), differentiable(leaves))
+
+        leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs]
+        return measure.peak_bytes(forward_backward, torch.device("cpu"))
+
+    logits, _, affinity = one = case.make_inputs((1, 19, 160, 192))
+    assert peak(one) <= 16 * logits.nbytes + 3.5 * affinity.nbytes
+    # What an image more costs is what goes in and out of the operation.
+    three = case.make_inputs((3, 19, 160, 192))
+    assert peak(three) - peak(one) <= 2 * (5 * logits.nbytes + affinity.nbytes)
 
 
 def test_interpreted_tiles_are_not_timed(capsys):
@@ -137,7 +166,8 @@ def test_interpreted_tiles_are_not_timed(capsys):
 
 def test_list(capsys):
     assert main(["list"]) == 0
-    assert "affinity_field" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in CASES)
 
 
 def test_a_device_that_is_not_there(capsys):
@@ -164,8 +194,12 @@ def test_static(tmp_path):
     kernels = {(row["op"], row["kernel"], row["target"]) for row in content["kernels"]}
     names = {
         "affinity_field": ("statistics", "tables", "gradient", "softmax_backward"),
+        "affinity_propagation": (
+            "gates", "step", "normalise_backward", "step_backward", "gates_backward",
+        ),
         "affinity_regression": ("pairs", "pairs_gradient", "gram", "gradient", "matrix"),
-    }
+        "dilated_affinity": ("tables", "gradient"),
+    }  # fmt: skip
     assert kernels == {
         (op, f"{name}_kernel", target)
         for op in names

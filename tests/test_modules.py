@@ -130,3 +130,78 @@ def test_half_precision_modules_and_logits():
 def test_repr_names_the_options():
     text = repr(tritonaff.AdaptiveAffinityFieldLoss(4, (3, 9), margin=2.0))
     assert all(part in text for part in ("num_classes=4", "(3, 9)", "margin=2.0"))
+
+
+RATES = [8, (2, 4)]
+STATISTICS = tritonaff.NeighborStatistics(RATES)
+# At the first rate the same label in 3 of 4 signals, smoothed; at the second always.
+STATISTICS.signal_count[0, 4] = torch.tensor([0, 299])
+STATISTICS.signal_count[0, 7] = torch.tensor([99, 0])
+STATISTICS.signal_count[1, 8, 1] = 998
+
+
+@pytest.mark.parametrize(
+    ("frequency", "expected"),
+    [
+        (None, [0.5, 0.5]),
+        (0.9, [0.9, 0.9]),
+        ([0.9, 0.6], [0.9, 0.6]),
+        (torch.tensor([0.9, 0.6], dtype=torch.float64), [0.9, 0.6]),
+        (torch.tensor(0.9, dtype=torch.float64), [0.9, 0.9]),
+        (STATISTICS, [0.75, 0.999]),
+        (tritonaff.NeighborStatistics(RATES), [0.5, 0.5]),
+    ],
+)
+def test_the_head_starts_with_the_frequency_of_positive_signals(frequency, expected):
+    head = tritonaff.DilatedAffinityHead(5, RATES, frequency)
+    first = head(torch.zeros(2, 5, 3, 4)).sigmoid()
+    assert first.shape == (2, 16, 3, 4)
+    for rate, value in enumerate(expected):
+        channels = first[:, 8 * rate : 8 * rate + 8]
+        torch.testing.assert_close(channels, torch.full_like(channels, value))
+
+
+def test_the_head_hardly_looks_at_features_at_first_and_can_start_again():
+    torch.manual_seed(0)
+    head = tritonaff.DilatedAffinityHead(256, [8], 0.9)
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    with torch.no_grad():
+        head.weight.fill_(1)
+        head.bias.fill_(1)
+    head.reset_parameters()
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    torch.testing.assert_close(head.bias.sigmoid(), torch.full((8,), 0.9))
+    assert "rates=((8, 8),), positive_frequency=(0.9)" in repr(head)
+
+
+def test_what_the_head_predicts_is_what_loss_and_propagation_take():
+    rates = tritonaff.expand_rates([1, (1, 2)])
+    statistics = tritonaff.NeighborStatistics(rates)
+    target = torch.randint(0, 2, (2, 6, 6))
+    statistics.update(target)
+    head = tritonaff.DilatedAffinityHead(4, rates, statistics)
+    affinity = head(torch.randn(2, 4, 6, 6))
+    tritonaff.DilatedAffinityLoss(rates, statistics=statistics)(affinity, target).backward()
+    assert head.weight.grad.isfinite().all()
+    probs = torch.full((2, 2, 6, 6), 0.5)
+    assert tritonaff.AffinityPropagation(rates)(probs, affinity).shape == probs.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, RATES), ValueError, "in_channels must be at least 1, got 0"),
+        ((1.0, RATES), TypeError, "in_channels must be an int, got float"),
+        ((4, 8), TypeError, "rates must be a sequence"),
+        ((4, RATES, 0), ValueError, r"positive_frequency must be in \(0, 1\), got 0"),
+        ((4, RATES, [0.5, 1.0]), ValueError, r"positive_frequency must be in \(0, 1\), got 1.0"),
+        ((4, RATES, float("nan")), ValueError, r"positive_frequency must be in \(0, 1\), got nan"),
+        ((4, RATES, "0.5"), TypeError, "positive_frequency must be a number, got str"),
+        ((4, RATES, [[0.5, 0.5]] * 2), TypeError, "positive_frequency must be a number, got list"),
+        ((4, RATES, [0.5]), ValueError, "one for each of 2 rates, got 1 numbers"),
+        ((4, RATES, tritonaff.NeighborStatistics([8])), ValueError, r"the rates .* got \(\(8, 8\)"),
+    ],
+)
+def test_bad_heads(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tritonaff.DilatedAffinityHead(*arguments)

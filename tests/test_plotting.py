@@ -6,10 +6,13 @@ import sys
 import pytest
 import torch
 
+import tritonaff
+
 Image = pytest.importorskip("PIL.Image")
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
-plot_affinity = pytest.importorskip("tritonaff.plotting").plot_affinity
+plotting = pytest.importorskip("tritonaff.plotting")
+plot_affinity = plotting.plot_affinity
 
 ZEROS, ONES = torch.zeros(4, 4), torch.ones(4, 4)
 NAN = torch.full((4, 4), torch.nan)
@@ -170,3 +173,87 @@ except ImportError as error:
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "pip install tritonaff[plot]" in result.stdout, result.stderr
+
+
+# Lines
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved, as what it shows: axes with their lines."""
+    saved = []
+    save = plotting._save
+    monkeypatch.setattr(
+        plotting, "_save", lambda figure, path: saved.append(figure) or save(figure, path)
+    )
+    return saved
+
+
+def lines(axis):
+    return {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+
+
+def ticks(axis):
+    return [text.get_text() for text in axis.get_xticklabels()]
+
+
+def test_frequencies_are_drawn_by_rate(figures, tmp_path):
+    statistics = tritonaff.NeighborStatistics([8, (12, 24), 16])
+    statistics.pixel_count[:, 8] = torch.tensor([90, 80, 0])
+    statistics.pixel_count[:, 0] = torch.tensor([10, 20, 0])
+    path = tmp_path / "new" / "neighbors"
+    plotting.plot_neighbor_frequencies(statistics, str(path))
+    assert Image.open(path).format == "PNG"
+    (axis,) = figures[0].axes
+    drawn = lines(axis)
+    assert list(drawn) == [f"n{k}" for k in range(9)]
+    np.testing.assert_allclose(drawn["n8"], [90, 80, np.nan])
+    np.testing.assert_allclose(drawn["n0"], [10, 20, np.nan])
+    assert np.isnan(drawn["n4"]).all()
+    assert ticks(axis) == ["8", "12,24", "16"]
+
+
+def test_statistics_of_nothing_are_drawn_without_a_warning(tmp_path, recwarn):
+    plotting.plot_neighbor_frequencies(tritonaff.NeighborStatistics([1]), tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()
+    assert not recwarn.list
+
+
+def test_frequencies_of_something_else(tmp_path):
+    with pytest.raises(TypeError, match="statistics must be a NeighborStatistics, got Tensor"):
+        plotting.plot_neighbor_frequencies(torch.zeros(1, 9), tmp_path / "new" / "a.png")
+    assert not (tmp_path / "new").exists()
+
+
+def test_accuracies_are_drawn_by_category_and_averaged_over_rates(figures, tmp_path):
+    first, second = torch.linspace(0, 1, 18).view(2, 9), torch.full((2, 9), 0.5)
+    second[0, 0] = torch.nan
+    path = tmp_path / "accuracy.png"
+    plotting.plot_affinity_accuracy({"sqrt": first, "none": second.half()}, [8, (2, 4)], path)
+    assert Image.open(path).format == "PNG"
+    axes = figures[0].axes
+    assert [axis.get_title() for axis in axes] == ["sqrt", "none", "mean over rates"]
+    np.testing.assert_allclose(lines(axes[0])["8"], first[0])
+    np.testing.assert_allclose(lines(axes[0])["2,4"], first[1])
+    np.testing.assert_allclose(lines(axes[1])["8"], second[0])
+    np.testing.assert_allclose(lines(axes[2])["sqrt"], first.mean(dim=0), rtol=1e-6)
+    assert lines(axes[2])["none"] == [0.5] * 9
+    assert ticks(axes[0]) == [f"n{k}" for k in range(9)]
+    plotting.plot_affinity_accuracy({"sqrt": first}, [8, (2, 4)], path)
+    assert len(figures[1].axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "error", "message"),
+    [
+        (torch.zeros(1, 9), TypeError, "accuracies must be a mapping of titles to tensors"),
+        ({}, ValueError, "accuracies must hold at least one matrix"),
+        ({1: torch.zeros(1, 9)}, TypeError, "every title must be a str, got int"),
+        ({"a": torch.zeros(2, 9)}, ValueError, r"must have shape \(1, 9\), got \(2, 9\)"),
+        ({"a": torch.zeros(1, 9).long()}, TypeError, r"accuracies\['a'\] must have dtype"),
+    ],
+)
+def test_bad_accuracies(accuracies, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        plotting.plot_affinity_accuracy(accuracies, [8], tmp_path / "new" / "a.png")
+    assert not (tmp_path / "new").exists()

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
+COUNT_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 # An affinity matrix is for people to look at: larger ones are taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_logits(logits: Any) -> None:
-    check_tensor("logits", logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
+def check_logits(logits: Any, name: str = "logits") -> None:
+    check_tensor(name, logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
     if any(size < 1 for size in logits.shape[1:]):
         raise ValueError(
-            f"logits must have at least one class, row and column, got shape {tuple(logits.shape)}"
+            f"{name} must have at least one class, row and column, got shape {tuple(logits.shape)}"
         )
 
 
@@ -40,15 +41,66 @@ def check_target(target: Any) -> None:
 def check_logits_and_target(logits: Any, target: Any) -> None:
     check_logits(logits)
     check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
-    if logits.device != target.device:
-        raise ValueError(
-            f"logits and target must be on one device, got {logits.device} and {target.device}"
-        )
+    _check_one_device("logits", logits, "target", target)
     n, _, height, width = logits.shape
     if tuple(target.shape) != (n, height, width):
         raise ValueError(
             f"target must have the shape (N, H, W) = {(n, height, width)} "
             f"of logits {tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+
+
+def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
+    check_logits(probs, "probs")
+    check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
+    _check_one_device("probs", probs, "affinity", affinity)
+    n, _, height, width = probs.shape
+    if tuple(affinity.shape) != (n, 8 * num_rates, height, width):
+        raise ValueError(
+            f"affinity must have the shape (N, 8 R, H, W) = {(n, 8 * num_rates, height, width)} "
+            f"of R = {num_rates} rates and probs {tuple(probs.shape)}, got {tuple(affinity.shape)}"
+        )
+
+
+def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rates: int) -> None:
+    check_tensor("affinity_logits", affinity_logits, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
+    check_target(target)
+    _check_one_device("affinity_logits", affinity_logits, "target", target)
+    n, height, width = target.shape
+    if tuple(affinity_logits.shape) != (n, 8 * num_rates, height, width):
+        raise ValueError(
+            f"affinity_logits must have the shape (N, 8 R, H, W) = "
+            f"{(n, 8 * num_rates, height, width)} of R = {num_rates} rates and target "
+            f"{tuple(target.shape)}, got {tuple(affinity_logits.shape)}"
+        )
+
+
+def check_statistics(statistics: Any, num_rates: int) -> tuple[Tensor, Tensor] | None:
+    """Counts of pixels (R, 9) and of signals (R, 9, 2): a pair of them, or what has both."""
+    if statistics is None:
+        return None
+    if hasattr(statistics, "pixel_count") and hasattr(statistics, "signal_count"):
+        statistics = statistics.pixel_count, statistics.signal_count
+    if not isinstance(statistics, (tuple, list)):
+        raise TypeError(
+            "statistics must be None, NeighborStatistics or a pair of tensors, "
+            f"got {type(statistics).__name__}"
+        )
+    if len(statistics) != 2:
+        raise ValueError(
+            f"statistics must be (pixel_count, signal_count), got {len(statistics)} of them"
+        )
+    pixel_count, signal_count = statistics
+    # Their first size is the number of rates.
+    check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (num_rates, 9))
+    check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (num_rates, 9, 2))
+    return pixel_count, signal_count
+
+
+def _check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}"
         )
 
 
@@ -82,6 +134,17 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
     return sizes
 
 
+def check_distances(distances: Any) -> tuple[int, ...]:
+    if isinstance(distances, str) or not isinstance(distances, Sequence):
+        raise TypeError(f"distances must be a sequence of int, got {type(distances).__name__}")
+    values = tuple(check_int("every one of distances", value, at_least=1) for value in distances)
+    if not values or list(values) != sorted(set(values)):
+        raise ValueError(
+            f"distances must be ascending and distinct, at least one of them, got {distances}"
+        )
+    return values
+
+
 def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     if grid_sizes is None:
         return None
@@ -112,6 +175,30 @@ def check_matrices_fit(images: Tensor, grid_sizes: Sequence[int] | None) -> None
 def _gigabytes(size: int) -> str:
     # In whole numbers: under torch.compile a size may be a symbol, which has no digits to format.
     return f"{size // 10**12} TB" if size >= 10**13 else f"{size // 10**9} GB"
+
+
+def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs (vertical, horizontal): an int r is (r, r), a pair is that rate alone."""
+    if isinstance(rates, str) or not isinstance(rates, Sequence):
+        raise TypeError(
+            f"rates must be a sequence of int and pairs of int, got {type(rates).__name__}"
+        )
+    pairs = tuple(_check_rate(rate) for rate in rates)
+    if not pairs or len(set(pairs)) != len(pairs) or any(min(pair) < 1 for pair in pairs):
+        raise ValueError(
+            f"rates must be at least 1 and distinct, at least one of them, got {rates}"
+        )
+    return pairs
+
+
+def _check_rate(rate: Any) -> tuple[int, int]:
+    if not isinstance(rate, (tuple, list)):
+        integer = check_int("every one of rates that is no pair", rate)
+        return integer, integer
+    if len(rate) != 2:
+        raise ValueError(f"every one of rates must be an int or a pair of int, got {rate}")
+    down, across = (check_int("both of a pair of rates", part) for part in rate)
+    return down, across
 
 
 def check_ignore_index(value: Any) -> int:
@@ -149,6 +236,12 @@ def check_int(name: str, value: Any, *, at_least: int | None = None) -> int:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     integer: int = operator.index(value)
     return integer
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:

@@ -1,23 +1,29 @@
-"""The losses as functions: each checks its input once, calls its operation, and turns tables into
-the loss.
+"""The losses and operations as functions: each checks its input once, calls its operation, and,
+for a loss, turns tables into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonaff import checks
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
+from tritonaff.ops.affinity_propagation import affinity_propagation as affinity_propagation_op
 from tritonaff.ops.affinity_regression import affinity_regression as affinity_regression_op
 from tritonaff.ops.affinity_regression import label_affinity as label_affinity_op
 from tritonaff.ops.affinity_regression import square_root_affinity as square_root_affinity_op
 from tritonaff.ops.backend import current_backend, without_autocast
+from tritonaff.ops.dilated_affinity import dilated_affinity as dilated_affinity_op
+from tritonaff.ops.dilated_affinity import dilated_affinity_target as dilated_affinity_target_op
+from tritonaff.ops.dilated_affinity import neighbor_counts as neighbor_counts_op
+from tritonaff.rates import DIRECTIONS, rate_offsets
 
 VARIANTS = ("paper", "authors")
+WEIGHTINGS = ("sqrt", "neighbor", "signal", "none")
 
 
 class AffinityFieldTerms(NamedTuple):
@@ -409,3 +415,424 @@ def label_affinity(
 
         return reference(target, grid_sizes, ignore_index)
     return label_affinity_op(target, list(grid_sizes or ()), ignore_index)
+
+
+def dilated_affinity_target(
+    target: Tensor, rates: Sequence[int | tuple[int, int]], *, ignore_index: int = 255
+) -> Tensor:
+    """What an affinity head should predict: whether a pixel and its neighbours have one label.
+
+    For people and tests; the loss never builds it.
+
+    Args:
+        target: (N, H, W) of uint8, int32 or int64, any labels.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). What
+            is outside the image is no neighbour. The paper's bracket notation:
+            :func:`expand_rates`.
+        ignore_index: label of the pixels to leave out.
+
+    Returns:
+        (N, 8 R, H, W) of uint8: 1 for the same label, 0 for a different one, 255 where one of the
+        two pixels is outside or ignored. Channels are rate by rate and, within a rate (r1, r2), the
+        neighbours at {-r1, 0, r1} rows x {-r2, 0, r2} columns without the centre, row by row.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or range.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 3.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> target = torch.tensor([[[7, 7, 4]]])
+        >>> left, right = tritonaff.dilated_affinity_target(target, rates=[1])[0, 3:5]
+        >>> left.tolist(), right.tolist()
+        ([[255, 1, 0]], [[1, 0, 255]])
+    """
+    checks.check_target(target)
+    pairs = checks.check_rates(rates)
+    ignore_index = checks.check_ignore_index(ignore_index)
+    if current_backend() == "reference":
+        from tritonaff.reference.dilated_affinity import dilated_affinity_target as reference
+
+        return reference(target, pairs, ignore_index=ignore_index)
+    signals: Tensor = dilated_affinity_target_op(
+        target, rate_offsets(pairs), len(DIRECTIONS), ignore_index
+    )
+    return signals
+
+
+class NeighborCounts(NamedTuple):
+    """How many pixels and signals are in each neighbour category, at each of R rates; int64.
+
+    Tables add up: those of a data set are the sums of those of its images.
+    """
+
+    pixel_count: Tensor
+    """(R, 9): pixels of category n0 ... n8."""
+    signal_count: Tensor
+    """(R, 9, 2): signals of those pixels by target, (different, same)."""
+
+
+def neighbor_counts(
+    target: Tensor, rates: Sequence[int | tuple[int, int]], *, ignore_index: int = 255
+) -> NeighborCounts:
+    """Pixels and signals by rate and neighbour category: what a data set's statistics add up.
+
+    Args:
+        target, rates, ignore_index: see :func:`dilated_affinity_target`.
+
+    Returns:
+        :class:`NeighborCounts` on the target's device; categories as :func:`neighbor_categories`
+        defines them.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_affinity_target`.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.functional import neighbor_counts
+        >>> counts = neighbor_counts(torch.tensor([[[0, 0, 0, 1]]]), rates=[1])
+        >>> counts.pixel_count[0, 7:].tolist(), counts.signal_count[0, 7:].tolist()
+        ([2, 2], [[2, 1], [0, 3]])
+    """
+    checks.check_target(target)
+    pairs = checks.check_rates(rates)
+    ignore_index = checks.check_ignore_index(ignore_index)
+    if current_backend() == "reference":
+        from tritonaff.reference.dilated_affinity import neighbor_counts as reference
+
+        return NeighborCounts(*reference(target, pairs, ignore_index=ignore_index))
+    counts = neighbor_counts_op(target, rate_offsets(pairs), len(DIRECTIONS), ignore_index)
+    return NeighborCounts(*counts)
+
+
+def neighbor_categories(
+    target: Tensor, rates: Sequence[int | tuple[int, int]], *, ignore_index: int = 255
+) -> Tensor:
+    """How many pixels have how many neighbours of their own label: n0 ... n8.
+
+    The category of a pixel at a rate is 8 minus the number of its valid neighbours with a different
+    label; a neighbour is valid if it is in the image and neither pixel is ignored. A pixel counts
+    if it has a valid neighbour.
+
+    Args:
+        target, rates, ignore_index: see :func:`dilated_affinity_target`.
+
+    Returns:
+        (R, 9) int64 on the target's device.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_affinity_target`.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 3.2 and Fig. 3. It speaks of
+    full neighbourhoods only; here the border of a uniform region is n8, as its inside is.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> target = torch.tensor([[[0, 0, 0, 1]]])
+        >>> tritonaff.neighbor_categories(target, rates=[1]).tolist()  # two of n7, two of n8
+        [[0, 0, 0, 0, 0, 0, 0, 2, 2]]
+    """
+    return neighbor_counts(target, rates, ignore_index=ignore_index).pixel_count
+
+
+class DilatedAffinityTerms(NamedTuple):
+    """Sums and counts of dilated affinity by rate and neighbour category n0 ... n8.
+
+    The last index of the first three is the target, (different, same). Tables add up: those of a
+    batch are the sums of those of its images.
+    """
+
+    loss_sum: Tensor
+    """(R, 9, 2): sum of the focal loss over signals; float32, float64 for float64 logits.
+    Differentiable.
+    """
+    signal_count: Tensor
+    """(R, 9, 2): number of signals; int64."""
+    correct_count: Tensor
+    """(R, 9, 2): of those, the ones predicted right; int64. ``correct_count / signal_count`` is the
+    accuracy.
+    """
+    pixel_count: Tensor
+    """(R, 9): number of pixels; int64."""
+
+
+def dilated_affinity_terms(
+    affinity_logits: Tensor,
+    target: Tensor,
+    rates: Sequence[int | tuple[int, int]],
+    *,
+    gamma: float = 2.0,
+    ignore_index: int = 255,
+) -> DilatedAffinityTerms:
+    r"""The sums and counts that dilated affinity losses are made of, in one pass over the logits.
+
+    A signal is a pixel and one of its 8 neighbours at a rate. Its target y is 1 if the two have the
+    same label, else 0; with p the sigmoid of its logit x its loss is
+
+    .. math:: FL = -(1 - p_t)^\gamma \log p_t, \quad p_t = p \text{ if } y = 1 \text{ else } 1 - p
+
+    computed as exp(-gamma softplus(u)) softplus(-u), u = x or -x: finite, with finite gradients,
+    for every logit. It is predicted right if (x > 0) = (y = 1). Signals with a pixel outside the
+    image or ignored do not count.
+
+    Args:
+        affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides; the
+            channels are those of :func:`dilated_affinity_target`. Half precision is read as it is
+            and computed in float32.
+        target: (N, H, W) of uint8, int32 or int64, any labels.
+        rates, ignore_index: see :func:`dilated_affinity_target`.
+        gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
+
+    Returns:
+        :class:`DilatedAffinityTerms`, by the neighbour categories of :func:`neighbor_categories`.
+        Differentiable with respect to the logits: once, in reverse mode.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 4.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.full((1, 8, 1, 2), 3.0)  # all the same, says the network
+        >>> target = torch.tensor([[[0, 1]]])  # two pixels of two labels: n7, both of them
+        >>> terms = tritonaff.dilated_affinity_terms(logits, target, rates=[1])
+        >>> terms.signal_count[0, 7].tolist(), terms.correct_count[0, 7].tolist()
+        ([2, 0], [0, 0])
+        >>> round(terms.loss_sum[0, 7, 0].item() / 2, 3)
+        2.766
+    """
+    pairs = checks.check_rates(rates)
+    checks.check_affinity_logits_and_target(affinity_logits, target, len(pairs))
+    gamma = checks.check_number("gamma", gamma, at_least=0)
+    ignore_index = checks.check_ignore_index(ignore_index)
+
+    backend = current_backend()
+    if backend == "reference":
+        from tritonaff.reference.dilated_affinity import dilated_affinity_terms as reference
+
+        tables = reference(affinity_logits, target, pairs, gamma=gamma, ignore_index=ignore_index)
+        return DilatedAffinityTerms(*tables)
+    tables = dilated_affinity_op(
+        affinity_logits, target, rate_offsets(pairs), len(DIRECTIONS), gamma, ignore_index, backend
+    )
+    return DilatedAffinityTerms(*tables)
+
+
+def dilated_affinity_loss(
+    affinity_logits: Tensor,
+    target: Tensor,
+    rates: Sequence[int | tuple[int, int]],
+    *,
+    weighting: str = "sqrt",
+    statistics: Any = None,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    ignore_index: int = 255,
+) -> Tensor:
+    r"""The dilated affinity loss: predict which neighbours share a pixel's label.
+
+    .. math::
+
+        L = \beta \sum_r \frac{1}{n_r} \sum_{k, t} w_{rkt} \, loss\_sum_{rkt},
+        \quad n_r = \sum_k pixel\_count_{rk}
+
+    on the tables of :func:`dilated_affinity_terms` and the weights of :func:`signal_weight`, which
+    are constants for the gradient. A rate at which nothing counts contributes 0 with a zero
+    gradient.
+
+    Args:
+        affinity_logits: (N, 8 R, H, W) floating, see :func:`dilated_affinity_terms`.
+        target: (N, H, W) of uint8, int32 or int64, any labels.
+        rates: see :func:`dilated_affinity_target`. The paper's sets, in its bracket notation, are
+            {8, 16} (its best), {8, 16, 32}, {8, 16, 32, 64}, {8, (12, 24), 16} and
+            {8, (12, 24), 16, (32, 64), 48}: small rates serve training, large ones propagation.
+        weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
+        statistics: the counts that the weights are computed from: ``NeighborStatistics`` of a data
+            set at the same rates, or a pair (pixel_count (R, 9), signal_count (R, 9, 2)) of int32,
+            int64, float32 or float64, on the logits' device. None: those of the batch.
+        gamma: the focusing parameter, at least 0.
+        beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
+            neighbor, 1.3 for signal, 1.1 for none (with gamma 0).
+        ignore_index: label of the pixels to leave out.
+
+    Returns:
+        A scalar: float32, float64 for float64 logits. In nats.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_affinity_terms`; an unknown weighting; statistics
+            of a wrong type, dtype, shape (as of other rates) or device.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 5. It leaves the normaliser
+    open: ours is the number of the batch's pixels that count at the rate. Its printed formula is
+    that of "neighbor", its text and its best results are those of "sqrt".
+
+    Example:
+        >>> import torch, tritonaff
+        >>> affinity_logits = torch.randn(2, 16, 32, 32, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 32, 32))
+        >>> loss = tritonaff.dilated_affinity_loss(affinity_logits, target, [8, 16], beta=1.5)
+        >>> loss.backward()
+    """
+    checks.check_option("weighting", weighting, WEIGHTINGS)
+    beta = checks.check_number("beta", beta, at_least=0)
+    given = checks.check_statistics(statistics, len(checks.check_rates(rates)))
+    loss_sum, signal_count, _, pixel_count = dilated_affinity_terms(
+        affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
+    )
+    counts = given or (pixel_count, signal_count)
+    for count in counts:
+        if count.device != loss_sum.device:
+            raise ValueError(
+                "statistics and affinity_logits must be on one device, "
+                f"got {count.device} and {loss_sum.device}"
+            )
+    weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in counts))
+    total = (loss_sum * weight).sum(dim=(1, 2))
+    counted = pixel_count.sum(dim=1)
+    # The coefficient of a rate at which nothing counts is 0: see _weighted_mean.
+    return beta * (total * (counted > 0) / counted.clamp(min=1)).sum()
+
+
+def signal_weight(weighting: str, pixel_count: Tensor, signal_count: Tensor) -> Tensor:
+    r"""What each signal weighs in the dilated affinity loss, by rate, neighbour category, target.
+
+    ================  ============================================
+    ``"none"``        1
+    ``"neighbor"``    n8 / nk
+    ``"sqrt"``        sqrt(n8 / nk)
+    ``"signal"``      1 for same, same / different for different
+    ================  ============================================
+
+    with nk the pixels of category k at the rate, and same and different its signals in all
+    categories. Every count n is n + 1 here: nothing divides by zero, and no missing category
+    silences the loss. Pixels of category n8 weigh 1, but for "signal".
+
+    Args:
+        weighting: one of the four.
+        pixel_count: (R, 9) counts, integer or floating.
+        signal_count: (R, 9, 2) counts, likewise.
+
+    Returns:
+        (R, 9, 2), without a gradient: float32, float64 for float64 counts.
+
+    Raises:
+        ValueError: an unknown weighting.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 3.2 and Table 1.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.functional import signal_weight
+        >>> pixel_count = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 3, 15]])
+        >>> signal_weight("sqrt", pixel_count, torch.zeros(1, 9, 2))[0, 7:].tolist()
+        [[2.0, 2.0], [1.0, 1.0]]
+    """
+    checks.check_option("weighting", weighting, WEIGHTINGS)
+    dtype = torch.float64 if pixel_count.dtype == torch.float64 else torch.float32
+    pixels = pixel_count.detach().to(dtype) + 1
+    if weighting == "none":
+        weight = torch.ones_like(pixels)
+    elif weighting == "signal":
+        different, same = (signal_count.detach().to(dtype).sum(dim=1) + 1).unbind(dim=1)
+        weight = torch.stack((same / different, torch.ones_like(same)), dim=1)
+        return weight[:, None].expand(-1, pixels.shape[1], -1)
+    else:
+        weight = pixels[:, -1:] / pixels
+        if weighting == "sqrt":
+            weight = weight.sqrt()
+    return weight[:, :, None].expand(-1, -1, 2)
+
+
+def affinity_propagation(
+    probs: Tensor,
+    affinity: Tensor,
+    rates: Sequence[int | tuple[int, int]],
+    *,
+    iterations: int = 10,
+    self_weight: float = 6.0,
+    steepness: float = 7.0,
+    from_logits: bool = True,
+) -> Tensor:
+    r"""Refines a segmentation: every pixel takes over from the neighbours that it is affine to.
+
+    One iteration makes of the class probabilities p of every pixel i
+
+    .. math::
+
+        p'_i = N\Big(\lambda \, p_i \max_c p_i(c) + \sum_s a_{is} \, p_s\Big), \qquad
+        a_{is} = \frac{\mu^{x_{is}}}{1 + \mu^{x_{is}}}
+
+    where s runs over the neighbours of all rates that are inside the image, x is the affinity logit
+    and N divides by the sum over classes. A sure pixel keeps its class, an unsure one follows its
+    neighbours.
+
+    Args:
+        probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities,
+            not logits. They need not sum to 1, but should not be negative. Half precision is read
+            as it is and iterated in float32.
+        affinity: (N, 8 R, H, W) of the same dtypes, not necessarily that of ``probs``. Channels are
+            rate by rate and, within a rate (r1, r2), the neighbours at {-r1, 0, r1} rows x {-r2, 0,
+            r2} columns without the centre, row by row.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). No
+            rate is too large for an image: what is outside is no neighbour. The paper's bracket
+            notation: :func:`expand_rates`.
+        iterations: how often; 0 gives a copy.
+        self_weight: lambda, above 0.
+        steepness: mu, above 1; e would be the ordinary sigmoid.
+        from_logits: whether ``affinity`` holds logits x. If not, it is a itself, in [0, 1] (not
+            checked), and steepness is of no effect.
+
+    Returns:
+        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A
+        pixel where the sum to divide by is 0 (all of its probabilities are, and nothing comes from
+        neighbours) is 0, with a zero gradient. Differentiable with respect to ``probs`` and
+        ``affinity``: once, in reverse mode. The backward pass computes the iterations again and
+        holds them all.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 6 and 7. Copies of it that
+    lost the exponent show Eq. 7 as mu x / (1 + mu x); only the power is the steeper sigmoid that
+    the text describes. The paper leaves open what happens at the border and how max is
+    differentiated: we sum over the neighbours inside, and max passes its gradient to the first of
+    the largest classes, as ``torch.max(dim)`` does.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> probs = torch.tensor([0.9, 0.6, 0.4]).view(1, 1, 1, 3)  # one row of three pixels
+        >>> probs = torch.cat((probs, 1 - probs), dim=1)  # the third one is of the other class
+        >>> affinity = torch.full((1, 8, 1, 3), 5.0)  # but affine to its neighbour
+        >>> tritonaff.affinity_propagation(probs, affinity, rates=[1]).argmax(dim=1).tolist()
+        [[[0, 0, 0]]]
+    """
+    pairs = checks.check_rates(rates)
+    checks.check_probs_and_affinity(probs, affinity, len(pairs))
+    iterations = checks.check_int("iterations", iterations, at_least=0)
+    self_weight = checks.check_number("self_weight", self_weight, above=0)
+    steepness = checks.check_number("steepness", steepness, above=1)
+    from_logits = checks.check_bool("from_logits", from_logits)
+
+    backend = current_backend()
+    if backend == "reference":
+        from tritonaff.reference.affinity_propagation import affinity_propagation as reference
+
+        return reference(
+            probs,
+            affinity,
+            pairs,
+            iterations=iterations,
+            self_weight=self_weight,
+            steepness=steepness,
+            from_logits=from_logits,
+        )
+    flat_rates = [rate for pair in pairs for rate in pair]
+    result: Tensor = affinity_propagation_op(
+        probs, affinity, flat_rates, iterations, self_weight, steepness, from_logits, backend
+    )
+    return result

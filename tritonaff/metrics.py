@@ -1,16 +1,34 @@
 """Metrics that show what structured losses are for. Counts stay on the tensors' device until
 ``compute()``.
+
+:class:`AffinityAccuracy` and :class:`RefinementReport` are torchmetrics: they need the extra
+``metrics``, add up over the processes of a distributed run, and are moved to the tensors' device
+with ``.to(device)``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritonaff import checks
+from tritonaff.functional import dilated_affinity_terms
+
+try:
+    from torchmetrics import Metric
+except ImportError:
+
+    class Metric:  # type: ignore[no-redef]
+        """In the place of torchmetrics' own, so that the rest of this file does without."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            raise ImportError(
+                f"{type(self).__name__} needs torchmetrics: pip install tritonaff[metrics]"
+            )
 
 
 class BoundaryScores(NamedTuple):
@@ -107,3 +125,223 @@ class BoundaryScore:
     def _near(self, boundary: Tensor) -> Tensor:
         size = 2 * self.tolerance + 1
         return F.max_pool2d(boundary.float(), size, stride=1, padding=self.tolerance) > 0
+
+
+class AffinityAccuracies(NamedTuple):
+    """Fractions of the signals that are predicted right, float64 on the CPU; NaN where there is
+    none.
+    """
+
+    by_category: Tensor
+    """(R, 9), by rate and category n0 ... n8 of the pixel."""
+    overall: Tensor
+    """Of all signals, a scalar."""
+
+
+class AffinityAccuracy(Metric):
+    """How many of the signals of dilated affinity are predicted right, by rate and by category of
+    the pixel, as a torchmetric.
+
+    A signal, a pixel and one of its 8 neighbours at a rate, is predicted as "same label" if its
+    logit is above 0. The category n0 ... n8 of a pixel at a rate is that of
+    :func:`tritonaff.neighbor_categories`. Most pixels are n8: :attr:`AffinityAccuracies.overall` is
+    high even for a head that always says "same".
+
+    Args:
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
+        ignore_index: label of the pixels to leave out.
+        kwargs: options of ``torchmetrics.Metric``.
+
+    Raises:
+        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        TypeError, ValueError: a wrong option; from ``update``, what
+            :func:`tritonaff.dilated_affinity_terms` raises.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Fig. 4, which
+    :func:`tritonaff.plotting.plot_affinity_accuracy` draws.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.metrics import AffinityAccuracy
+        >>> accuracy = AffinityAccuracy(rates=[1])
+        >>> target = torch.tensor([[[0, 0, 1]]])
+        >>> accuracy.update(torch.ones(1, 8, 1, 3), target)  # "same" everywhere
+        >>> result = accuracy.compute()
+        >>> result.by_category[0, 7:].tolist(), result.overall.item()  # of n7 and n8
+        ([0.3333333333333333, 1.0], 0.5)
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    signal_count: Tensor
+    correct_count: Tensor
+
+    def __init__(
+        self, rates: Sequence[int | tuple[int, int]], ignore_index: int = 255, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.rates = checks.check_rates(rates)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+        # By rate, category, and whether the neighbour's label is different (0) or the same (1).
+        shape = len(self.rates), 9, 2
+        for name in ("signal_count", "correct_count"):
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, affinity_logits: Tensor, target: Tensor) -> None:
+        """Adds a batch: logits (N, 8 R, H, W) and labels (N, H, W)."""
+        terms = dilated_affinity_terms(
+            affinity_logits, target, self.rates, ignore_index=self.ignore_index
+        )
+        self.signal_count += terms.signal_count
+        self.correct_count += terms.correct_count
+
+    def compute(self) -> AffinityAccuracies:
+        """The accuracies of all batches since the start or the last ``reset``."""
+        correct = self.correct_count.cpu().double().sum(dim=-1)
+        signals = self.signal_count.cpu().double().sum(dim=-1)
+        return AffinityAccuracies(correct / signals, correct.sum() / signals.sum())
+
+
+class Refinement(NamedTuple):
+    """What a refinement has done, by distance of the pixel to the nearest boundary of the labels.
+
+    Printed, it is a table. The counts are (D + 1,) int64 on the CPU, for pixels at most
+    ``distances[0]`` away, farther and at most ``distances[1]``, ..., farther than the last.
+    """
+
+    distances: tuple[int, ...]
+    pixel_count: Tensor
+    """Pixels that are not ignored."""
+    became_right: Tensor
+    """Of these, those that were wrong before and are right after."""
+    became_wrong: Tensor
+    """Those that were right before and are wrong after."""
+    stayed_wrong: Tensor
+    """Those that were wrong before and have another class after, which is wrong too."""
+
+    @property
+    def changed(self) -> Tensor:
+        """(D + 1,) int64, the pixels with another class after than before."""
+        return self.became_right + self.became_wrong + self.stayed_wrong
+
+    @property
+    def changed_fraction(self) -> Tensor:
+        """(D + 1,) float64, of the pixels; NaN where there is none."""
+        return self.changed.double() / self.pixel_count
+
+    @property
+    def fractions(self) -> Tensor:
+        """(3, D + 1) float64, of the changed pixels: became right, became wrong, stayed wrong; NaN
+        where none changed.
+        """
+        counts = torch.stack((self.became_right, self.became_wrong, self.stayed_wrong))
+        return counts.double() / self.changed
+
+    def __str__(self) -> str:
+        names = [*(f"<= {d}" for d in self.distances), f"> {self.distances[-1]}", "all"]
+        kinds = (self.became_right, self.became_wrong, self.stayed_wrong)
+        counts = torch.stack((self.pixel_count, *kinds))
+        counts = torch.cat((counts, counts.sum(dim=1, keepdim=True)), dim=1)
+        lines = ["distance       pixels    changed  % changed  % right  % wrong  % still wrong"]
+        for name, (pixels, *changes) in zip(names, counts.T.tolist(), strict=True):
+            changed = sum(changes)
+            percents = [_percent(changed, pixels), *(_percent(n, changed) for n in changes)]
+            cells = zip((pixels, changed, *percents), (12, 11, 11, 9, 9, 15), strict=True)
+            lines.append(f"{name:9}" + "".join(str(cell).rjust(width) for cell, width in cells))
+        return "\n".join(lines)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f}" if whole else "-"
+
+
+class RefinementReport(Metric):
+    """What a refinement such as :func:`tritonaff.affinity_propagation` changes, and whether for the
+    better, by distance to the nearest boundary of the labels, as a torchmetric.
+
+    The distance of a pixel is that to the nearest pixel of another label, the larger one of rows
+    and columns: 1 beside a boundary. Ignored pixels are not counted and belong to no boundary; a
+    boundary that they cover lies between the labels on their two sides.
+
+    Args:
+        distances: D ascending distances, each at least 1: the last pixel of each bin. What is
+            farther away than the last one is a bin too.
+        ignore_index: label of the pixels to leave out.
+        kwargs: options of ``torchmetrics.Metric``.
+
+    Raises:
+        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
+            device.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.metrics import RefinementReport
+        >>> target = torch.tensor([[[0, 0, 0, 1, 1]]])
+        >>> before = torch.tensor([[[0, 1, 0, 0, 1]]])
+        >>> after = torch.tensor([[[0, 0, 0, 1, 0]]])
+        >>> report = RefinementReport(distances=(1,))
+        >>> report.update(before, after, target)
+        >>> result = report.compute()
+        >>> result.became_right.tolist(), result.became_wrong.tolist()
+        ([1, 1], [0, 1])
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(
+        self, distances: Sequence[int] = (1, 2, 4, 8, 16), ignore_index: int = 255, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.distances = checks.check_distances(distances)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+        # Rows: pixels, became right, became wrong, stayed wrong.
+        counts = torch.zeros(4, len(self.distances) + 1, dtype=torch.int64)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
+
+    def update(self, before: Tensor, after: Tensor, target: Tensor) -> None:
+        """Adds a batch: predicted classes before and after, and labels, each (N, H, W) of uint8,
+        int32 or int64.
+        """
+        checks.check_target(target)
+        for name, prediction in (("before", before), ("after", after)):
+            checks.check_tensor(name, prediction, checks.TARGET_DTYPES, tuple(target.shape))
+            if prediction.device != target.device:
+                raise ValueError(
+                    f"{name} and target must be on one device, "
+                    f"got {prediction.device} and {target.device}"
+                )
+        was_right, is_right = before == target, after == target
+        stayed_wrong = ~was_right & ~is_right & (before != after)
+        counted = target != self.ignore_index
+        kinds = torch.stack((counted, ~was_right & is_right, was_right & ~is_right, stayed_wrong))
+        near = self._near_boundary(target, counted)
+        # Those within each distance, and all; their differences are the bins.
+        within = torch.stack([(kinds & n).sum(dim=(1, 2, 3)) for n in (*near, counted)], dim=1)
+        self.counts += torch.diff(within, dim=1, prepend=torch.zeros_like(within[:, :1]))
+
+    def compute(self) -> Refinement:
+        """The counts of all batches since the start or the last ``reset``."""
+        return Refinement(self.distances, *self.counts.cpu().unbind())
+
+    def _near_boundary(self, target: Tensor, counted: Tensor) -> Iterator[Tensor]:
+        """For each distance, (N, H, W): which pixels that count have another label within it."""
+        label, ignored = target[:, None].float(), ~counted[:, None]
+        # The largest and the smallest label within the distance: they differ across a boundary.
+        highest = label.masked_fill(ignored, -torch.inf)
+        lowest = label.masked_fill(ignored, torch.inf)
+        done = 0
+        for distance in self.distances:
+            highest = _dilate(highest, distance - done)
+            lowest = -_dilate(-lowest, distance - done)
+            done = distance
+            yield counted & (highest != lowest)[:, 0]
+
+
+def _dilate(image: Tensor, distance: int) -> Tensor:
+    """(N, 1, H, W): the maximum within the distance, in rows and columns."""
+    for size in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
+        padding = size[0] // 2, size[1] // 2
+        image = F.max_pool2d(image, size, stride=1, padding=padding)
+    return image

@@ -1,4 +1,6 @@
-"""The losses as modules: options, and the weights that a loss learns, in one place."""
+"""The losses and operations as modules: options, and the weights that a loss learns, in one
+place.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tritonaff import checks
-from tritonaff.functional import VARIANTS, affinity_field_loss, affinity_regression_loss
+from tritonaff.functional import (
+    VARIANTS,
+    WEIGHTINGS,
+    affinity_field_loss,
+    affinity_propagation,
+    affinity_regression_loss,
+    dilated_affinity_loss,
+)
+from tritonaff.rates import DIRECTIONS
+from tritonaff.statistics import NeighborStatistics
 
 
 class AffinityFieldLoss(nn.Module):
@@ -239,6 +250,208 @@ class AffinityRegressionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid_sizes={self.grid_sizes}, ignore_index={self.ignore_index}"
+
+
+class DilatedAffinityHead(nn.Conv2d):
+    """Predicts dilated affinity from features: a 1 x 1 convolution whose first prediction is the
+    frequency of "same label".
+
+    Args:
+        in_channels: of the features, at least 1.
+        rates: R distinct rates, those of the loss and the propagation.
+        positive_frequency: fraction of the signals whose target is "same", in (0, 1): one for all
+            rates, R of them, or a :class:`tritonaff.NeighborStatistics` of the same rates, whose
+            counts n are then n + 1, so that never or always is finite too. None: 0.5.
+
+    Shapes:
+        ``forward(features)`` with features (N, in_channels, H, W) gives logits (N, 8 R, H, W),
+        with the channels of :func:`tritonaff.dilated_affinity_target`.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 4.1. It prints the bias as
+    -log(pi / (1 - pi)), after RetinaNet, whose formula is -log((1 - pi) / pi): only the latter
+    predicts pi, the frequency of positive signals. As in RetinaNet, weights start with a deviation
+    of 0.01, so that they hardly disturb it.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> head = tritonaff.DilatedAffinityHead(256, rates=[8, 16], positive_frequency=[0.9, 0.8])
+        >>> head(torch.zeros(1, 256, 4, 4)).sigmoid()[0, ::8, 0, 0].tolist()
+        [0.8999999761581421, 0.800000011920929]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        rates: Sequence[int | tuple[int, int]],
+        positive_frequency: float | Sequence[float] | Tensor | NeighborStatistics | None = None,
+    ) -> None:
+        in_channels = checks.check_int("in_channels", in_channels, at_least=1)
+        self.rates = checks.check_rates(rates)
+        # Set before Conv2d's __init__, which calls reset_parameters.
+        self.positive_frequency = _check_positive_frequency(positive_frequency, self.rates)
+        super().__init__(in_channels, len(self.rates) * len(DIRECTIONS), kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        assert self.bias is not None
+        nn.init.normal_(self.weight, std=0.01)
+        frequency = torch.tensor(self.positive_frequency, dtype=torch.float64)
+        with torch.no_grad():
+            self.bias.copy_(frequency.logit().repeat_interleave(len(DIRECTIONS)))
+
+    def extra_repr(self) -> str:
+        frequency = ", ".join(f"{x:.4g}" for x in self.positive_frequency)
+        return f"{self.in_channels}, rates={self.rates}, positive_frequency=({frequency})"
+
+
+def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    """One for each rate."""
+    if isinstance(value, NeighborStatistics):
+        if value.rates != rates:
+            raise ValueError(f"positive_frequency must be of the rates {rates}, got {value.rates}")
+        different, same = (value.signal_count.cpu().double().sum(dim=1) + 1).unbind(dim=1)
+        return tuple((same / (same + different)).tolist())
+    if value is None:
+        value = 0.5
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        value = [value] * len(rates)
+    if len(value) != len(rates):
+        raise ValueError(
+            f"positive_frequency must be a number or one for each of {len(rates)} rates, "
+            f"got {len(value)} numbers"
+        )
+    return tuple(checks.check_number("positive_frequency", x, above=0, below=1) for x in value)
+
+
+class DilatedAffinityLoss(nn.Module):
+    """:func:`tritonaff.dilated_affinity_loss` with fixed options.
+
+    Args:
+        rates, weighting, statistics, gamma, beta, ignore_index: see
+            :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
+            buffers, which move with the module.
+
+    Shapes:
+        ``forward(affinity_logits, target)`` with affinity_logits (N, 8 R, H, W) and target
+        (N, H, W) gives a scalar.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> rates = tritonaff.expand_rates([2, (2, 4)])
+        >>> loss_fn = tritonaff.DilatedAffinityLoss(rates, beta=1.5)
+        >>> affinity_logits = torch.randn(1, 8 * len(rates), 16, 16, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 16, 16))
+        >>> loss_fn(affinity_logits, target).backward()
+    """
+
+    pixel_count: Tensor | None
+    signal_count: Tensor | None
+
+    def __init__(
+        self,
+        rates: Sequence[int | tuple[int, int]],
+        *,
+        weighting: str = "sqrt",
+        statistics: Any = None,
+        gamma: float = 2.0,
+        beta: float = 1.0,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.rates = checks.check_rates(rates)
+        checks.check_option("weighting", weighting, WEIGHTINGS)
+        self.weighting = weighting
+        self.gamma = checks.check_number("gamma", gamma, at_least=0)
+        self.beta = checks.check_number("beta", beta, at_least=0)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+        counts = checks.check_statistics(statistics, len(self.rates)) or (None, None)
+        for name, count in zip(("pixel_count", "signal_count"), counts, strict=True):
+            self.register_buffer(name, None if count is None else count.detach().clone())
+
+    def forward(self, affinity_logits: Tensor, target: Tensor) -> Tensor:
+        counts = self.pixel_count, self.signal_count
+        return dilated_affinity_loss(
+            affinity_logits,
+            target,
+            self.rates,
+            weighting=self.weighting,
+            statistics=None if self.pixel_count is None else counts,
+            gamma=self.gamma,
+            beta=self.beta,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"rates={self.rates}, weighting={self.weighting!r}, "
+            f"statistics={'batch' if self.pixel_count is None else 'given'}, gamma={self.gamma}, "
+            f"beta={self.beta}, ignore_index={self.ignore_index}"
+        )
+
+
+class AffinityPropagation(nn.Module):
+    """:func:`tritonaff.affinity_propagation` with fixed options.
+
+    Args:
+        rates, iterations, self_weight, steepness, from_logits: see
+            :func:`tritonaff.affinity_propagation`.
+
+    Shapes:
+        ``forward(probs, affinity)`` with probs (N, C, H, W) and affinity (N, 8 R, H, W) gives the
+        refined probs, (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> propagate = tritonaff.AffinityPropagation(rates=[1, (2, 3)])
+        >>> probs, affinity = torch.randn(1, 4, 8, 8).softmax(dim=1), torch.randn(1, 16, 8, 8)
+        >>> propagate(probs, affinity).shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    def __init__(
+        self,
+        rates: Sequence[int | tuple[int, int]],
+        *,
+        iterations: int = 10,
+        self_weight: float = 6.0,
+        steepness: float = 7.0,
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        self.rates = checks.check_rates(rates)
+        self.iterations = checks.check_int("iterations", iterations, at_least=0)
+        self.self_weight = checks.check_number("self_weight", self_weight, above=0)
+        self.steepness = checks.check_number("steepness", steepness, above=1)
+        self.from_logits = checks.check_bool("from_logits", from_logits)
+
+    def forward(self, probs: Tensor, affinity: Tensor) -> Tensor:
+        return affinity_propagation(
+            probs,
+            affinity,
+            self.rates,
+            iterations=self.iterations,
+            self_weight=self.self_weight,
+            steepness=self.steepness,
+            from_logits=self.from_logits,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"rates={self.rates}, iterations={self.iterations}, self_weight={self.self_weight}, "
+            f"steepness={self.steepness}, from_logits={self.from_logits}"
+        )
 
 
 class _ReverseGradient(torch.autograd.Function):

@@ -5,13 +5,15 @@ opens, and pyplot's figures stay as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonaff import checks
+from tritonaff.statistics import NeighborStatistics
 
 try:
     import matplotlib
@@ -63,12 +65,7 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
         ...     path.stat().st_size > 0
         True
     """
-    if not isinstance(matrices, Mapping):
-        raise TypeError(
-            f"matrices must be a mapping of titles to tensors, got {type(matrices).__name__}"
-        )
-    if not matrices:
-        raise ValueError("matrices must hold at least one matrix, got an empty mapping")
+    _check_mapping("matrices", matrices)
     pictures = {title: _check_matrix(title, matrix) for title, matrix in matrices.items()}
 
     # Its middle is yellow, where others have gray: here gray is what is ignored.
@@ -84,15 +81,141 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     if any(matrix.isnan().any() for matrix in pictures.values()):
         ignored = Patch(color=IGNORED, label="ignored")
         figure.legend(handles=[ignored], loc="outside lower center", frameon=False)
+    _save(figure, path)
+
+
+def plot_neighbor_frequencies(statistics: NeighborStatistics, path: str | os.PathLike[str]) -> None:
+    """Draws how many of the 8 neighbours have a pixel's own label: the proportion of n0 to n8 by
+    rate, on a logarithmic scale.
+
+    Args:
+        statistics: what has been counted; rates are drawn in its order. A category without pixels
+            is left out.
+        path: where the picture goes, a PNG whatever its suffix. Folders that are missing are made.
+
+    Raises:
+        TypeError: no statistics.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Fig. 3.
+
+    Example:
+        >>> import tempfile, torch, tritonaff
+        >>> from pathlib import Path
+        >>> from tritonaff.plotting import plot_neighbor_frequencies
+        >>> statistics = tritonaff.NeighborStatistics(rates=[1, (1, 2)])
+        >>> statistics.update(torch.randint(0, 2, (1, 16, 16)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "neighbors.png"
+        ...     plot_neighbor_frequencies(statistics, path)
+        ...     path.stat().st_size > 0
+        True
+    """
+    if not isinstance(statistics, NeighborStatistics):
+        raise TypeError(f"statistics must be a NeighborStatistics, got {type(statistics).__name__}")
+    percents = 100 * statistics.frequencies()
+    percents[percents == 0] = torch.nan
+    figure = Figure((2.5 + 0.8 * len(statistics.rates), 4.2), layout="compressed")
+    axis = figure.subplots()
+    xs = range(len(statistics.rates))
+    for k, column in enumerate(percents.T.tolist()):
+        axis.plot(xs, column, marker="o", color=_shade(k, 9), label=f"n{k}")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xticks(xs, [_rate_name(rate) for rate in statistics.rates])
+    axis.set_xlabel("rate")
+    axis.set_ylabel("pixels (%)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, reverse=True)
+    _save(figure, path)
+
+
+def plot_affinity_accuracy(
+    accuracies: Mapping[str, Tensor],
+    rates: Sequence[int | tuple[int, int]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws the accuracy of affinity by category n0 to n8, a line for each rate; side by side for
+    each of the titles, and, of several, their means over the rates in a last panel.
+
+    Args:
+        accuracies: title -> accuracies (R, 9) in [0, 1], floating, on any device: those of
+            :class:`tritonaff.metrics.AffinityAccuracy`. NaN is left out.
+        rates: the R rates, as given to the metric.
+        path: where the picture goes, a PNG whatever its suffix. Folders that are missing are made.
+
+    Raises:
+        TypeError, ValueError: no mapping, an empty one, or what is in it is no such tensor.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Fig. 4.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from tritonaff.plotting import plot_affinity_accuracy
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "accuracy.png"
+        ...     plot_affinity_accuracy({"sqrt": torch.rand(2, 9)}, [8, 16], path)
+        ...     path.stat().st_size > 0
+        True
+    """
+    rates = checks.check_rates(rates)
+    _check_mapping("accuracies", accuracies)
+    lines = {}
+    for title, accuracy in accuracies.items():
+        name = f"accuracies[{title!r}]"
+        checks.check_tensor(name, accuracy, checks.LOGITS_DTYPES, (len(rates), 9))
+        lines[title] = accuracy.detach().to("cpu", torch.float64)
+    panels = {
+        title: {_rate_name(rate): row for rate, row in zip(rates, accuracy, strict=True)}
+        for title, accuracy in lines.items()
+    }
+    if len(lines) > 1:
+        panels["mean over rates"] = {title: line.nanmean(dim=0) for title, line in lines.items()}
+
+    figure = Figure((3.6 * len(panels) + 0.4, 3.6), layout="compressed")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        for k, (name, row) in enumerate(rows.items()):
+            axis.plot(range(9), row.tolist(), marker="o", color=_shade(k, len(rows)), label=name)
+        axis.set_title(title)
+        axis.set_xticks(range(9), [f"n{k}" for k in range(9)])
+        axis.set_ylim(-0.02, 1.02)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("accuracy of affinity")
+    _save(figure, path)
+
+
+def _rate_name(rate: tuple[int, int]) -> str:
+    down, across = rate
+    return str(down) if down == across else f"{down},{across}"
+
+
+def _shade(k: int, count: int) -> tuple[float, float, float, float]:
+    """The k-th of some colours in an order that is seen: dark violet to yellow-green."""
+    return matplotlib.colormaps["viridis"](0.9 * k / max(count - 1, 1))
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=200)
 
 
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping of titles to tensors, got {type(value).__name__}"
+        )
+    if not value:
+        raise ValueError(f"{name} must hold at least one matrix, got an empty mapping")
+    for title in value:
+        if not isinstance(title, str):
+            raise TypeError(f"every title must be a str, got {type(title).__name__}")
+
+
 def _check_matrix(title: str, matrix: Tensor) -> Tensor:
     """(L, L) float32 on the CPU."""
-    if not isinstance(title, str):
-        raise TypeError(f"every title must be a str, got {type(title).__name__}")
     name = f"matrices[{title!r}]"
     if isinstance(matrix, Tensor) and matrix.dim() == 3:
         checks.check_tensor(name, matrix, MATRIX_DTYPES, (1, "L", "L"))

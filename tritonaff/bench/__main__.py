@@ -25,7 +25,6 @@ from tritonaff.bench.cases import (
     Shape,
     check_agreement,
     check_parity,
-    make_inputs,
     obstacle,
 )
 from tritonaff.version import __version__
@@ -182,14 +181,14 @@ def _rows(
     for impl in impls:
         if impl in ("portable", "triton"):
             for confidence in (0.0, 9.0):
-                inputs = make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
+                inputs = case.make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
                 check_parity(case, impl, *inputs)
-    logits, target = make_inputs(shape, DTYPES[dtype], device)
+    inputs = case.make_inputs(shape, DTYPES[dtype], device)
     measured: dict[str, measure.Measured] = {}
     first: measure.Measured | None = None
     for impl in (*impls, measure.YARDSTICK):
         step(f"{case.name} {dtype} {','.join(map(str, shape))} {impl}")
-        measured[impl] = measure.measure(case, impl, args.mode, logits, target, args.quick)
+        measured[impl] = measure.measure(case, impl, args.mode, inputs, args.quick)
         if impl != measure.YARDSTICK:
             first = first or measured[impl]
             check_agreement(f"{case.name} {impl}", measured[impl].result, first.result)
@@ -204,7 +203,7 @@ def _rows(
     for mode in args.mode:
         for impl in measured:
             this = measured[impl].by_mode[mode]
-            gb_per_s = measure.traffic_bytes(mode, logits, target) / this.ms / 1e6
+            gb_per_s = measure.traffic_bytes(mode, inputs) / this.ms / 1e6
             rows.append(
                 measure.Row(
                     op=case.name,

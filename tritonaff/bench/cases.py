@@ -14,27 +14,16 @@ from torch.nn import functional as F
 from tritonaff.functional import (
     affinity_field_loss,
     affinity_field_terms,
+    affinity_propagation,
     affinity_regression_loss,
     affinity_regression_terms,
+    dilated_affinity_loss,
+    dilated_affinity_terms,
 )
 from tritonaff.ops.backend import use_backend
+from tritonaff.rates import rate_offsets
 
 Shape = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation: how to make inputs for it, what to time, and what to compare."""
-
-    name: str
-    shapes: tuple[Shape, ...]
-    quick_shapes: tuple[Shape, ...]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(logits, target) to the scalar that is timed and differentiated."""
-    tables: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-    """(logits, target) to what the operation returns, for comparison."""
-    largest_term: float
-    """Of the operation's sums: its rounding is what a term is off by at most."""
 
 
 def make_inputs(
@@ -64,7 +53,83 @@ def make_inputs(
     return logits.to(device, dtype), target.to(device)
 
 
+def make_propagation_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of :func:`make_inputs`, and affinity logits that know the target as well as they do."""
+    logits, target = make_inputs(shape, dtype, "cpu", confidence=confidence, seed=seed)
+    affinity = _affinity_logits(target, confidence, seed + 1)
+    return logits.to(device), target.to(device), affinity.to(device, dtype)
+
+
+def make_dilated_affinity_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Affinity logits (N, 8 R, H, W) and the target (N, H, W) of 21 classes that they know as well
+    as those of :func:`make_inputs` do.
+    """
+    n, _, height, width = shape
+    _, target = make_inputs((n, 21, height, width), confidence=confidence, seed=seed)
+    affinity = _affinity_logits(target, confidence, seed + 1)
+    return affinity.to(device, dtype), target.to(device)
+
+
+def _affinity_logits(target: Tensor, confidence: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    offsets = rate_offsets(AFFINITY_RATES)
+    same = torch.stack(
+        [
+            target == target.roll((-dy, -dx), dims=(1, 2))
+            for dy, dx in zip(offsets[::2], offsets[1::2], strict=True)
+        ],
+        dim=1,
+    )
+    return confidence * (same.float() - 0.5) + torch.randn(same.shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: how to make inputs for it, what to time, and what to compare."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    quick_shapes: tuple[Shape, ...]
+    loss: Callable[..., Tensor]
+    """The inputs to the scalar that is timed and differentiated."""
+    tables: Callable[..., tuple[Tensor, ...]]
+    """The inputs to what the operation returns, for comparison."""
+    largest_term: float
+    """Of the operation's sums: its rounding is what a term is off by at most."""
+    make_inputs: Callable[..., tuple[Tensor, ...]] = make_inputs
+    """Logits and a target, and what else the operation takes. Floating-point ones have
+    gradients.
+    """
+
+
+def propagation_loss(logits: Tensor, target: Tensor, affinity: Tensor) -> Tensor:
+    """Minus the mean probability of the true class, in the result's dtype: it has its rounding."""
+    (refined,) = propagation_tables(logits, target, affinity)
+    at_least_float32 = torch.promote_types(refined.dtype, torch.float32)
+    loss = F.nll_loss(refined.to(at_least_float32), target, ignore_index=255)
+    return loss.to(refined.dtype)
+
+
+def propagation_tables(logits: Tensor, target: Tensor, affinity: Tensor) -> tuple[Tensor]:
+    return (affinity_propagation(logits.softmax(dim=1), affinity, AFFINITY_RATES),)
+
+
 AFFINITY_FIELD_SIZES = (3, 5, 7)
+AFFINITY_RATES = ((8, 8), (16, 16), (32, 32), (64, 64))
 
 CASES = {
     "affinity_field": Case(
@@ -91,6 +156,24 @@ CASES = {
         tables=lambda logits, target: affinity_regression_terms(logits, target, None),
         largest_term=1.0,
     ),
+    "affinity_propagation": Case(
+        name="affinity_propagation",
+        shapes=((1, 21, 65, 65), (1, 21, 257, 257)),
+        quick_shapes=((1, 5, 32, 32),),
+        loss=propagation_loss,
+        tables=propagation_tables,
+        largest_term=1.0,
+        make_inputs=make_propagation_inputs,
+    ),
+    "dilated_affinity": Case(
+        name="dilated_affinity",
+        shapes=((1, 32, 65, 65), (1, 32, 257, 257)),
+        quick_shapes=((1, 32, 32, 32),),
+        loss=lambda logits, target: dilated_affinity_loss(logits, target, AFFINITY_RATES),
+        tables=lambda logits, target: dilated_affinity_terms(logits, target, AFFINITY_RATES),
+        largest_term=10.0,  # a sure logit on the wrong side, and noise
+        make_inputs=make_dilated_affinity_inputs,
+    ),
 }
 
 
@@ -102,49 +185,60 @@ def obstacle(case: Case, shape: Shape) -> str | None:
     """Why the reference cannot run at this shape, compiled or not: it builds what no memory
     holds.
     """
-    n, _, height, width = shape
-    logits = torch.empty(shape, device="meta")
-    target = torch.empty(n, height, width, dtype=torch.int64, device="meta")
+    n, c, height, width = shape
+    inputs = (
+        torch.empty(*x.shape[:-2], height, width, dtype=x.dtype, device="meta")
+        for x in case.make_inputs((n, c, 1, 1))
+    )
     try:
         with use_backend("reference"):
-            case.loss(logits, target)
+            case.loss(*inputs)
     except ValueError as error:
         return str(error)
     return None
 
 
-def evaluate(case: Case, backend: str, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The tables, the loss and its gradient, by name."""
-    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+def evaluate(case: Case, backend: str, *inputs: Tensor) -> dict[str, Tensor]:
+    """The tables, the loss and its gradients, by name: "gradient" is that of the logits."""
+    inputs = tuple(
+        x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
+        for x in inputs
+    )
     with use_backend(backend):
-        tables = case.tables(logits, target)
-        loss = case.loss(logits, target)
-        (grad,) = torch.autograd.grad(loss, logits)
+        tables = case.tables(*inputs)
+        loss = case.loss(*inputs)
+        grads = torch.autograd.grad(loss, differentiable(inputs), materialize_grads=True)
     names = getattr(tables, "_fields", range(len(tables)))
     results = {str(name): table.detach() for name, table in zip(names, tables, strict=True)}
-    return {**results, "loss": loss.detach(), "gradient": grad}
+    results["loss"] = loss.detach()
+    return {**results, **{f"gradient {i}" if i else "gradient": g for i, g in enumerate(grads)}}
 
 
-def check_parity(case: Case, backend: str, logits: Tensor, target: Tensor) -> None:
+def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x for x in inputs if x.is_floating_point())
+
+
+def check_parity(case: Case, backend: str, *inputs: Tensor) -> None:
     """ParityError unless ``backend`` is about as close to the float64 reference as eager mode is.
 
     Counts must be equal. Any other result, as a whole tensor so that borders count, may be off by
     twice the sum of
 
     - the error of the eager reference in the logits' dtype,
-    - what the exact result changes by when the logits are off by a few float32 roundings (where
+    - what the exact result changes by when its inputs are off by a few float32 roundings (where
       the exact result is nearly 0, eager mode may be right by luck),
 
     plus a few roundings of the result's own dtype, plus the rounding of one term per counted entry
     of a sum, which may come from a subtraction and is then off by its terms' rounding even where it
     is 0. The loss is a mean over entries, and its gradient that much smaller per logit.
     """
+    logits = inputs[0]
     # For float64 logits the yardstick itself is off: its 1 - p knows a q of 1e-4 to 1e-12.
     rounding = 1e-12 if logits.dtype == torch.float64 else torch.finfo(torch.float32).eps
-    exact = evaluate(case, "reference", logits.double(), target)
-    eager = evaluate(case, "reference", logits, target)
-    nearby = evaluate(case, "reference", _a_few_roundings_off(logits), target)
-    ours = evaluate(case, backend, logits, target)
+    exact = evaluate(case, "reference", *(_double(x) for x in inputs))
+    eager = evaluate(case, "reference", *inputs)
+    nearby = evaluate(case, "reference", *(_a_few_roundings_off(x) for x in inputs))
+    ours = evaluate(case, backend, *inputs)
     entries = sum(int(table.sum()) for table in exact.values() if not table.is_floating_point())
     for name, result in ours.items():
         if result.dtype != eager[name].dtype or result.shape != eager[name].shape:
@@ -159,7 +253,9 @@ def check_parity(case: Case, backend: str, logits: Tensor, target: Tensor) -> No
         error = _distance(result, exact[name])
         budget = 2 * (_distance(eager[name], exact[name]) + _distance(nearby[name], exact[name]))
         budget += 4 * torch.finfo(result.dtype).eps * float(exact[name].norm())
-        scale = {"loss": 1.0, "gradient": max(1, logits.numel()) ** -0.5}.get(name, entries)
+        scale = 1.0 if name == "loss" else entries
+        if name.startswith("gradient"):
+            scale = max(1, result.numel()) ** -0.5
         budget += rounding * case.largest_term * scale
         if not error <= budget:
             raise ParityError(
@@ -168,25 +264,30 @@ def check_parity(case: Case, backend: str, logits: Tensor, target: Tensor) -> No
             )
 
 
-def check_agreement(
-    what: str, result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
-) -> None:
-    """ParityError unless loss and gradient are the same to the digits that both should have.
+def check_agreement(what: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """ParityError unless loss and gradients are the same to the digits that both should have.
 
     Coarser than :func:`check_parity`, for inputs too large for float64: what it finds is blocks
     left out or counted twice. Confident float32 gradients are themselves 1e-3 off.
     """
-    for name, ours, theirs in zip(("loss", "gradient"), result, expected, strict=True):
+    for i, (ours, theirs) in enumerate(zip(result, expected, strict=True)):
         allowed = max(2e-3, 8 * torch.finfo(ours.dtype).eps) * float(theirs.double().norm())
         if not _distance(ours, theirs) <= allowed:
+            name = "gradient" if i else "loss"
             raise ParityError(f"{what}: {name} of the inputs to time is off")
 
 
-def _a_few_roundings_off(logits: Tensor) -> Tensor:
-    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    sign = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    step = 4 * torch.finfo(dtype).eps * logits.double().abs().clamp(min=1)
-    return logits.double() + sign.to(logits.device) * step
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _a_few_roundings_off(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    sign = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    step = 4 * torch.finfo(dtype).eps * x.double().abs().clamp(min=1)
+    return x.double() + sign.to(x.device) * step
 
 
 def _distance(result: Tensor, exact: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
 
-from tritonaff.bench.cases import Case
+from tritonaff.bench.cases import Case, differentiable
 from tritonaff.ops.backend import use_backend
 
 MODES = ("fwd", "bwd", "fwd_bwd")
@@ -47,15 +47,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measured:
-    """One implementation on one pair of inputs."""
+    """One implementation on some inputs."""
 
-    result: tuple[Tensor, Tensor]
-    """Loss and gradient."""
+    result: tuple[Tensor, ...]
+    """Loss and gradients."""
     by_mode: dict[str, Measurement]
 
 
 def measure(
-    case: Case, impl: str, modes: tuple[str, ...], logits: Tensor, target: Tensor, quick: bool
+    case: Case, impl: str, modes: tuple[str, ...], inputs: tuple[Tensor, ...], quick: bool
 ) -> Measured:
     """Runs one implementation: its result, and time and memory by mode.
 
@@ -63,29 +63,31 @@ def measure(
     its caches: of the reference for "compiled", of the opaque op for our own.
     """
     backend = {YARDSTICK: "auto", "compiled": "reference"}.get(impl, impl)
-    loss = _cross_entropy if impl == YARDSTICK else case.loss
-    logits = logits.detach().requires_grad_()
-    run_loss: Callable[[Tensor, Tensor], Tensor] = loss
+    loss = case.loss
+    if impl == YARDSTICK:
+        loss, inputs = _cross_entropy, inputs[:2]
+    inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    device = inputs[0].device
+    run_loss = loss
     compile_s = None
 
     def forward(_: Any = None) -> Tensor:
-        return run_loss(logits, target)
+        return run_loss(*inputs)
 
-    def backward(value: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(value, logits)
-        return gradient
+    def backward(value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, differentiable(inputs))
 
-    def forward_backward(_: Any = None) -> tuple[Tensor, Tensor]:
+    def forward_backward(_: Any = None) -> tuple[Tensor, ...]:
         value = forward()
-        return value.detach(), backward(value)
+        return value.detach(), *backward(value)
 
-    if impl not in ("reference", YARDSTICK) and compiler_works(logits.device):
+    if impl not in ("reference", YARDSTICK) and compiler_works(device):
         torch._dynamo.reset()
         with fresh_cache(), use_backend(backend):
             run_loss = torch.compile(loss, fullgraph=True)
             start = time.perf_counter()
             forward_backward()
-            _wait(logits.device)
+            _wait(device)
             compile_s = time.perf_counter() - start
         if impl != "compiled":
             run_loss = loss
@@ -101,8 +103,8 @@ def measure(
         result = forward_backward()
         for mode in modes:
             run, prepare = stages[mode]
-            ms = median_ms(run, logits.device, quick, prepare)
-            by_mode[mode] = Measurement(ms, compile_s, peak_bytes(run, logits.device, prepare))
+            ms = median_ms(run, device, quick, prepare)
+            by_mode[mode] = Measurement(ms, compile_s, peak_bytes(run, device, prepare))
     return Measured(result, by_mode)
 
 
@@ -177,10 +179,10 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.nbytes / ms / 1e6
 
 
-def traffic_bytes(mode: str, logits: Tensor, target: Tensor) -> int:
-    """The least that has to move: logits in; in the backward pass logits in, gradient out."""
-    forward = logits.nbytes + target.nbytes
-    backward = 2 * logits.nbytes + target.nbytes
+def traffic_bytes(mode: str, inputs: tuple[Tensor, ...]) -> int:
+    """The least that has to move: inputs in; in the backward pass inputs in, gradients out."""
+    forward = sum(x.nbytes for x in inputs)
+    backward = forward + sum(x.nbytes for x in differentiable(inputs))
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[mode]
 
 

@@ -17,7 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonaff.kernels import affinity_field, affinity_regression
+from tritonaff.kernels import (
+    affinity_field,
+    affinity_propagation,
+    affinity_regression,
+    dilated_affinity,
+)
+from tritonaff.rates import rate_offsets
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +36,7 @@ KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
 
 @dataclass(frozen=True)
 class Tile:
-    """A kernel as its launcher calls it: 19 classes, 3 sizes, float32, contiguous."""
+    """A kernel as its launcher calls it: 19 classes, 3 sizes or 4 rates, float32, contiguous."""
 
     op: str
     kernel: Any
@@ -58,6 +64,18 @@ PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
 GRAM = affinity_regression.gram_blocks(LOGITS)
 GRADIENT = affinity_regression.gradient_blocks(LOGITS)
 MATRIX = affinity_regression.matrix_blocks(LOGITS)
+RATES = (8, 8, 16, 16, 32, 32, 64, 64)
+FROM_LOGITS = {"FROM_LOGITS": True, "BLOCK_P": affinity_propagation.BLOCK // 8}
+ALL_CLASSES = {"BLOCK_C": 32, "BLOCK_P": affinity_propagation.BLOCK // 32}
+NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
+SUM = {"RATES": RATES, **ALL_CLASSES}
+SUM_ELEMENTS = 19 * ALL_CLASSES["BLOCK_P"]
+SIGNALS: dict[str, Any] = {
+    "OFFSETS": tuple(rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))),
+    "GROUP_SIZE": 8,
+    "BLOCK_P": dilated_affinity.BLOCK_P,
+}
+NUM_SIGNALS = len(SIGNALS["OFFSETS"]) // 2 * dilated_affinity.BLOCK_P
 TILES = (
     Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
     Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
@@ -97,6 +115,41 @@ TILES = (
         19 * 2 * MATRIX["BLOCK_I"],
         trips=MATRIX["BLOCK_C"] // MATRIX["BLOCK_A"],
     ),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.gates_kernel,
+        {"RATES": RATES, **FROM_LOGITS},
+        len(RATES) * affinity_propagation.BLOCK // 2,
+    ),
+    Tile("affinity_propagation", affinity_propagation.step_kernel, SUM, SUM_ELEMENTS, trips=8),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.normalise_backward_kernel,
+        ALL_CLASSES,
+        SUM_ELEMENTS,
+    ),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.step_backward_kernel,
+        {**NOT_FIRST, **SUM},
+        SUM_ELEMENTS,
+        trips=8,
+    ),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.gates_backward_kernel,
+        {"NUM_RATES": len(RATES) // 2, **FROM_LOGITS},
+        len(RATES) * affinity_propagation.BLOCK // 2,
+        trips=4,
+    ),
+    Tile(
+        "dilated_affinity",
+        dilated_affinity.tables_kernel,
+        {**SIGNALS, "BLOCK_K": 16},
+        NUM_SIGNALS,
+        trips=8,
+    ),
+    Tile("dilated_affinity", dilated_affinity.gradient_kernel, SIGNALS, NUM_SIGNALS, trips=8),
 )
 
 
@@ -130,7 +183,8 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
     }
 
 
-FLOATS = ("margin", "eps")
+# Every other number is an int.
+FLOATS = ("margin", "eps", "self_weight", "slope", "gamma")
 POINTERS = {
     "target_ptr": "*i64",
     "counts_ptr": "*i32",

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import load_label, on_device, rows_and_columns
+from tritonaff.kernels.shared import load_label, on_device, pixels
 
 # Few rows of many columns: coalesced loads, and a halo that neighbouring programs have in cache.
 BLOCK_H, BLOCK_W = 4, 32
@@ -75,16 +75,6 @@ def difference(p_i, q_i, p_j, q_j):
 def kl(p, q, log_p, log_q, log_p_other, log_q_other):
     """KL(p || other)."""
     return p * (log_p - log_p_other) + q * (log_q - log_q_other)
-
-
-@triton.jit
-def pixels(HW, W, BLOCK_P: tl.constexpr):
-    """Image, and index, row and column (pixels,), of this program's consecutive pixels."""
-    blocks = tl.cdiv(HW, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
-    h, w = rows_and_columns(first, W, BLOCK_P)
-    return n, first + tl.arange(0, BLOCK_P), h, w
 
 
 @triton.jit

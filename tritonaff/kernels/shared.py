@@ -29,6 +29,16 @@ def rows_and_columns(first, W, BLOCK_P: tl.constexpr):
     return first // W + w // W, w % W
 
 
+@triton.jit
+def pixels(HW, W, BLOCK_P: tl.constexpr):
+    """Image, and index, row and column (pixels,), of this program's consecutive pixels."""
+    blocks = tl.cdiv(HW, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
+    h, w = rows_and_columns(first, W, BLOCK_P)
+    return n, first + tl.arange(0, BLOCK_P), h, w
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to the tensor's device, not to the current one."""
     if tensor.device.type == "cpu":  # interpreted

@@ -58,12 +58,13 @@ def tile_runs(
     backend: str,
     logits: Tensor,
     *,
-    max_classes: int = MAX_TILE_CLASSES,
+    max_classes: int | None = MAX_TILE_CLASSES,
     obstacle: str | None = None,
 ) -> bool:
     """Whether a tile takes this call; ValueError where the user insists on one and none can.
 
-    ``obstacle`` says what speaks against it in the operation's own options.
+    ``max_classes`` is how many the logits may have, None where their channels are no classes;
+    ``obstacle`` says what speaks against a tile in the operation's own options.
     """
     if backend == "portable":
         return False
@@ -81,10 +82,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def _obstacle(logits: Tensor, max_classes: int) -> str | None:
+def _obstacle(logits: Tensor, max_classes: int | None) -> str | None:
     if logits.element_size() > 4:
         return f"the tiles compute in float32, got {logits.dtype}"
-    if logits.shape[1] > max_classes:
+    if max_classes is not None and logits.shape[1] > max_classes:
         return f"the tiles take at most {max_classes} classes, got {logits.shape[1]}"
     if not _triton_installed():
         return "triton is not installed"

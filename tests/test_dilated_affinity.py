@@ -1,0 +1,681 @@
+"""Dilated affinity: every implementation against the float64 reference, and the reference against
+the definition.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import tritonaff
+from tritonaff.bench.cases import CASES, Case, check_parity, evaluate
+from tritonaff.functional import (
+    WEIGHTINGS,
+    DilatedAffinityTerms,
+    neighbor_counts,
+    signal_weight,
+)
+from tritonaff.rates import DIRECTIONS
+
+CASE = CASES["dilated_affinity"]
+
+
+# --- The reference against the definition, pixel by pixel --------------------------------------
+
+
+def by_definition(logits, target, rates, gamma, ignore_index):
+    """The signals, and the terms, as loops over images, pixels, rates and neighbours."""
+    n, height, width = target.shape
+    signals = torch.full((n, 8 * len(rates), height, width), 255, dtype=torch.uint8)
+    loss_sum = torch.zeros(len(rates), 9, 2, dtype=torch.float64)
+    signal_count, correct_count = torch.zeros(2, len(rates), 9, 2, dtype=torch.int64)
+    pixel_count = torch.zeros(len(rates), 9, dtype=torch.int64)
+
+    def counted(b, y, x):
+        inside = 0 <= y < height and 0 <= x < width
+        return inside and int(target[b, y, x]) != ignore_index
+
+    pixels = itertools.product(range(n), range(height), range(width))
+    for (b, y, x), (r, (r1, r2)) in itertools.product(pixels, enumerate(rates)):
+        same = {}
+        for s, (dy, dx) in enumerate(DIRECTIONS):
+            there = b, y + r1 * dy, x + r2 * dx
+            if counted(b, y, x) and counted(*there):
+                same[8 * r + s] = int(target[there] == target[b, y, x])
+        category = 8 - list(same.values()).count(0)
+        pixel_count[r, category] += bool(same)
+        for channel, t in same.items():
+            signals[b, channel, y, x] = t
+            logit = float(logits[b, channel, y, x])
+            p = 1 / (1 + math.exp(-logit))
+            pt = p if t == 1 else 1 - p
+            loss_sum[r, category, t] += -((1 - pt) ** gamma) * math.log(pt)
+            signal_count[r, category, t] += 1
+            correct_count[r, category, t] += (logit > 0) == bool(t)
+    return signals, DilatedAffinityTerms(loss_sum, signal_count, correct_count, pixel_count)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 1, 1), (1, 1, 6), (1, 9, 2)], ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_reference_is_the_definition(shape, gamma):
+    torch.manual_seed(0)
+    rates = ((1, 1), (2, 3))
+    n, height, width = shape
+    logits = 3 * torch.randn(n, 16, height, width, dtype=torch.float64)
+    logits[0, :, 0, 0] = 0  # predicted different
+    target = torch.randint(-1, 2, shape)
+    target[torch.rand(shape) < 0.15] = 255
+    signals, expected = by_definition(logits, target, rates, gamma, 255)
+    with tritonaff.use_backend("reference"):
+        terms = tritonaff.dilated_affinity_terms(logits, target, rates, gamma=gamma)
+        assert torch.equal(tritonaff.dilated_affinity_target(target, rates), signals)
+        counts = neighbor_counts(target, rates)
+    for result, value in zip(terms, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-12, atol=1e-12)
+    assert torch.equal(counts.pixel_count, expected.pixel_count)
+    assert torch.equal(counts.signal_count, expected.signal_count)
+
+
+# --- Every implementation against the reference -------------------------------------------------
+
+
+def case_with(rates, **options):
+    """The operation with these options, its sums weighted differently by rate, category, target."""
+
+    def loss(logits, target):
+        terms = tritonaff.dilated_affinity_terms(logits, target, rates, **options)
+        size = terms.loss_sum.numel()
+        weight = 1 + torch.arange(size, device=logits.device, dtype=terms.loss_sum.dtype) / 7
+        total = (terms.loss_sum * weight.view_as(terms.loss_sum)).sum()
+        return total / terms.signal_count.sum().clamp(min=1)
+
+    def tables(logits, target):
+        return tritonaff.dilated_affinity_terms(logits, target, rates, **options)
+
+    return Case("dilated_affinity", (), (), loss, tables, largest_term=20.0)
+
+
+RATES = [(1, 1), (2, 2), (1, 4), (5, 2), (7, 30), (50, 60)]
+
+
+@st.composite
+def targets(draw):
+    n, height, width = draw(st.integers(0, 2)), draw(st.integers(1, 20)), draw(st.integers(1, 36))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    ignore_index = draw(st.sampled_from([255, -100, 0]))
+    dtype = draw(st.sampled_from([torch.uint8, torch.int32, torch.int64]))
+    labels = draw(st.sampled_from(["noise", "patches", "one label", "all ignored", "large"]))
+    target = torch.randint(0, 6, (n, height, width))
+    if labels == "patches":
+        target = target[:, ::3, ::4].repeat_interleave(3, 1).repeat_interleave(4, 2)
+        target = target[:, :height, :width].contiguous()
+    elif labels == "one label":
+        target = torch.full_like(target, 5)
+    elif labels == "large" and dtype != torch.uint8:  # neighbouring ones are equal as float32
+        target += 2**30 if dtype == torch.int32 else 2**60
+    ignored = torch.rand(target.shape) < (1.0 if labels == "all ignored" else 0.1)
+    if dtype != torch.uint8 or ignore_index >= 0:
+        target[ignored] = ignore_index
+    target = target.to(dtype)
+    layout = draw(st.sampled_from(["contiguous", "strided", "transposed"]))
+    if layout == "strided":
+        target = torch.stack([target, target], dim=1)[:, 0]
+    elif layout == "transposed":
+        target = target.mT.contiguous().mT
+    return target, ignore_index
+
+
+rate_sets = st.lists(st.sampled_from(RATES), min_size=1, max_size=3, unique=True)
+
+
+@st.composite
+def inputs(draw, dtypes):
+    target, ignore_index = draw(targets())
+    rates = draw(rate_sets)
+    scale = draw(st.sampled_from([0.0, 0.1, 1.0, 4.0, 15.0]))
+    confidence = draw(st.sampled_from([0.0, 9.0]))
+    signals = tritonaff.dilated_affinity_target(target, rates, ignore_index=ignore_index)
+    logits = scale * torch.randn(signals.shape) + confidence * (signals.clamp(max=1).float() - 0.5)
+    logits = logits.to(draw(st.sampled_from(dtypes)))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
+    if layout == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        logits = torch.stack([logits, -logits], dim=-1)[..., 0]
+    gamma = draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+    return logits, target, case_with(rates, gamma=gamma, ignore_index=ignore_index)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+def test_portable_matches_the_reference(values):
+    logits, target, case = values
+    check_parity(case, "portable", logits, target)
+
+
+@settings(max_examples=max(12, settings.default.max_examples // 2))  # the interpreter is slow
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]))
+def test_triton_matches_the_reference(values):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits, target, case = values
+    check_parity(case, "triton", logits.to(device), target.to(device))
+
+
+@given(targets(), rate_sets)
+def test_targets_and_counts_match_the_reference(values, rates):
+    target, ignore_index = values
+    results = []
+    for backend in ("portable", "reference"):
+        with tritonaff.use_backend(backend):
+            results.append(
+                (
+                    tritonaff.dilated_affinity_target(target, rates, ignore_index=ignore_index),
+                    *neighbor_counts(target, rates, ignore_index=ignore_index),
+                )
+            )
+    for result, expected in zip(*results, strict=True):
+        assert result.dtype == expected.dtype
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 65, 70), (1, 32, 150, 33)], ids=str)
+@pytest.mark.parametrize("confidence", [0.0, 9.0])
+def test_larger_images(backend, device, shape, confidence):
+    check_parity(CASE, backend, *CASE.make_inputs(shape, device=device, confidence=confidence))
+
+
+@pytest.mark.parametrize("block", [1, 300])
+def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
+    """Bands of one row, of some rows, of one image."""
+    from tritonaff.portable import blocks
+
+    values = CASE.make_inputs((3, 32, 7, 9))
+    monkeypatch.setattr(blocks, "CPU_BLOCK", block)
+    check_parity(case_with([1, (2, 3), 5, 20]), "portable", *values)
+
+
+def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
+    pytest.importorskip("triton")
+    from tritonaff.kernels import dilated_affinity as kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED_BLOCK_P", 32)
+    values = CASE.make_inputs((2, 32, 7, 19), device=device)
+    check_parity(case_with([1, (2, 3), 5, 20]), "triton", *values)
+
+
+def test_the_op_takes_other_neighbourhoods(backend, device):
+    """One group of 3 neighbours, twice: its tables are those of the loop."""
+    torch.manual_seed(0)
+    offsets = [0, 1, 1, 0, 3, -2]
+    logits = torch.randn(2, 6, 5, 7, device=device, requires_grad=True)
+    target = torch.randint(0, 3, (2, 5, 7), device=device)
+    op = torch.ops.tritonaff.dilated_affinity
+    tables = op(logits, target, 2 * offsets, 3, 2.0, 2, backend)
+    assert [tuple(table.shape) for table in tables] == [(2, 4, 2)] * 3 + [(2, 4)]
+    tables[0].sum().backward()
+
+    counted = target != 2
+    valid, same, terms = [], [], []
+    x = logits.detach().cpu().double().requires_grad_()
+    for s, (dy, dx) in enumerate(zip(offsets[::2], offsets[1::2], strict=True)):
+        index_h, index_w = torch.arange(5)[:, None] + dy, torch.arange(7) + dx
+        inside = (index_h >= 0) & (index_h < 5) & (index_w >= 0) & (index_w < 7)
+        there = index_h.clamp(0, 4), index_w.clamp(0, 6)
+        valid.append(counted.cpu() & counted.cpu()[:, there[0], there[1]] & inside)
+        same.append(target.cpu() == target.cpu()[:, there[0], there[1]])
+        u = torch.where(same[-1], 1, -1)[:, None] * x[:, [s, 3 + s]]
+        terms.append(-((1 - u.sigmoid()) ** 2) * u.sigmoid().log() * valid[-1][:, None])
+    sum(terms).sum().backward()
+    different = sum(v & ~s for v, s in zip(valid, same, strict=True))
+    some = sum(valid) > 0
+    for k in range(4):
+        assert (tables[3][:, k] == (some & (different == 3 - k)).sum()).all()
+        total = (sum(terms) * (different == 3 - k)[:, None]).sum(dim=(0, 2, 3)).float()
+        torch.testing.assert_close(tables[0].sum(dim=2)[:, k].cpu(), total)
+    torch.testing.assert_close(logits.grad.cpu(), x.grad.float())
+
+
+def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        logits, target = CASE.make_inputs((2, 32, 13, 35), device=device)
+        target[0] = 255
+        logits = logits.contiguous(memory_format=memory_format)
+        results = evaluate(CASE, backend, logits, target)
+        assert all(result.isfinite().all() for result in results.values())
+        assert results["gradient"].stride() == logits.stride()
+        assert not results["gradient"][0].any()
+
+
+def test_same_bits_every_time(backend, device):
+    if backend == "portable":
+        device = torch.device("cpu")  # GPUs scatter with atomics, in any order
+    values = CASE.make_inputs((2, 32, 30, 40), device=device)
+    first = evaluate(CASE, backend, *values)
+    second = evaluate(CASE, backend, *values)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 9.0])
+def test_portable_gradient_is_at_most_twice_as_far_off_as_eager(confidence):
+    logits, target = CASE.make_inputs((1, 32, 65, 65), confidence=confidence)
+    exact = evaluate(CASE, "reference", logits.double(), target)["gradient"]
+    eager = evaluate(CASE, "reference", logits, target)["gradient"]
+    ours = evaluate(CASE, "portable", logits, target)["gradient"]
+    assert (ours - exact).norm() <= 2 * (eager - exact).norm()
+
+
+# --- Derivatives and the compiler ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_gradcheck(backend, gamma):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 16, 3, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 3, 4))
+    target[0, 0, :2] = 255
+
+    def loss(logits):
+        return tritonaff.dilated_affinity_loss(logits, target, [1, (2, 1)], gamma=gamma, beta=30.0)
+
+    with tritonaff.use_backend(backend):
+        assert torch.autograd.gradcheck(loss, logits)
+
+
+def test_a_second_derivative_is_refused():
+    logits, target = CASE.make_inputs((1, 32, 9, 9))
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(CASE.loss(logits, target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="dilated_affinity_backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(backend, device, memory_format):
+    logits, target = CASE.make_inputs((2, 32, 9, 11), device=device)
+    logits = logits[:, :8].contiguous(memory_format=memory_format).requires_grad_()
+    offsets = [2 * step for direction in DIRECTIONS for step in direction]
+    settings = offsets, 8, 2.0, 255, backend
+    op = torch.ops.tritonaff.dilated_affinity.default
+    torch.library.opcheck(op, (logits, target, *settings))
+    assert [out.requires_grad for out in op(logits, target, *settings)] == [True] + 3 * [False]
+    loss_sum = op(logits.detach(), target, *settings)[0]
+    torch.library.opcheck(
+        torch.ops.tritonaff.dilated_affinity_backward.default,
+        (torch.ones_like(loss_sum), logits.detach(), target, *settings),
+    )
+
+
+@pytest.mark.parametrize("name", ["neighbor_counts", "dilated_affinity_target"])
+def test_opcheck_of_labels_alone(name, device):
+    target = CASE.make_inputs((2, 32, 9, 11), device=device)[1]
+    offsets = [2 * step for direction in DIRECTIONS for step in direction]
+    op = getattr(torch.ops.tritonaff, name).default
+    torch.library.opcheck(op, (target, offsets, 8, 255))
+
+
+def test_one_graph_serves_every_image_size(backend, device):
+    torch._dynamo.reset()
+    rates = tritonaff.expand_rates([1, (2, 3)])
+    loss_fn = tritonaff.DilatedAffinityLoss(rates, beta=1.5)
+
+    def step(logits, target):
+        counts = tritonaff.neighbor_categories(target, rates)
+        signals = tritonaff.dilated_affinity_target(target, rates)
+        return loss_fn(2 * logits, target), counts, signals
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 8, 9), (3, 7, 11), (4, 2, 5)):
+        torch.manual_seed(0)
+        logits = torch.randn(shape[0], 24, *shape[1:], device=device, requires_grad=True)
+        target = torch.randint(0, 3, shape, device=device)
+        with tritonaff.use_backend(backend):
+            loss, *rest = compiled(logits, target)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            expected, *expected_rest = step(logits, target)
+            (expected_gradient,) = torch.autograd.grad(expected, logits)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+        assert all(map(torch.equal, rest, expected_rest))
+
+
+def test_meta_tensors_have_the_right_shapes():
+    logits = torch.empty(2, 16, 8, 9, device="meta", requires_grad=True)
+    target = torch.empty(2, 8, 9, dtype=torch.uint8, device="meta")
+    terms = tritonaff.dilated_affinity_terms(logits, target, [1, 2])
+    assert [tuple(table.shape) for table in terms] == [(2, 9, 2)] * 3 + [(2, 9)]
+    assert tritonaff.dilated_affinity_loss(logits, target, [1, 2]).shape == ()
+
+
+# --- Properties ----------------------------------------------------------------------------------
+
+
+@given(inputs([torch.float64]))
+def test_without_focus_it_is_binary_cross_entropy(values):
+    logits, target, _ = values
+    rates = RATES[: logits.shape[1] // 8]
+    signals = tritonaff.dilated_affinity_target(target, rates)
+    valid = signals != 255
+    expected = F.binary_cross_entropy_with_logits(
+        logits[valid], signals[valid].double(), reduction="sum"
+    )
+    terms = tritonaff.dilated_affinity_terms(logits, target, rates, gamma=0)
+    torch.testing.assert_close(terms.loss_sum.sum(), expected, rtol=1e-10, atol=1e-10)
+    correct = ((logits > 0) == (signals == 1))[valid].sum()
+    assert terms.correct_count.sum() == correct
+    assert (terms.correct_count <= terms.signal_count).all()
+
+
+@given(targets(), rate_sets)
+def test_counts_are_those_of_the_target(values, rates):
+    target, ignore_index = values
+    signals = tritonaff.dilated_affinity_target(target, rates, ignore_index=ignore_index)
+    counts = neighbor_counts(target, rates, ignore_index=ignore_index)
+    per_rate = signals.unflatten(1, (len(rates), 8))
+    some = (per_rate != 255).any(dim=2)
+    assert torch.equal(counts.pixel_count.sum(dim=1), some.sum(dim=(0, 2, 3)))
+    for t in (0, 1):
+        assert torch.equal(counts.signal_count[..., t].sum(1), (per_rate == t).sum((0, 2, 3, 4)))
+    assert torch.equal(
+        tritonaff.neighbor_categories(target, rates, ignore_index=ignore_index), counts.pixel_count
+    )
+
+
+@given(targets(), rate_sets)
+def test_the_target_is_symmetric(values, rates):
+    """At i towards j it is what it is at j towards i."""
+    target, ignore_index = values
+    _, height, width = target.shape
+    signals = tritonaff.dilated_affinity_target(target, rates, ignore_index=ignore_index)
+    for r, (r1, r2) in enumerate(rates):
+        for s, (dy, dx) in enumerate(DIRECTIONS):
+            dy, dx = r1 * dy, r2 * dx
+            towards, back = signals[:, 8 * r + s], signals[:, 8 * r + 7 - s]
+            # The pixels that have this neighbour, and these neighbours.
+            i = towards[..., max(0, -dy) : max(0, height - dy), max(0, -dx) : max(0, width - dx)]
+            j = back[..., max(0, dy) : max(0, height + dy), max(0, dx) : max(0, width + dx)]
+            assert torch.equal(i, j)
+
+
+@given(targets(), rate_sets)
+def test_transposing_the_image_and_the_rates_changes_no_count(values, rates):
+    target, ignore_index = values
+    counts = neighbor_counts(target, rates, ignore_index=ignore_index)
+    flipped = [pair[::-1] for pair in rates]
+    transposed = neighbor_counts(target.mT, flipped, ignore_index=ignore_index)
+    assert all(map(torch.equal, transposed, counts))
+
+
+@given(inputs([torch.float64]))
+def test_tables_add_up_over_the_batch(values):
+    logits, target, case = values
+    tables = case.tables(logits, target)
+    parts = [case.tables(x[None], y[None]) for x, y in zip(logits, target, strict=True)]
+    for i, table in enumerate(tables):
+        total = sum((part[i] for part in parts), torch.zeros_like(table))
+        torch.testing.assert_close(table, total)
+
+
+# --- Weights -------------------------------------------------------------------------------------
+
+
+def test_weights():
+    torch.manual_seed(0)
+    pixel_count = torch.randint(0, 100, (3, 9))
+    signal_count = torch.randint(0, 100, (3, 9, 2))
+    weight = {name: signal_weight(name, pixel_count, signal_count) for name in WEIGHTINGS}
+    assert all(w.shape == (3, 9, 2) and w.dtype == torch.float32 for w in weight.values())
+    assert (weight["none"] == 1).all()
+    torch.testing.assert_close(weight["sqrt"] ** 2, weight["neighbor"])
+    assert (weight["sqrt"][:, 8] == 1).all()
+    assert (weight["neighbor"][:, 8] == 1).all()
+    ratio = (pixel_count[1, 8] + 1) / (pixel_count[1, 3] + 1)
+    torch.testing.assert_close(weight["neighbor"][1, 3], ratio.expand(2))
+    different, same = signal_count.sum(dim=1).unbind(dim=1)
+    assert (weight["signal"][..., 1] == 1).all()
+    torch.testing.assert_close(
+        weight["signal"][..., 0], ((same + 1) / (different + 1))[:, None].expand(-1, 9)
+    )
+    of_doubles = signal_weight("signal", pixel_count.double(), signal_count.double())
+    assert of_doubles.dtype == torch.float64
+    zeros = torch.zeros_like(pixel_count), torch.zeros_like(signal_count)
+    assert all((signal_weight(name, *zeros) == 1).all() for name in WEIGHTINGS)
+    with pytest.raises(ValueError, match="weighting must be one of"):
+        signal_weight("other", pixel_count, signal_count)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_loss_is_the_weighted_mean_of_its_terms(backend, device, weighting):
+    logits, target = CASE.make_inputs((2, 32, 20, 22), device=device)
+    rates = [8, 16, 32, 64]
+    with tritonaff.use_backend(backend):
+        terms = tritonaff.dilated_affinity_terms(logits, target, rates, gamma=1)
+        loss = tritonaff.dilated_affinity_loss(
+            logits, target, rates, gamma=1, beta=0.5, weighting=weighting
+        )
+    weight = signal_weight(weighting, terms.pixel_count, terms.signal_count)
+    expected = sum(
+        0.5 * (weight[r] * terms.loss_sum[r]).sum() / terms.pixel_count[r].sum() for r in range(2)
+    )
+    assert not terms.pixel_count[2:].any()
+    torch.testing.assert_close(loss, expected)
+
+
+class Statistics:
+    """What the loss knows of NeighborStatistics."""
+
+    def __init__(self, pixel_count, signal_count):
+        self.pixel_count, self.signal_count = pixel_count, signal_count
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_given_statistics_of_the_batch_change_nothing(weighting):
+    logits, target = CASE.make_inputs((2, 32, 20, 22))
+    logits = logits.double()  # no tile computes in it
+    rates = [8, (2, 3), 16, 64]
+    counts = neighbor_counts(target, rates)
+    options = {"weighting": weighting, "beta": 1.5, "gamma": 1.0}
+    expected = tritonaff.dilated_affinity_loss(logits, target, rates, **options)
+    for statistics in (counts, list(counts), Statistics(*counts), [c.double() for c in counts]):
+        options["statistics"] = statistics
+        loss = tritonaff.dilated_affinity_loss(logits, target, rates, **options)
+        module = tritonaff.DilatedAffinityLoss(rates, **options)
+        torch.testing.assert_close(loss, expected)
+        assert torch.equal(module(logits, target), loss)
+
+
+def test_given_statistics_are_those_of_the_weights():
+    logits, target = CASE.make_inputs((1, 32, 20, 22))
+    pixel_count, signal_count = torch.zeros(4, 9), torch.zeros(4, 9, 2)
+    pixel_count[:, 8] = 15
+    loss = tritonaff.dilated_affinity_loss(
+        logits, target, [1, 2, 3, 4], statistics=(pixel_count, signal_count)
+    )
+    terms = tritonaff.dilated_affinity_terms(logits, target, [1, 2, 3, 4])
+    weighted = terms.loss_sum.sum(dim=(1, 2)) * 4 - 3 * terms.loss_sum[:, 8].sum(dim=1)
+    torch.testing.assert_close(loss, (weighted / terms.pixel_count.sum(dim=1)).sum())
+
+
+def test_statistics_are_buffers_of_the_module():
+    counts = neighbor_counts(torch.randint(0, 3, (1, 9, 9)), [1, 2])
+    module = tritonaff.DilatedAffinityLoss([1, 2], statistics=counts)
+    assert set(module.state_dict()) == {"pixel_count", "signal_count"}
+    assert module.to("meta").pixel_count.device.type == "meta"
+    assert not tritonaff.DilatedAffinityLoss([1]).state_dict()
+    assert "weighting='sqrt', statistics=given" in repr(module)
+
+
+def test_gradients_do_not_flow_into_the_statistics():
+    logits, target = CASE.make_inputs((1, 32, 9, 9))
+    counts = [c.double().requires_grad_() for c in neighbor_counts(target, [1, 2, 3, 4])]
+    logits.requires_grad_()
+    tritonaff.dilated_affinity_loss(logits, target, [1, 2, 3, 4], statistics=counts).backward()
+    assert logits.grad.any()
+    assert counts[0].grad is None
+
+
+# --- Special images ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (1, 8, 1, 1), (2, 8, 4, 5)], ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_empty_sets_are_zero_with_a_zero_gradient(backend, device, shape, weighting):
+    """No image, no neighbour, all ignored."""
+    torch.manual_seed(0)
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.full((shape[0], *shape[2:]), 255 if shape[0] == 2 else 1, device=device)
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.dilated_affinity_loss(logits, target, [1], weighting=weighting)
+        loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_a_rate_beyond_the_image_does_not_disturb_the_others(backend, device):
+    """Nor does it cost memory."""
+    logits, target = CASE.make_inputs((1, 32, 12, 14), device=device)
+    rates = [1, (200_001, 3), 2, 10**12]
+    check_parity(case_with(rates), backend, logits, target)
+    with tritonaff.use_backend(backend):
+        counts = tritonaff.dilated_affinity_terms(logits, target, rates).pixel_count
+        loss = tritonaff.dilated_affinity_loss(logits, target, rates)
+        fewer = torch.cat((logits[:, :24],), dim=1)
+        expected = tritonaff.dilated_affinity_loss(fewer, target, rates[:3])
+    assert not counts[3].any()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_extreme_logits_are_finite(backend, device, gamma, dtype):
+    """All kinds of signals at 1e4 and -1e4."""
+    logits, target = CASE.make_inputs((1, 32, 20, 20), device=device, confidence=0.0)
+    logits = (1e4 * logits.sign()).to(dtype)
+    case = case_with([1, 2, 3, 40], gamma=gamma)
+    results = evaluate(case, backend, logits, target)
+    assert all(result.isfinite().all() for result in results.values())
+    check_parity(case, backend, logits, target)
+
+
+def test_a_uniform_image_is_n8_up_to_its_border(backend, device):
+    target = torch.full((1, 6, 7), 3, device=device)
+    assert tritonaff.neighbor_categories(target, [2]).tolist() == [[0] * 8 + [42]]
+    with tritonaff.use_backend(backend):
+        logits = torch.ones(1, 8, 6, 7, device=device)
+        terms = tritonaff.dilated_affinity_terms(logits, target, [2])
+    assert terms.pixel_count.tolist() == [[0] * 8 + [42]]
+    assert torch.equal(terms.correct_count, terms.signal_count)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_ignore_index_outside_the_targets_range_ignores_nothing(backend, device, dtype):
+    """-100 is no uint8: it must not wrap around to 156."""
+    target = torch.full((1, 5, 5), 156, device=device).to(dtype)
+    logits = torch.zeros(1, 8, 5, 5, device=device)
+    with tritonaff.use_backend(backend):
+        terms = tritonaff.dilated_affinity_terms(logits, target, [1], ignore_index=-100)
+    assert int(terms.signal_count.sum()) == 2 * (5 * 4 + 4 * 5 + 2 * 4 * 4)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+LOGITS, TARGET = torch.zeros(2, 8, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
+COUNTS = torch.zeros(1, 9), torch.zeros(1, 9, 2)
+BAD_TENSORS = {
+    "logits no tensor": ([[0.0]], TARGET, TypeError, "affinity_logits must be a tensor, got list"),
+    "logits integer": (LOGITS.long(), TARGET, TypeError, "affinity_logits must have dtype .*int64"),
+    "logits rank": (LOGITS[0], TARGET, ValueError, r"must have shape \(N, 8 R, H, W\), got"),
+    "logits channels": (
+        LOGITS[:, :7],
+        TARGET,
+        ValueError,
+        r"\(2, 8, 4, 5\) of R = 1 rates and target \(2, 4, 5\), got \(2, 7, 4, 5\)",
+    ),
+    "target floating": (LOGITS, TARGET.float(), TypeError, "target must have dtype .* float32"),
+    "target rank": (LOGITS, TARGET[0], ValueError, r"target must have shape \(N, H, W\)"),
+    "target size": (LOGITS, TARGET[:, :3], ValueError, r"\(2, 8, 3, 5\) of R = 1 rates"),
+    "empty": (LOGITS[..., :0], TARGET[..., :0], ValueError, "target must have at least one row"),
+    "devices": (LOGITS, TARGET.to("meta"), ValueError, "one device, got cpu and meta"),
+}
+BAD_OPTIONS = {
+    "rates": ({"rates": 8}, TypeError, "rates must be a sequence"),
+    "rates empty": ({"rates": []}, ValueError, "rates must be at least 1 and distinct"),
+    "gamma": ({"gamma": -1}, ValueError, r"gamma must be in \[0, inf\), got -1"),
+    "gamma type": ({"gamma": "2"}, TypeError, "gamma must be a number, got str"),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+}
+BAD_LOSS_OPTIONS = {
+    **BAD_OPTIONS,
+    "beta": ({"beta": -0.5}, ValueError, r"beta must be in \[0, inf\), got -0.5"),
+    "weighting": ({"weighting": "root"}, ValueError, "weighting must be one of .* got 'root'"),
+    "statistics": ({"statistics": 3}, TypeError, "statistics must be None, .* got int"),
+    "statistics one": ({"statistics": COUNTS[:1]}, ValueError, r"\(pixel_count, signal_count\)"),
+    "statistics list": ({"statistics": (COUNTS[0], [1])}, TypeError, "signal_count must be a tens"),
+    "statistics dtype": ({"statistics": (COUNTS[0].bool(), COUNTS[1])}, TypeError, "got bool"),
+    "statistics rates": (
+        {"statistics": Statistics(torch.zeros(2, 9), torch.zeros(2, 9, 2))},
+        ValueError,
+        r"pixel_count must have shape \(1, 9\), got \(2, 9\)",
+    ),
+    "statistics swapped": ({"statistics": COUNTS[::-1]}, ValueError, "pixel_count must have shape"),
+}
+
+
+def cases(table):
+    return pytest.mark.parametrize("bad", table.values(), ids=table.keys())
+
+
+FUNCTIONS = {
+    "terms": lambda *tensors: tritonaff.dilated_affinity_terms(*tensors, [1]),
+    "loss": lambda *tensors: tritonaff.dilated_affinity_loss(*tensors, [1]),
+    "module": tritonaff.DilatedAffinityLoss([1]),
+}
+
+
+@cases(BAD_TENSORS)
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tensors(backend, function, bad):
+    logits, target, error, message = bad
+    with tritonaff.use_backend(backend), pytest.raises(error, match=message):
+        function(logits, target)
+
+
+@cases({k: bad for k, bad in BAD_TENSORS.items() if k.startswith(("target f", "target r"))})
+@pytest.mark.parametrize(
+    "function",
+    [tritonaff.dilated_affinity_target, tritonaff.neighbor_categories, neighbor_counts],
+)
+def test_targets_alone(function, bad):
+    _, target, error, message = bad
+    with pytest.raises(error, match=message):
+        function(target, [1])
+    with pytest.raises(TypeError, match="rates must be a sequence"):
+        function(TARGET, 8)
+
+
+@cases(BAD_OPTIONS)
+def test_options_of_terms(bad):
+    options, error, message = bad
+    with pytest.raises(error, match=message):
+        tritonaff.dilated_affinity_terms(LOGITS, TARGET, **{"rates": [1], **options})
+
+
+@cases(BAD_LOSS_OPTIONS)
+def test_options_of_the_loss(bad):
+    options, error, message = bad
+    options = {"rates": [1], **options}
+    with pytest.raises(error, match=message):
+        tritonaff.dilated_affinity_loss(LOGITS, TARGET, **options)
+    with pytest.raises(error, match=message):
+        tritonaff.DilatedAffinityLoss(**options)
+
+
+def test_statistics_on_another_device():
+    statistics = [count.to("meta") for count in COUNTS]
+    with pytest.raises(ValueError, match="one device, got meta and cpu"):
+        tritonaff.dilated_affinity_loss(LOGITS, TARGET, [1], statistics=statistics)

@@ -1,0 +1,150 @@
+"""Dilated affinity as custom ops: opaque to the compiler, differentiable, whatever implementation
+runs inside.
+
+``offsets`` are dy0, dx0, dy1, dx1, ...: those of G groups of S = ``group_size`` neighbours. The
+logits have a channel for each, and tables a row for each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonaff.ops.backend import tile_runs
+from tritonaff.portable import dilated_affinity as portable
+
+
+@torch.library.custom_op("tritonaff::dilated_affinity", mutates_args=())
+def dilated_affinity(
+    logits: Tensor,
+    target: Tensor,
+    offsets: Sequence[int],
+    group_size: int,
+    gamma: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Focal loss sums (G, S + 1, 2), signal and correct counts likewise, pixel counts (G, S + 1).
+
+    By group, neighbour category and target, different first.
+    """
+    implementation = _implementation(logits, backend)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(
+        logits, target, list(offsets), group_size, gamma, ignore_index
+    )
+    return result
+
+
+@dilated_affinity.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    offsets: Sequence[int],
+    group_size: int,
+    gamma: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    groups, categories = len(offsets) // (2 * group_size), group_size + 1
+    return (
+        logits.new_empty(groups, categories, 2, dtype=dtype),
+        logits.new_empty(groups, categories, 2, dtype=torch.int64),
+        logits.new_empty(groups, categories, 2, dtype=torch.int64),
+        logits.new_empty(groups, categories, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("tritonaff::dilated_affinity_backward", mutates_args=())
+def dilated_affinity_backward(
+    grad_loss_sum: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    offsets: Sequence[int],
+    group_size: int,
+    gamma: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    """The gradient with respect to the logits, in their dtype and memory format."""
+    implementation = _implementation(logits, backend)
+    grad: Tensor = implementation.backward(
+        grad_loss_sum.contiguous(), logits, target, list(offsets), group_size, gamma, ignore_index
+    )
+    return grad
+
+
+@dilated_affinity_backward.register_fake
+def _(
+    grad_loss_sum: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    offsets: Sequence[int],
+    group_size: int,
+    gamma: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, *ctx.options = inputs
+    _, *counts = output
+    ctx.save_for_backward(logits, target)
+    ctx.mark_non_differentiable(*counts)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss_sum is None:
+        return (None,) * 7
+    grad = dilated_affinity_backward(grad_loss_sum, *ctx.saved_tensors, *ctx.options)
+    return grad, *(None for _ in range(6))
+
+
+dilated_affinity.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("tritonaff::neighbor_counts", mutates_args=())
+def neighbor_counts(
+    target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Pixel counts (G, S + 1) and signal counts (G, S + 1, 2)."""
+    return portable.neighbor_counts(target, list(offsets), group_size, ignore_index)
+
+
+@neighbor_counts.register_fake
+def _(
+    target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    groups, categories = len(offsets) // (2 * group_size), group_size + 1
+    return (
+        target.new_empty(groups, categories, dtype=torch.int64),
+        target.new_empty(groups, categories, 2, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("tritonaff::dilated_affinity_target", mutates_args=())
+def dilated_affinity_target(
+    target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int
+) -> Tensor:
+    """(N, G S, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
+    return portable.affinity_target(target, list(offsets), group_size, ignore_index)
+
+
+@dilated_affinity_target.register_fake
+def _(target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int) -> Tensor:
+    n, height, width = target.shape
+    return target.new_empty(n, len(offsets) // 2, height, width, dtype=torch.uint8)
+
+
+def _implementation(logits: Tensor, backend: str) -> Any:
+    if tile_runs(backend, logits, max_classes=None):  # channels are signals, one at a time
+        from tritonaff.kernels import dilated_affinity as kernels
+
+        return kernels
+    return portable

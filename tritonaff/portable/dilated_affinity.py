@@ -1,0 +1,240 @@
+"""Dilated affinity in torch operations: any device, no Triton.
+
+Bands of rows, one group of neighbours at a time, in buffers that stay in a CPU's cache. Whether a
+signal is valid, same or different is computed from the labels where it is needed. Focal terms are
+added up over the neighbours of a pixel first, so that only pixels, not signals, are sorted into
+categories.
+
+Masks are floating-point tensors: comparisons into those are vectorised on CPUs, into boolean ones
+they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritonaff.portable.blocks import bands, sum_dtype
+
+NOT_VALID = 255
+# Most pixels are of one category: neighbouring ones are added up in lanes of their own, because
+# adding to the number that has just been added to has to wait.
+LANES = 16
+# Float32 holds every integer up to here.
+EXACT_IN_FLOAT32 = 1 << 24
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    offsets: list[int],
+    group_size: int,
+    gamma: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss sums, signal counts and correct counts (G, S + 1, 2), pixel counts (G, S + 1)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = 2, len(offsets) // (2 * group_size), 2, group_size + 1, LANES
+    # Of losses and of signals predicted right: by group, target, category and lane.
+    sums = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
+    histogram = Histogram(target, offsets, group_size)
+    buffers: list[Tensor] = []
+    for block in signals(target, offsets, group_size, ignore_index, dtype):
+        histogram.add(block)
+        x, pt, not_pt, product = block.of_its_size(buffers)
+        x.copy_(logits[block.place])
+        predicted_same = torch.gt(x, 0, out=pt)
+        correct_same = torch.mul(predicted_same, block.same, out=product).sum(dim=1)
+        wrong = torch.mul(predicted_same, block.different, out=product).sum(dim=1)
+        correct = block.num_different - wrong, correct_same
+
+        focal = probabilities(x, block, pt, not_pt, product).mul_(not_pt.pow_(gamma))
+        for t, chosen in enumerate((block.different, block.same)):
+            per_pixel = torch.mul(focal, chosen, out=product).sum(dim=1), correct[t]
+            for table, values in zip(sums[:, block.group, t], per_pixel, strict=True):
+                table.view(-1).scatter_add_(0, block.bins, values.flatten().to(sums.dtype))
+    loss_sum, correct_count = sums.sum(dim=-1).transpose(2, 3)
+    pixel_count, signal_count = histogram.counts()
+    return (
+        loss_sum.to(dtype, memory_format=torch.contiguous_format),
+        signal_count,
+        correct_count.to(torch.int64, memory_format=torch.contiguous_format),
+        pixel_count,
+    )
+
+
+def backward(
+    grad_loss_sum: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    offsets: list[int],
+    group_size: int,
+    gamma: float,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient with respect to the logits, given that with respect to the loss sums.
+
+    With u = x for a same and -x for a different signal, and pt = sigmoid(u), that of a focal term
+    with respect to u is -(1 - pt)^gamma (gamma pt (-log pt) + 1 - pt).
+    """
+    grad = torch.empty_like(logits)
+    buffers: list[Tensor] = []
+    for block in signals(target, offsets, group_size, ignore_index, grad_loss_sum.dtype):
+        x, pt, not_pt, signed = block.of_its_size(buffers)
+        x.copy_(logits[block.place])
+        minus_log_pt = probabilities(x, block, pt, not_pt, signed)
+        slope = torch.addcmul(not_pt, minus_log_pt, pt, value=gamma, out=x)
+        slope.mul_(not_pt.pow_(gamma))
+        of_different, of_same = (
+            coefficient.index_select(0, block.category).view_as(block.same[:, :1])
+            for coefficient in grad_loss_sum[block.group].unbind(dim=1)
+        )
+        torch.mul(block.different, of_different, out=signed)
+        signed.addcmul_(block.same, of_same, value=-1)
+        grad[block.place] = slope.mul_(signed)
+    return grad
+
+
+def neighbor_counts(
+    target: Tensor, offsets: list[int], group_size: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Pixel counts (G, S + 1) and signal counts (G, S + 1, 2)."""
+    histogram = Histogram(target, offsets, group_size)
+    for block in signals(target, offsets, group_size, ignore_index, torch.float32):
+        histogram.add(block)
+    return histogram.counts()
+
+
+def affinity_target(
+    target: Tensor, offsets: list[int], group_size: int, ignore_index: int
+) -> Tensor:
+    """(N, G S, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
+    n, height, width = target.shape
+    result = target.new_empty(n, len(offsets) // 2, height, width, dtype=torch.uint8)
+    for block in signals(target, offsets, group_size, ignore_index, torch.float32):
+        valid = block.same + block.different
+        result[block.place] = valid.mul_(-NOT_VALID).add_(NOT_VALID).add_(block.same)
+    return result
+
+
+class Signals(NamedTuple):
+    """The signals of one group of neighbours for some images, or for some rows of one."""
+
+    group: int
+    place: tuple[slice, slice, slice]  # of the signals in the logits
+    same: Tensor  # (n, S, h, W), 1 and 0
+    different: Tensor  # (n, S, h, W), 1 and 0
+    num_different: Tensor  # (n, h, W)
+    category: Tensor  # (n h W,)
+    bins: Tensor  # (n h W,), category * LANES + a lane
+
+    def of_its_size(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Four tensors to write into, like ``same``: all blocks share the memory."""
+        if not buffers:  # the first block is as large as any
+            buffers += [torch.empty_like(self.same) for _ in range(4)]
+        n, _, rows, _ = self.same.shape
+        return [buffer[:n, :, :rows] for buffer in buffers]
+
+
+def signals(
+    target: Tensor, offsets: list[int], group_size: int, ignore_index: int, dtype: torch.dtype
+) -> Iterator[Signals]:
+    """The signals of a batch, block by block, all in the same buffers."""
+    _, height, width = target.shape
+    steps = list(zip(offsets[::2], offsets[1::2], strict=True))
+    in_image = {(dy, dx) for dy, dx in steps if abs(dy) < height and abs(dx) < width}
+    pad_h, pad_w = (max(map(abs, step), default=0) for step in zip(*in_image, (0, 0), strict=True))
+    padding = pad_w, pad_w, pad_h, pad_h
+    counted = F.pad((target.to(torch.int64) != ignore_index).to(dtype), padding).contiguous()
+    label = F.pad(comparable(target), padding).contiguous()
+
+    buffer: Tensor | None = None
+    for images, band in bands(target[:, None].expand(-1, group_size, -1, -1)):
+        n = min(images.stop, len(target)) - images.start
+        rows = min(band.stop, height) - band.start
+        if buffer is None:  # the first block is as large as any
+            buffer = counted.new_empty(2, n, group_size, rows, width)
+            lanes = torch.arange(n * rows * width, device=target.device) % LANES
+        same, different = buffer[:, :n, :, :rows]
+        same_by_step, valid_by_step = same.unbind(dim=1), different.unbind(dim=1)
+        label_here, counted_here = (
+            x[images, pad_h + band.start :, pad_w : pad_w + width][:, :rows]
+            for x in (label, counted)
+        )
+
+        for group in range(len(steps) // group_size):
+            channels = slice(group * group_size, (group + 1) * group_size)
+            for s, (dy, dx) in enumerate(steps[channels]):
+                if (dy, dx) not in in_image:
+                    same_by_step[s].zero_()
+                    valid_by_step[s].zero_()
+                    continue
+                torch.eq(label_here, moved(label_here, dy, dx), out=same_by_step[s])
+                torch.mul(counted_here, moved(counted_here, dy, dx), out=valid_by_step[s])
+            different.sub_(same.mul_(different))
+            num_different = different.sum(dim=1)
+            category = group_size - num_different.flatten().to(torch.int64)
+            bins = torch.add(lanes[: len(category)], category, alpha=LANES)
+            place = images, channels, band
+            yield Signals(group, place, same, different, num_different, category, bins)
+
+
+def moved(window: Tensor, dy: int, dx: int) -> Tensor:
+    """The same window of a padded image, so far down and to the right. Slicing is slower."""
+    step = dy * window.stride(1) + dx * window.stride(2)
+    return window.as_strided(window.shape, window.stride(), window.storage_offset() + step)
+
+
+def comparable(target: Tensor) -> Tensor:
+    """The labels in a dtype that tells them apart: on a CPU float32 if it does, it is faster."""
+    if target.device.type == "cpu" and target.numel() > 0:
+        smallest, largest = target.aminmax()
+        if smallest > -EXACT_IN_FLOAT32 and largest < EXACT_IN_FLOAT32:
+            return target.to(torch.float32)
+    return target.to(torch.int64)
+
+
+def probabilities(x: Tensor, block: Signals, pt: Tensor, not_pt: Tensor, spare: Tensor) -> Tensor:
+    """Writes pt and 1 - pt, each with all its digits; x becomes -log(pt), which is returned."""
+    sign = torch.sub(block.same, block.different, out=pt)
+    u = x.mul_(sign)
+    torch.sigmoid(u, out=pt)
+    minus_u = u.neg_()
+    torch.sigmoid(minus_u, out=not_pt)
+    # -log(pt) = softplus(-u) = max(-u, 0) - log(1 - min(pt, 1 - pt)), and on CPUs sigmoids are
+    # cheaper than exponentials.
+    log = torch.minimum(pt, not_pt, out=spare).neg_().log1p_()
+    return minus_u.clamp_(min=0).sub_(log)
+
+
+class Histogram:
+    """Pixels by group, category and number of valid neighbours: every count comes from it."""
+
+    def __init__(self, target: Tensor, offsets: list[int], group_size: int) -> None:
+        self.bins = group_size + 1
+        groups = len(offsets) // (2 * group_size)
+        shape = groups, self.bins, self.bins, LANES
+        self.pixels = target.new_zeros(shape, dtype=torch.int64)
+
+    def add(self, block: Signals) -> None:
+        # Category k and v = S - k + same valid neighbours have bin k (S + 1) + v, in LANES of them.
+        same = block.same.sum(dim=1).flatten().to(torch.int64)
+        more = torch.add(same + (self.bins - 1), block.category, alpha=self.bins - 2)
+        place = torch.add(block.bins, more, alpha=LANES)
+        self.pixels[block.group].view(-1).scatter_add_(0, place, torch.ones_like(place))
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Pixel counts (G, S + 1), without pixels that have no valid neighbour, and signal counts
+        (G, S + 1, 2).
+        """
+        pixels = self.pixels.sum(dim=-1)
+        number = torch.arange(self.bins, device=pixels.device)
+        pixel_count = pixels[:, :, 1:].sum(dim=2)
+        different = pixel_count * number.flip(0)
+        return pixel_count, torch.stack(
+            (different, (pixels * number).sum(dim=2) - different), dim=2
+        )

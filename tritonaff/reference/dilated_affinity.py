@@ -1,0 +1,107 @@
+"""Dilated affinity and its loss as "Improving Semantic Segmentation via Dilated Affinity" defines
+them (sections 3.1 and 3.2), in eager PyTorch.
+
+This file is the specification: every other implementation is tested against it in float64. It is
+written to be read beside the paper and never optimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DIRECTIONS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+NOT_VALID = 255
+
+
+def dilated_affinity_target(
+    target: Tensor, rates: Sequence[tuple[int, int]], *, ignore_index: int
+) -> Tensor:
+    """Eq. 1 for the pairs of Eq. 3: (N, 8 R, H, W) of 1, 0 and 255, rate by rate."""
+    label, counted = target.long(), (target.long() != ignore_index).long()
+    signals = []
+    for r1, r2 in rates:
+        for dy, dx in DIRECTIONS:
+            # Outside the image nothing counts, and any label does.
+            label_j = shifted(label, r1 * dy, r2 * dx)
+            valid = (counted * shifted(counted, r1 * dy, r2 * dx)).bool()
+            signals.append((label == label_j).long().where(valid, NOT_VALID))
+    return torch.stack(signals, dim=1).to(torch.uint8)
+
+
+def neighbor_counts(
+    target: Tensor, rates: Sequence[tuple[int, int]], *, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Pixels (R, 9) and signals (R, 9, 2) by rate, neighbour category and target."""
+    signals = dilated_affinity_target(target, rates, ignore_index=ignore_index)
+    pixel_counts, signal_counts = [], []
+    for signal in torch.split(signals, 8, dim=1):
+        in_category, different, same = categories(signal)
+        pixel_counts.append(in_category.sum(dim=(1, 2, 3)))
+        signal_counts.append(
+            torch.stack([sum_by_category(t.long(), in_category) for t in (different, same)], dim=1)
+        )
+    return torch.stack(pixel_counts), torch.stack(signal_counts)
+
+
+def dilated_affinity_terms(
+    affinity_logits: Tensor,
+    target: Tensor,
+    rates: Sequence[tuple[int, int]],
+    *,
+    gamma: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of the focal loss, signals, and signals predicted right, (R, 9, 2); pixels (R, 9)."""
+    if affinity_logits.dtype in (torch.float16, torch.bfloat16):
+        affinity_logits = affinity_logits.float()
+    pixel_count, signal_count = neighbor_counts(target, rates, ignore_index=ignore_index)
+    signals = dilated_affinity_target(target, rates, ignore_index=ignore_index)
+    loss_sums, correct_counts = [], []
+    of_rates = torch.split(signals, 8, dim=1), torch.split(affinity_logits, 8, dim=1)
+    for signal, x in zip(*of_rates, strict=True):
+        in_category, different, same = categories(signal)
+        # Eq. 4. The logit of pt is x where the target is 1 and -x where it is 0.
+        u = x.where(same, -x)
+        log_pt, log_not_pt = F.logsigmoid(u), F.logsigmoid(-u)
+        focal = -(gamma * log_not_pt).exp() * log_pt
+        correct = (x > 0) == same
+        loss_sums.append(
+            torch.stack([sum_by_category(focal * t, in_category) for t in (different, same)], dim=1)
+        )
+        correct_counts.append(
+            torch.stack(
+                [sum_by_category((correct & t).long(), in_category) for t in (different, same)],
+                dim=1,
+            )
+        )
+    return torch.stack(loss_sums), signal_count, torch.stack(correct_counts), pixel_count
+
+
+def categories(signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the signals (N, 8, H, W) of one rate: which pixels are in n0 ... n8 (9, N, H, W), which
+    signals are "different", and which are "same" (N, 8, H, W).
+    """
+    different, same = signal == 0, signal == 1
+    counts = (different | same).any(dim=1)
+    category = 8 - different.sum(dim=1)
+    names = torch.arange(9, device=signal.device).view(9, 1, 1, 1)
+    return (category == names) & counts, different, same
+
+
+def sum_by_category(values: Tensor, in_category: Tensor) -> Tensor:
+    """Sum (N, 8, H, W) into (9,)."""
+    per_pixel = values.sum(dim=1)
+    return torch.stack([(per_pixel * chosen).sum() for chosen in in_category])
+
+
+def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
+    """x at (h + dy, w + dx) for every pixel (h, w); 0 where that is not in the image."""
+    height, width = x.shape[-2:]
+    dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))
+    pad_h, pad_w = abs(dy), abs(dx)
+    padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
+    return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]
