@@ -12,6 +12,8 @@ iteration, because a pixel's neighbours are anywhere.
                                                   gradient of the gates
     gates_backward_kernel      gates' gradient -> affinity's gradient
 
+RATES are flat, r1, r2, r1, r2, ...: a pixel has 4 * len(RATES) neighbours and gates.
+
 y is the sum of Eq. 6 before its normalisation. Every gradient gathers what its pixel needs: no
 atomics, the same input gives the same bits. Half precision is read as it is and computed in
 float32. Image sizes and strides are runtime arguments: what compiles anew are rates, block sizes,
@@ -275,6 +277,7 @@ def backward(
             *grad.stride(), *grad_y.stride(), **tile(probs),
         )  # fmt: skip
         del last
+        # What a launch does not use is some tensor: here, and the total before the first iteration.
         grad_gates = torch.zeros_like(gates) if needs_affinity else gates
         for t in reversed(range(iterations)):
             p = iterates.pop()
