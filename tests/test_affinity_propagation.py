@@ -431,3 +431,12 @@ def test_the_module_is_the_function():
         "steepness=2.0, from_logits=False)"
     )
     assert not list(module.parameters())
+
+
+@pytest.mark.parametrize("rate", [2**31, 2**33, 2**62])
+def test_gigantic_rates_have_no_neighbours(backend, device, rate):
+    probs = torch.rand(1, 3, 4, 5, device=device)
+    affinity = torch.zeros(1, 8, 4, 5, device=device)
+    with tritonaff.use_backend(backend):
+        result = tritonaff.affinity_propagation(probs, affinity, [rate], iterations=1)
+    torch.testing.assert_close(result, probs / probs.sum(dim=1, keepdim=True))

@@ -679,3 +679,15 @@ def test_statistics_on_another_device():
     statistics = [count.to("meta") for count in COUNTS]
     with pytest.raises(ValueError, match="one device, got meta and cpu"):
         tritonaff.dilated_affinity_loss(LOGITS, TARGET, [1], statistics=statistics)
+
+
+@pytest.mark.parametrize(
+    ("rates", "ignore_index", "message"),
+    [([2], 255, r"loss's rates \(\(1, 1\),\), got"), ([1], 0, "loss's ignore_index 255, got 0")],
+)
+def test_statistics_of_something_else(rates, ignore_index, message):
+    statistics = tritonaff.NeighborStatistics(rates, ignore_index)
+    with pytest.raises(ValueError, match=message):
+        tritonaff.dilated_affinity_loss(LOGITS, TARGET, [1], statistics=statistics)
+    with pytest.raises(ValueError, match=message):
+        tritonaff.DilatedAffinityLoss([1], statistics=statistics)

@@ -335,3 +335,27 @@ def test_the_torchmetrics_move_collect_and_pickle(device):
     report = RefinementReport().to(device)
     forward = report(target, target, target)
     assert torch.equal(forward.pixel_count, report.compute().pixel_count)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignore_index"),
+    [(torch.uint8, 156, -100), (torch.uint8, 0, 256), (torch.int32, 0, 2**32)],
+)
+def test_an_ignore_index_that_the_target_cannot_hold_ignores_nothing(dtype, label, ignore_index):
+    target = torch.full((1, 2, 6), label).to(dtype)
+    target[..., 3:] = 3
+    score = BoundaryScore(200, tolerance=0, ignore_index=ignore_index)
+    score.update(target, target)
+    assert score.compute().recall[[label, 3]].tolist() == [1, 1]
+    pytest.importorskip("torchmetrics")
+    report = RefinementReport((1,), ignore_index=ignore_index)
+    report.update(target, target, target)
+    assert report.compute().pixel_count.tolist() == [4, 8]
+
+
+@needs_torchmetrics
+def test_boundaries_between_labels_that_float32_does_not_tell_apart():
+    target = torch.tensor([[[2**24, 2**24, 2**24, 2**24 + 1, 2**24 + 1]]])
+    report = RefinementReport((1, 2**40))
+    report.update(target, target, target)
+    assert report.compute().pixel_count.tolist() == [2, 3, 0]

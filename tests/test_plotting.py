@@ -142,7 +142,7 @@ assert "matplotlib.pyplot" not in sys.modules
     [
         ([ZEROS], TypeError, "must be a mapping of titles to tensors, got list"),
         (ZEROS, TypeError, "must be a mapping of titles to tensors, got Tensor"),
-        ({}, ValueError, "at least one matrix, got an empty mapping"),
+        ({}, ValueError, "at least one entry, got an empty mapping"),
         ({1: ZEROS}, TypeError, "every title must be a str, got int"),
         ({"a": [[0.0]]}, TypeError, r"matrices\['a'\] must be a tensor, got list"),
         ({"a": ZEROS + 0j}, TypeError, r"matrices\['a'\] must have dtype .* got complex64"),
@@ -247,7 +247,7 @@ def test_accuracies_are_drawn_by_category_and_averaged_over_rates(figures, tmp_p
     ("accuracies", "error", "message"),
     [
         (torch.zeros(1, 9), TypeError, "accuracies must be a mapping of titles to tensors"),
-        ({}, ValueError, "accuracies must hold at least one matrix"),
+        ({}, ValueError, "accuracies must hold at least one entry"),
         ({1: torch.zeros(1, 9)}, TypeError, "every title must be a str, got int"),
         ({"a": torch.zeros(2, 9)}, ValueError, r"must have shape \(1, 9\), got \(2, 9\)"),
         ({"a": torch.zeros(1, 9).long()}, TypeError, r"accuracies\['a'\] must have dtype"),

@@ -57,3 +57,8 @@ def test_neighbours_are_row_by_row_without_the_centre():
         *(-2, -5, -2, 0, -2, 5, 0, -5, 0, 5, 2, -5, 2, 0, 2, 5),
         *(-1, -1, -1, 0, -1, 1, 0, -1, 0, 1, 1, -1, 1, 0, 1, 1),
     ]
+
+
+def test_a_rate_beyond_64_bits():
+    with pytest.raises(ValueError, match="rates must fit 64 bits, got"):
+        tritonaff.expand_rates([2**63])

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,18 @@ def test_any_number_of_workers_writes_the_same(folder):
     assert written[0] == written[1]
 
 
+def gray_png_of_4_bits():
+    """2 x 1 pixels, 1 and 11, which Pillow reads as 17 and 187."""
+
+    def chunk(name, data):
+        checked = name + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes([0, 0x1B])))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
 def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
     assert statistics_cli.main(["labels", "--rates", "1", "--workers", "1"]) == 0
     good = json.loads((folder.parent / "neighbors.json").read_text())
@@ -239,6 +253,8 @@ def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
     Image.fromarray(np.stack([array] * 3, axis=-1)).save(folder / "colour.png")
     Image.fromarray(array.astype(np.uint16)).save(folder / "deep.png")
     (folder / "empty.png").write_bytes(b"")
+    Image.fromarray(array).save(folder / "jpeg.png", "JPEG")
+    (folder / "nibbles.png").write_bytes(gray_png_of_4_bits())
     (folder / "text.png").write_text("no image")
     complete = (folder / "a.png").read_bytes()
     (folder / "below" / "torn.png").write_bytes(complete[: len(complete) // 2])
@@ -247,9 +263,12 @@ def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
 
     assert statistics_cli.main(["labels", "--rates", "1", "--workers", "1"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    names = ["below/torn.png", "colour.png", "deep.png", "empty.png", "text.png"]
+    names = ["below/torn.png", "colour.png", "deep.png", "empty.png"]
+    names += ["jpeg.png", "nibbles.png", "text.png"]
     assert [line.split(":")[1].split()[-1] for line in errors] == names
     assert "expected 8-bit pixels of mode L or P, got mode RGB" in errors[1]
+    assert "expected a PNG file, got JPEG" in errors[4]
+    assert "expected 8-bit pixels, got 4 bits" in errors[5]
     content = json.loads((folder.parent / "neighbors.json").read_text())
     assert content.pop("skipped") == names
     assert content == {name: value for name, value in good.items() if name != "skipped"}
@@ -261,6 +280,8 @@ def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
         (["nowhere", "--rates", "1"], "no such folder: nowhere"),
         (["empty", "--rates", "1"], "no PNG files in empty"),
         (["broken", "--rates", "1", "--workers", "1"], "no image in broken could be read"),
+        (["ignored", "--rates", "1", "--workers", "1"], "all are ignored, --ignore-index 255"),
+        (["labels", "--rates", str(2**63)], "rates must fit 64 bits"),
         (["labels", "--rates", "1", "1"], "rates must be at least 1 and distinct"),
         (["labels", "--rates", "1", "--ignore-index", str(2**63)], "must fit 64 bits"),
         (["labels", "--rates", "1", "--json", "labels/a.png/b.json"], "labels/a.png"),
@@ -270,6 +291,8 @@ def test_errors_take_one_line(folder, arguments, message, capsys):
     (folder.parent / "empty").mkdir()
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "a.png").write_bytes(b"")
+    (folder.parent / "ignored").mkdir()
+    Image.fromarray(np.full((4, 5), 255, np.uint8)).save(folder.parent / "ignored" / "a.png")
     assert statistics_cli.main(arguments) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("tritonaff-stats: ")

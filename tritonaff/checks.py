@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
-COUNT_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+COUNT_DTYPES = (torch.int32, torch.int64)
 # An affinity matrix is for people to look at: larger ones are taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,10 +75,16 @@ def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rate
         )
 
 
-def check_statistics(statistics: Any, num_rates: int) -> tuple[Tensor, Tensor] | None:
+def check_statistics(
+    statistics: Any, rates: tuple[tuple[int, int], ...], ignore_index: int
+) -> tuple[Tensor, Tensor] | None:
     """Counts of pixels (R, 9) and of signals (R, 9, 2): a pair of them, or what has both."""
     if statistics is None:
         return None
+    for name, mine in (("rates", rates), ("ignore_index", ignore_index)):
+        theirs = getattr(statistics, name, mine)
+        if theirs != mine:
+            raise ValueError(f"statistics must be of the loss's {name} {mine}, got {theirs}")
     if hasattr(statistics, "pixel_count") and hasattr(statistics, "signal_count"):
         statistics = statistics.pixel_count, statistics.signal_count
     if not isinstance(statistics, (tuple, list)):
@@ -92,8 +98,8 @@ def check_statistics(statistics: Any, num_rates: int) -> tuple[Tensor, Tensor] |
         )
     pixel_count, signal_count = statistics
     # Their first size is the number of rates.
-    check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (num_rates, 9))
-    check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (num_rates, 9, 2))
+    check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (len(rates), 9))
+    check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (len(rates), 9, 2))
     return pixel_count, signal_count
 
 
@@ -188,6 +194,8 @@ def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"rates must be at least 1 and distinct, at least one of them, got {rates}"
         )
+    if max(max(pair) for pair in pairs) >= 2**63:
+        raise ValueError(f"rates must fit 64 bits, got {rates}")
     return pairs
 
 

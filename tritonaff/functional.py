@@ -578,9 +578,9 @@ def dilated_affinity_terms(
     image or ignored do not count.
 
     Args:
-        affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides; the
-            channels are those of :func:`dilated_affinity_target`. Half precision is read as it is
-            and computed in float32.
+        affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
+            finite; the channels are those of :func:`dilated_affinity_target`. Half precision is
+            read as it is and computed in float32.
         target: (N, H, W) of uint8, int32 or int64, any labels.
         rates, ignore_index: see :func:`dilated_affinity_target`.
         gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
@@ -652,8 +652,9 @@ def dilated_affinity_loss(
             {8, (12, 24), 16, (32, 64), 48}: small rates serve training, large ones propagation.
         weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
         statistics: the counts that the weights are computed from: ``NeighborStatistics`` of a data
-            set at the same rates, or a pair (pixel_count (R, 9), signal_count (R, 9, 2)) of int32,
-            int64, float32 or float64, on the logits' device. None: those of the batch.
+            set with the same rates and ignore_index, or a pair (pixel_count (R, 9), signal_count
+            (R, 9, 2)) of int32 or int64, on the logits' device. None: those of the batch; with
+            DistributedDataParallel that is each process's own batch, so give statistics there.
         gamma: the focusing parameter, at least 0.
         beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
             neighbor, 1.3 for signal, 1.1 for none (with gamma 0).
@@ -679,7 +680,8 @@ def dilated_affinity_loss(
     """
     checks.check_option("weighting", weighting, WEIGHTINGS)
     beta = checks.check_number("beta", beta, at_least=0)
-    given = checks.check_statistics(statistics, len(checks.check_rates(rates)))
+    pairs = checks.check_rates(rates)
+    given = checks.check_statistics(statistics, pairs, checks.check_ignore_index(ignore_index))
     loss_sum, signal_count, _, pixel_count = dilated_affinity_terms(
         affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
     )
@@ -772,8 +774,8 @@ def affinity_propagation(
 
     Args:
         probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities,
-            not logits. They need not sum to 1, but should not be negative. Half precision is read
-            as it is and iterated in float32.
+            not logits. They need not sum to 1, but should be finite and not negative. Half
+            precision is read as it is and iterated in float32.
         affinity: (N, 8 R, H, W) of the same dtypes, not necessarily that of ``probs``. Channels are
             rate by rate and, within a rate (r1, r2), the neighbours at {-r1, 0, r1} rows x {-r2, 0,
             r2} columns without the centre, row by row.

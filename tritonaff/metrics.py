@@ -77,7 +77,7 @@ class BoundaryScore:
     def __init__(self, num_classes: int, tolerance: int = 1, ignore_index: int = 255) -> None:
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
         self.tolerance = checks.check_int("tolerance", tolerance, at_least=0)
-        self.ignore_index = checks.check_int("ignore_index", ignore_index)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
         self.reset()
 
     def reset(self) -> None:
@@ -93,7 +93,8 @@ class BoundaryScore:
                 f"prediction and target must be on one device, "
                 f"got {prediction.device} and {target.device}"
             )
-        counted = target != self.ignore_index
+        # As int64: the index must not wrap around in a narrower target.
+        counted = target.to(torch.int64) != self.ignore_index
         predicted = self._boundaries(prediction, counted)
         true = self._boundaries(target, counted)
         rows = (predicted, predicted & self._near(true), true, true & self._near(predicted))
@@ -190,7 +191,7 @@ class AffinityAccuracy(Metric):
     def update(self, affinity_logits: Tensor, target: Tensor) -> None:
         """Adds a batch: logits (N, 8 R, H, W) and labels (N, H, W)."""
         terms = dilated_affinity_terms(
-            affinity_logits, target, self.rates, ignore_index=self.ignore_index
+            affinity_logits, target, self.rates, gamma=0, ignore_index=self.ignore_index
         )
         self.signal_count += terms.signal_count
         self.correct_count += terms.correct_count
@@ -314,7 +315,7 @@ class RefinementReport(Metric):
                 )
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
-        counted = target != self.ignore_index
+        counted = target.to(torch.int64) != self.ignore_index
         kinds = torch.stack((counted, ~was_right & is_right, was_right & ~is_right, stayed_wrong))
         near = self._near_boundary(target, counted)
         # Those within each distance, and all; their differences are the bins.
@@ -327,7 +328,9 @@ class RefinementReport(Metric):
 
     def _near_boundary(self, target: Tensor, counted: Tensor) -> Iterator[Tensor]:
         """For each distance, (N, H, W): which pixels that count have another label within it."""
-        label, ignored = target[:, None].float(), ~counted[:, None]
+        # Numbered as they come: float32 tells these apart, not any label.
+        _, number = torch.unique(target, return_inverse=True)
+        label, ignored = number[:, None].float(), ~counted[:, None]
         # The largest and the smallest label within the distance: they differ across a boundary.
         highest = label.masked_fill(ignored, -torch.inf)
         lowest = label.masked_fill(ignored, torch.inf)
@@ -341,6 +344,7 @@ class RefinementReport(Metric):
 
 def _dilate(image: Tensor, distance: int) -> Tensor:
     """(N, 1, H, W): the maximum within the distance, in rows and columns."""
+    distance = min(distance, max(image.shape[2:]))
     for size in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
         padding = size[0] // 2, size[1] // 2
         image = F.max_pool2d(image, size, stride=1, padding=padding)

@@ -372,8 +372,8 @@ class DilatedAffinityLoss(nn.Module):
         self.gamma = checks.check_number("gamma", gamma, at_least=0)
         self.beta = checks.check_number("beta", beta, at_least=0)
         self.ignore_index = checks.check_ignore_index(ignore_index)
-        counts = checks.check_statistics(statistics, len(self.rates)) or (None, None)
-        for name, count in zip(("pixel_count", "signal_count"), counts, strict=True):
+        given = checks.check_statistics(statistics, self.rates, self.ignore_index)
+        for name, count in zip(("pixel_count", "signal_count"), given or (None, None), strict=True):
             self.register_buffer(name, None if count is None else count.detach().clone())
 
     def forward(self, affinity_logits: Tensor, target: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _check_mapping(name: str, value: Any) -> None:
             f"{name} must be a mapping of titles to tensors, got {type(value).__name__}"
         )
     if not value:
-        raise ValueError(f"{name} must hold at least one matrix, got an empty mapping")
+        raise ValueError(f"{name} must hold at least one entry, got an empty mapping")
     for title in value:
         if not isinstance(title, str):
             raise TypeError(f"every title must be a str, got {type(title).__name__}")

@@ -66,7 +66,8 @@ class NeighborStatistics:
         if not isinstance(other, NeighborStatistics):
             raise TypeError(f"other must be a NeighborStatistics, got {type(other).__name__}")
         self._check_same(other.rates, other.ignore_index)
-        self._add(other.pixel_count, other.signal_count)
+        device = self.pixel_count.device
+        self._add(other.pixel_count.to(device), other.signal_count.to(device))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Adds up the counts of all processes, in each of them. Call it once, at the end: a second
@@ -81,8 +82,11 @@ class NeighborStatistics:
                 "call torch.distributed.init_process_group first"
             )
         counts = torch.cat((self.pixel_count[..., None], self.signal_count), dim=-1)
-        if counts.device.type == "cpu" and dist.get_backend(group) == "nccl":
-            counts = counts.cuda()  # of a process that has seen no image, or only on the CPU
+        # By the group alone: a process that has seen no image must choose as the others do.
+        if "cpu:" in dist.get_backend_config(group):
+            counts = counts.cpu()
+        else:
+            counts = counts.to(torch.accelerator.current_accelerator())
         dist.all_reduce(counts, group=group)
         self.pixel_count, self.signal_count = counts[..., 0].clone(), counts[..., 1:].clone()
 
@@ -128,6 +132,8 @@ class NeighborStatistics:
             >>> statistics.positive_frequency().item()
             1.0
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         missing = [name for name in self.state_dict() if name not in state_dict]
         if missing:
             raise ValueError(

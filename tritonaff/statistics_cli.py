@@ -127,6 +127,8 @@ def _run(args: argparse.Namespace) -> int:
     images = len(paths) - len(skipped)
     if not images:
         raise ValueError(f"no image in {args.labels} could be read")
+    if not statistics.pixel_count.any():
+        raise ValueError(f"no pixel counts: all are ignored, --ignore-index {args.ignore_index}")
 
     content = {
         "images": images,
@@ -222,8 +224,14 @@ def read_label(path: Path) -> Tensor:
     from PIL import Image
 
     with Image.open(path) as image:
+        if image.format != "PNG":
+            raise ValueError(f"expected a PNG file, got {image.format}")
         if image.mode not in LABEL_MODES:
             raise ValueError(f"expected 8-bit pixels of mode L or P, got mode {image.mode}")
+        # Pillow stretches gray values of fewer bits to 8; indices into a palette it leaves alone.
+        bits = path.read_bytes()[24]
+        if image.mode == "L" and bits != 8:
+            raise ValueError(f"expected 8-bit pixels, got {bits} bits")
         width, height = image.size
         pixels = bytearray(image.tobytes())
     return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width)
@@ -246,7 +254,8 @@ def _progress(results: Iterator[Result], total: int) -> Iterable[Result]:
 
 def _print(statistics: NeighborStatistics, images: int) -> None:
     pixels = statistics.pixel_count.sum(dim=1).max()
-    print(f"{images} images, {pixels:,} pixels: percent of n0 to n8, and of signals that are same")
+    print(f"{images} image{'s' * (images != 1)}, {pixels:,} pixels")
+    print("percent of n0 to n8, and of signals that are same:")
     print("rate     ", *(f"n{k}".rjust(6) for k in range(9)), "  same")
     rows = zip(
         statistics.rates, statistics.frequencies(), statistics.positive_frequency(), strict=True

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import on_device, pixels
+from tritonaff.kernels.shared import on_device, pixels, steps_in_32_bits
 
 # Elements of a tile: 8 for each thread of 4 warps, which leaves registers to hide loads behind.
 BLOCK = 1024
@@ -286,7 +286,7 @@ def backward(
                 grad_y, p, gates, totals.pop() if t > 0 else gates, grad_gates, out,
                 num_classes, height, width, height * width,
                 *p.stride(), *grad_y.stride(), self_weight,
-                RATES=tuple(rates), IS_FIRST=t == 0, NEEDS_P=t > 0 or needs_probs,
+                RATES=steps_in_32_bits(rates), IS_FIRST=t == 0, NEEDS_P=t > 0 or needs_probs,
                 NEEDS_GATES=needs_affinity, **tile(probs),
             )  # fmt: skip
             grad_y, other = other, grad_y
@@ -304,7 +304,7 @@ def launch_gates(affinity: Tensor, rates: list[int], steepness: float, from_logi
     gates = affinity.new_empty(n, channels, height, width, dtype=torch.float32)
     gates_kernel[gates_grid(affinity)](
         affinity, gates, height, width, height * width, *affinity.stride(), math.log(steepness),
-        RATES=tuple(rates), FROM_LOGITS=from_logits, **gates_tile(affinity),
+        RATES=steps_in_32_bits(rates), FROM_LOGITS=from_logits, **gates_tile(affinity),
     )  # fmt: skip
     return gates
 
@@ -315,7 +315,7 @@ def launch_step(
     _, num_classes, height, width = p.shape
     step_kernel[grid(p)](
         p, gates, out, total, num_classes, height, width, height * width,
-        *p.stride(), *out.stride(), self_weight, RATES=tuple(rates), **tile(p),
+        *p.stride(), *out.stride(), self_weight, RATES=steps_in_32_bits(rates), **tile(p),
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 A program owns BLOCK_P consecutive pixels of one image and goes through the groups of neighbours:
 first the labels of a group's S neighbours, which give every pixel its category and two bit masks of
-its signals, then their S channels of logits. Labels and logits are read once in each pass.
+its signals, then their S channels of logits. Each pass reads the logits once, and a label once for
+every neighbour that asks for it, from the cache.
 
     tables_kernel    logits, target             -> tables of every program, to be added up
     gradient_kernel  d loss / d sums, the same  -> d loss / d logits
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import on_device, pixels
+from tritonaff.kernels.shared import on_device, pixels, steps_in_32_bits
 
 # Four pixels for each thread of 4 warps: the loads of all labels of a group are in flight together,
 # and the tables' reduction is shared by many. Two pixels a thread spill registers on sm_80.
@@ -31,7 +32,6 @@ INTERPRETED_BLOCK_P = 1 << 15
 # The tables hold of every category the losses of different and of same signals, and four counts:
 # correct different signals, correct same ones, valid ones, pixels.
 LOSSES, COUNTS = 2, 4
-FAR = 1 << 30
 
 
 @triton.jit
@@ -45,11 +45,10 @@ def load_counted(target_ptr, h, w, H, W, stride_h, stride_w, ignore_index):
 
 @triton.jit
 def signals(
-    target_ptr, h, w, H, W, stride_h, stride_w, ignore_index,
+    target_ptr, label, counted, h, w, H, W, stride_h, stride_w, ignore_index,
     OFFSETS: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Bit masks (pixels,) of different and of valid signals, and how many of each there are."""
-    label, counted = load_counted(target_ptr, h, w, H, W, stride_h, stride_w, ignore_index)
     different = tl.zeros(label.shape, tl.int32)
     valid = tl.zeros(label.shape, tl.int32)
     num_different = tl.zeros(label.shape, tl.int32)
@@ -103,9 +102,12 @@ def tables_kernel(
     GROUPS: tl.constexpr = len(OFFSETS) // (2 * GROUP_SIZE)
     losses_ptr += tl.program_id(0).to(tl.int64) * (GROUPS * 2 * (GROUP_SIZE + 1)) + k
     counts_ptr += tl.program_id(0).to(tl.int64) * (GROUPS * 4 * (GROUP_SIZE + 1)) + k
+    label, counted = load_counted(
+        target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index
+    )
     for group in tl.static_range(GROUPS):
         different, valid, num_different, num_valid = signals(
-            target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
+            target_ptr, label, counted, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
             OFFSETS, group, GROUP_SIZE,
         )  # fmt: skip
         loss_different = tl.zeros((BLOCK_P,), tl.float32)
@@ -155,9 +157,12 @@ def gradient_kernel(
     row, column = h.to(tl.int64), w.to(tl.int64)
     x_ptrs = logits_ptr + n * stride_n + row * stride_h + column * stride_w
     grad_ptrs = grad_ptr + n * grad_stride_n + row * grad_stride_h + column * grad_stride_w
+    label, counted = load_counted(
+        target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index
+    )
     for group in tl.static_range(len(OFFSETS) // (2 * GROUP_SIZE)):
         different, valid, num_different, _ = signals(
-            target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
+            target_ptr, label, counted, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
             OFFSETS, group, GROUP_SIZE,
         )  # fmt: skip
         of_category = coefficients_ptr + 2 * (GROUP_SIZE - num_different)
@@ -231,9 +236,11 @@ def backward(
 
 
 def blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, object]:
-    # Outside any image as well, and 32-bit coordinates do not overflow.
-    steps = tuple(max(-FAR, min(FAR, step)) for step in offsets)
-    return {"OFFSETS": steps, "GROUP_SIZE": group_size, "BLOCK_P": block_p(logits)}
+    return {
+        "OFFSETS": steps_in_32_bits(offsets),
+        "GROUP_SIZE": group_size,
+        "BLOCK_P": block_p(logits),
+    }
 
 
 def block_p(logits: Tensor) -> int:

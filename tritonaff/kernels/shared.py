@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# A step in pixels that is outside any image, from wherever, and does not overflow 32 bits.
+FAR = 1 << 30
+
+
+def steps_in_32_bits(steps: Sequence[int]) -> tuple[int, ...]:
+    return tuple(max(-FAR, min(FAR, step)) for step in steps)
 
 
 @triton.jit
