@@ -94,9 +94,12 @@ for extra in ("triton", "numpy", "rich", "matplotlib", "PIL", "scipy", "torchmet
 import torch
 before = set(sys.modules)
 import tritonaff
-assert "tritonaff.metrics" not in sys.modules and "tritonaff.bench" not in sys.modules
+for extra in ("metrics", "plotting", "bench"):
+    assert f"tritonaff.{extra}" not in sys.modules
 logits = torch.randn(1, 3, 6, 6, requires_grad=True)
-tritonaff.affinity_field_loss(logits, torch.zeros(1, 6, 6, dtype=torch.long)).backward()
+target = torch.zeros(1, 6, 6, dtype=torch.long)
+tritonaff.affinity_field_loss(logits, target).backward()
+tritonaff.affinity_regression_loss(logits, target).backward()
 assert not any(name.startswith("tritonaff.reference") for name in sys.modules)
 print("fine")
 """

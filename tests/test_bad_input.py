@@ -64,6 +64,9 @@ FUNCTIONS = {
     "loss": tritonaff.affinity_field_loss,
     "module": tritonaff.AffinityFieldLoss(),
     "adaptive module": tritonaff.AdaptiveAffinityFieldLoss(3),
+    "regression terms": tritonaff.affinity_regression_terms,
+    "regression loss": tritonaff.affinity_regression_loss,
+    "regression module": tritonaff.AffinityRegressionLoss(),
 }
 
 
@@ -102,6 +105,60 @@ def test_options_of_the_modules(bad):
         tritonaff.AffinityFieldLoss(**options)
     with pytest.raises(error, match=message):
         tritonaff.AdaptiveAffinityFieldLoss(3, **options)
+
+
+BAD_GRIDS = {
+    "no sequence": ({"grid_sizes": 12}, TypeError, "grid_sizes must be a sequence of int or None"),
+    "a string": ({"grid_sizes": "12"}, TypeError, "grid_sizes must be a sequence of int or None"),
+    "no int": ({"grid_sizes": (6.0,)}, TypeError, "grid_sizes must be an int, got float"),
+    "empty": ({"grid_sizes": ()}, ValueError, "at least one size, or be None"),
+    "zero": ({"grid_sizes": (12, 0)}, ValueError, "grid_sizes must be at least 1, got 0"),
+    "negative": ({"grid_sizes": (-6,)}, ValueError, "grid_sizes must be at least 1, got -6"),
+}
+
+
+@cases(BAD_GRIDS)
+def test_grid_sizes(bad):
+    options, error, message = bad
+    for function in (tritonaff.affinity_regression_terms, tritonaff.affinity_regression_loss):
+        with pytest.raises(error, match=message):
+            function(LOGITS, TARGET, **options)
+    with pytest.raises(error, match=message):
+        tritonaff.AffinityRegressionLoss(**options)
+    with pytest.raises(error, match=message):
+        tritonaff.square_root_affinity(LOGITS, **options)
+    with pytest.raises(error, match=message):
+        tritonaff.label_affinity(TARGET, **options)
+
+
+def test_ignore_index_of_affinity_regression():
+    for function in (
+        lambda ignore_index: tritonaff.AffinityRegressionLoss(ignore_index=ignore_index),
+        lambda ignore_index: tritonaff.affinity_regression_loss(
+            LOGITS, TARGET, ignore_index=ignore_index
+        ),
+        lambda ignore_index: tritonaff.label_affinity(TARGET, ignore_index=ignore_index),
+    ):
+        with pytest.raises(TypeError, match="ignore_index must be an int, got float"):
+            function(1.5)
+
+
+@pytest.mark.parametrize("name", ["logits no tensor", "logits integer", "logits rank"])
+def test_logits_of_the_square_root_affinity(name):
+    logits, _, error, message = BAD_TENSORS[name]
+    with pytest.raises(error, match=message):
+        tritonaff.square_root_affinity(logits)
+    with pytest.raises(ValueError, match="logits must have at least one class, row and column"):
+        tritonaff.square_root_affinity(NO_CLASSES)
+
+
+def test_target_of_the_label_affinity():
+    with pytest.raises(TypeError, match=r"target must have dtype .* got float32"):
+        tritonaff.label_affinity(TARGET.float())
+    with pytest.raises(ValueError, match=r"target must have shape \(N, H, W\)"):
+        tritonaff.label_affinity(TARGET[0])
+    with pytest.raises(ValueError, match="target must have at least one row and column"):
+        tritonaff.label_affinity(TARGET[:, :0])
 
 
 @cases(BAD_WEIGHTS)

@@ -20,7 +20,8 @@ from tritonaff.bench.cases import (
     make_inputs,
 )
 
-QUICK = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"]
+QUICK_ALL = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"]
+QUICK = [*QUICK_ALL, "--op", "affinity_field"]
 
 
 def test_rows(capsys, tmp_path):
@@ -48,6 +49,29 @@ def test_rows(capsys, tmp_path):
         assert (row["impl"] == "reference") == (row["speedup_eager"] == 1)
         assert row["op"] in printed
         assert f"{row['ms']:.2f}" in printed
+
+
+def test_every_operation_has_a_table(capsys):
+    assert main([*QUICK_ALL, "--mode", "fwd_bwd"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line in CASES] == list(CASES)
+
+
+def test_what_no_memory_holds_is_named_and_left_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tritonaff.checks.MAX_MATRIX_BYTES", 50_000_000)
+    path = tmp_path / "rows.json"
+    arguments = ["--op", "affinity_regression_every_pixel", "--json", str(path)]
+    arguments += ["--shape", "1,3,5,6", "1,3,60,80"]
+    assert main([*QUICK_ALL, "--mode", "fwd", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "not run: affinity_regression_every_pixel 1,3,60,80 reference: affinity matr" in printed
+    content = json.loads(path.read_text())
+    (left_out,) = content["left_out"]
+    assert (left_out["impl"], left_out["shape"]) == ("reference", [1, 3, 60, 80])
+    implementations = [(row["shape"][2], row["impl"]) for row in content["rows"]]
+    assert (5, "reference") in implementations
+    assert (60, "portable") in implementations
+    assert (60, "reference") not in implementations
 
 
 def wrong_sign(forward_or_backward):

@@ -12,17 +12,20 @@ from tritonaff.bench.cases import make_inputs
 
 
 class Step(torch.nn.Module):
-    """A network, cross-entropy and the adaptive loss: what a training script compiles."""
+    """A network, cross-entropy and the losses: what a training script compiles."""
 
     def __init__(self):
         super().__init__()
         self.net = torch.nn.Conv2d(3, 4, 3, padding=1)
         self.aaf = tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5))
+        self.ar_of_grids = tritonaff.AffinityRegressionLoss((4, 2))
+        self.ar_of_pixels = tritonaff.AffinityRegressionLoss(None)
 
     def forward(self, image, target, progress):
         logits = self.net(image)
         loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
-        return loss + self.aaf(logits, target, progress)
+        loss = loss + self.aaf(logits, target, progress)
+        return loss + 0.1 * (self.ar_of_grids(logits, target) + self.ar_of_pixels(logits, target))
 
 
 def batch(n, height, width, device="cpu"):

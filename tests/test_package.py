@@ -38,9 +38,13 @@ def test_the_top_level_links_to_the_packages():
 
 
 def test_the_same_file_name_is_the_same_operation():
-    for room in ("ops", "kernels", "portable", "reference"):
-        for operation in ("affinity_field", "affinity_propagation"):
-            assert (ROOT / "tritonaff" / room / f"{operation}.py").exists()
+    files = {path.name for path in (ROOT / "tritonaff/ops").glob("*.py")}
+    operations = files - {"__init__.py", "backend.py"}
+    assert {"affinity_field.py", "affinity_regression.py"} <= operations
+    for name in operations:
+        for room in ("kernels", "portable", "reference"):
+            assert (ROOT / "tritonaff" / room / name).exists()
+        assert (ROOT / "tests" / f"test_{name}").exists()
 
 
 def test_the_changelog_knows_the_version():

@@ -1,0 +1,523 @@
+"""Affinity regression: every implementation against the float64 reference, and the reference
+against the definition.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import tritonaff
+from tritonaff.bench.cases import Case, check_parity, evaluate, make_inputs
+from tritonaff.bench.measure import peak_bytes
+from tritonaff.functional import AffinityRegressionTerms
+
+GRIDS = ((12, 6), (1,), (3, 5), None)
+
+
+# --- The reference against the definition, pair by pair -----------------------------------------
+
+
+def points_by_definition(height, width, grid_sizes):
+    if grid_sizes is None:
+        return list(itertools.product(range(height), range(width)))
+    return [
+        (math.floor(i * height / size), math.floor(j * width / size))
+        for size in grid_sizes
+        for i, j in itertools.product(range(size), repeat=2)
+    ]
+
+
+def terms_by_definition(logits, target, grid_sizes, ignore_index):
+    """The equations as loops over images and pairs of points."""
+    n, _, height, width = logits.shape
+    squared_error, pair_count = torch.zeros(n).double(), torch.zeros(n).long()
+    probability = logits.double().softmax(1)
+    points = points_by_definition(height, width, grid_sizes)
+    for b, (y_i, x_i), (y_j, x_j) in itertools.product(range(n), points, points):
+        label_i, label_j = int(target[b, y_i, x_i]), int(target[b, y_j, x_j])
+        if ignore_index in (label_i, label_j):
+            continue
+        affinity = (probability[b, :, y_i, x_i] * probability[b, :, y_j, x_j]).sqrt().sum()
+        squared_error[b] += (affinity - int(label_i == label_j)) ** 2
+        pair_count[b] += 1
+    return AffinityRegressionTerms(squared_error, pair_count)
+
+
+@pytest.mark.parametrize("grid_sizes", [(3, 2), (7,), None])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 1), (1, 4, 1, 6)])
+def test_reference_is_the_definition(shape, grid_sizes):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(shape, dtype=torch.float64)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    target[torch.rand(target.shape) < 0.15] = 255
+    expected = terms_by_definition(logits, target, grid_sizes, 255)
+    with tritonaff.use_backend("reference"):
+        terms = tritonaff.affinity_regression_terms(logits, target, grid_sizes)
+    for result, value in zip(terms, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(60, 60), (97, 41), (5, 300)])
+def test_sample_points_are_those_of_interpolation(size):
+    from tritonaff.portable.affinity_regression import sampled as portable
+    from tritonaff.reference.affinity_regression import sampled as reference
+
+    image = torch.arange(size[0] * size[1]).float().view(1, 1, *size)
+    expected = torch.cat(
+        [torch.nn.functional.interpolate(image, (g, g)).flatten(2) for g in (12, 6)], dim=2
+    )
+    assert torch.equal(portable(image, [12, 6]), expected)
+    assert torch.equal(reference(image, (12, 6)), expected)
+
+
+# --- Every implementation against the reference -------------------------------------------------
+
+
+def case_with(grid_sizes, **options):
+    """The operation with these options, its images weighted differently."""
+
+    def tables(logits, target):
+        return tritonaff.affinity_regression_terms(logits, target, grid_sizes, **options)
+
+    def loss(logits, target):
+        squared_error, pair_count = tables(logits, target)
+        weight = 1 + torch.arange(len(logits), device=logits.device)
+        return (weight * squared_error).sum() / pair_count.sum().clamp(min=1)
+
+    return Case("affinity_regression", (), (), loss, tables, largest_term=1.0)
+
+
+@st.composite
+def inputs(draw, dtypes):
+    n, c = draw(st.integers(0, 2)), draw(st.integers(1, 20))
+    height, width = draw(st.integers(1, 20)), draw(st.integers(1, 30))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    ignore_index = draw(st.sampled_from([255, -100, 0]))
+    target = torch.randint(0, c, (n, height, width))
+    labels = draw(st.sampled_from(["noise", "one label", "all ignored"]))
+    if labels == "one label":
+        target = torch.full_like(target, c - 1)
+    target[torch.rand(target.shape) < (1.0 if labels == "all ignored" else 0.1)] = ignore_index
+    shown = torch.where(target == ignore_index, 0, target)
+    logits = draw(st.sampled_from([0.0, 0.1, 1.0, 15.0])) * torch.randn(n, c, height, width)
+    confidence = draw(st.sampled_from([0.0, 9.0]))
+    logits = logits + confidence * torch.nn.functional.one_hot(shown, c).movedim(-1, 1)
+    logits = logits.to(draw(st.sampled_from(dtypes)))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
+    if layout == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        logits = torch.stack([logits, -logits], dim=-1)[..., 0]
+        target = torch.stack([target, target], dim=1)[:, 0]
+    if ignore_index >= 0:
+        target = target.to(draw(st.sampled_from([torch.uint8, torch.int32, torch.int64])))
+    return logits, target, ignore_index
+
+
+grids = st.sampled_from(GRIDS)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16, torch.float64]), grids)
+def test_portable_matches_the_reference(values, grid_sizes):
+    logits, target, ignore_index = values
+    case = case_with(grid_sizes, ignore_index=ignore_index)
+    check_parity(case, "portable", logits, target)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]), grids)
+def test_triton_matches_the_reference(values, grid_sizes):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits, target, ignore_index = values
+    case = case_with(grid_sizes, ignore_index=ignore_index)
+    check_parity(case, "triton", logits.to(device), target.to(device))
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float64]), grids)
+def test_matrices_match_the_reference(values, grid_sizes):
+    logits, target, ignore_index = values
+    with tritonaff.use_backend("reference"):
+        expected = tritonaff.square_root_affinity(logits.double(), grid_sizes)
+        expected_labels = tritonaff.label_affinity(target, grid_sizes, ignore_index)
+    for backend in ("portable", "triton"):
+        if backend == "triton" and logits.dtype == torch.float64:
+            continue
+        with tritonaff.use_backend(backend):
+            affinity = tritonaff.square_root_affinity(logits, grid_sizes)
+            labels = tritonaff.label_affinity(target, grid_sizes, ignore_index)
+        # A sum of squares that is 1 at most: a few roundings, and those of the exponents.
+        rounding = 1e-12 if logits.dtype == torch.float64 else 4e-6
+        torch.testing.assert_close(affinity.double(), expected, rtol=0, atol=rounding)
+        assert all(map(torch.equal, labels, expected_labels))
+
+
+@pytest.mark.parametrize("classes", [19, 40, 256])
+@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+def test_many_classes(backend, device, classes, grid_sizes):
+    """More than one block of classes, and of pixels."""
+    shape = (2, classes, 23, 31) if classes < 100 else (1, classes, 12, 13)
+    for confidence in (0.0, 9.0):
+        values = make_inputs(shape, device=device, confidence=confidence)
+        check_parity(case_with(grid_sizes), backend, *values)
+
+
+def test_a_fine_grid_is_several_blocks_of_points(backend, device):
+    check_parity(case_with((20,)), backend, *make_inputs((2, 5, 33, 40), device=device))
+
+
+@pytest.mark.parametrize("block", [1, 150])
+def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
+    from tritonaff.portable import blocks
+
+    monkeypatch.setattr(blocks, "CPU_BLOCK", block)
+    check_parity(case_with(None), "portable", *make_inputs((3, 4, 6, 7)))
+
+
+def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
+    """The blocks of a GPU: every seam between programs."""
+    pytest.importorskip("triton")
+    from tritonaff.kernels import affinity_regression as kernels
+
+    logits, target = make_inputs((2, 3, 9, 19), device=device)
+    on_gpu = torch.empty_like(logits, device="meta")
+    for name in ("pairs_blocks", "pairs_gradient_blocks"):
+        blocks = getattr(kernels, name)(on_gpu, 45)
+        monkeypatch.setattr(kernels, name, lambda logits, points, blocks=blocks: dict(blocks))
+    for name in ("gram_blocks", "gradient_blocks", "matrix_blocks"):
+        blocks = getattr(kernels, name)(on_gpu)
+        if "STEPS" in blocks:
+            blocks["STEPS"] = 2
+        monkeypatch.setattr(kernels, name, lambda logits, blocks=blocks: dict(blocks))
+    for grid_sizes in ((6, 3), None):
+        check_parity(case_with(grid_sizes), "triton", logits, target)
+        with tritonaff.use_backend("reference"):
+            expected = tritonaff.square_root_affinity(logits.double(), grid_sizes)
+        with tritonaff.use_backend("triton"):
+            affinity = tritonaff.square_root_affinity(logits, grid_sizes)
+        torch.testing.assert_close(affinity.double(), expected, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("grid_sizes", GRIDS)
+def test_nothing_is_left_unwritten(backend, device, poisoned_memory, grid_sizes):
+    case = case_with(grid_sizes)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        logits, target = make_inputs((2, 5, 13, 35), device=device)
+        target[0] = 255
+        logits = logits.contiguous(memory_format=memory_format)
+        results = evaluate(case, backend, logits, target)
+        assert all(result.isfinite().all() for result in results.values())
+        assert results["gradient"].stride() == logits.stride()
+        assert not results["gradient"][0].any()
+        with tritonaff.use_backend(backend):
+            assert tritonaff.square_root_affinity(logits, grid_sizes).isfinite().all()
+
+
+@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+def test_same_bits_every_time(backend, device, grid_sizes):
+    if backend == "portable":
+        device = torch.device("cpu")  # GPUs add with atomics, in any order
+    values = make_inputs((2, 5, 30, 40), device=device)
+    first = evaluate(case_with(grid_sizes), backend, *values)
+    second = evaluate(case_with(grid_sizes), backend, *values)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- Accuracy ------------------------------------------------------------------------------------
+
+
+def near_perfect(labels, confidence, points=900, classes=19):
+    torch.manual_seed(0)
+    side = math.isqrt(points)
+    target = torch.randint(0, labels, (1, side, side))
+    one_hot = torch.nn.functional.one_hot(target, classes).movedim(-1, 1)
+    return confidence * one_hot + torch.randn(1, classes, side, side), target
+
+
+def textbook(logits, target):
+    """||S S^T||^2 - 2 ||S Y^T||^2 + ||Y Y^T||^2, linear too: what the losses do not do."""
+    s = (logits.flatten(2)[0].log_softmax(0) / 2).exp()
+    y = torch.nn.functional.one_hot(target.flatten(), len(s)).T.to(s.dtype)
+    error = (s @ s.T).square().sum() - 2 * (s @ y.T).square().sum() + (y @ y.T).square().sum()
+    return error / target.numel() ** 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "confidence"), [(19, 9.0), (19, 20.0), (19, 22.0), (1, 12.0), (1, 13.0)]
+)
+@pytest.mark.parametrize("grid_sizes", [None, (12, 6)])
+def test_near_the_optimum_the_loss_keeps_five_digits(
+    backend, device, grid_sizes, labels, confidence
+):
+    """Down to a loss of 1e-8, of an image of a single label too."""
+    logits, target = (x.to(device) for x in near_perfect(labels, confidence))
+    with tritonaff.use_backend("reference"):
+        exact = tritonaff.affinity_regression_loss(logits.double(), target, grid_sizes)
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_regression_loss(logits, target, grid_sizes)
+    assert abs(loss - exact) <= 1e-5 * exact
+
+
+def test_the_textbook_form_has_no_digit_left_there(backend, device):
+    logits, target = (x.to(device) for x in near_perfect(1, 13.0))
+    exact = textbook(logits.double(), target)
+    assert 1e-9 < exact < 3e-8
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_regression_loss(logits, target, None)
+    assert abs(loss - exact) <= 1e-5 * exact
+    assert abs(textbook(logits, target) - exact) > 0.1 * exact
+
+
+def test_soft_predictions_that_hardly_differ():
+    """All points of one label, p about 1/2: the Gram matrices cancel to a millionth."""
+    torch.manual_seed(0)
+    target = torch.full((1, 40, 40), 3)
+    logits = 0.05 * torch.randn(1, 19, 40, 40)
+    logits[:, 3] += 3
+    with tritonaff.use_backend("reference"):
+        exact = tritonaff.affinity_regression_loss(logits.double(), target, None)
+        eager = tritonaff.affinity_regression_loss(logits, target, None)
+    with tritonaff.use_backend("portable"):
+        loss = tritonaff.affinity_regression_loss(logits, target, None)
+    assert abs(loss - exact) <= 4 * max(abs(eager - exact), 1e-6 * exact)
+
+
+@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+def test_gradients_are_finite_where_probabilities_underflow(backend, device, grid_sizes):
+    logits, target = make_inputs((1, 4, 13, 14), device=device)
+    for gap in (200, 1e4):
+        far = gap * torch.nn.functional.one_hot(target.roll(1) % 4, 4).movedim(-1, 1)
+        results = evaluate(case_with(grid_sizes), backend, logits + far, target)
+        assert all(result.isfinite().all() for result in results.values())
+        x = (logits + far).requires_grad_()
+        with tritonaff.use_backend(backend):
+            (grad,) = torch.autograd.grad(tritonaff.square_root_affinity(x, grid_sizes).sum(), x)
+        assert grad.isfinite().all()
+
+
+# --- Derivatives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("grid_sizes", [(4, 3), (7,), None])
+def test_gradcheck(backend, grid_sizes):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 5, 6))
+    target[0, 0, :2] = 255
+    weight = torch.rand(100, 100, dtype=torch.float64)
+
+    def loss(logits):
+        return tritonaff.affinity_regression_loss(logits, target, grid_sizes)
+
+    def weighted_matrix(logits):
+        affinity = tritonaff.square_root_affinity(logits, grid_sizes)
+        points = affinity.shape[1]
+        return (affinity * weight[:points, :points]).sum()
+
+    with tritonaff.use_backend(backend):
+        assert torch.autograd.gradcheck(loss, logits)
+        assert torch.autograd.gradcheck(weighted_matrix, logits)
+
+
+def test_a_second_derivative_is_refused():
+    logits, target = make_inputs((1, 3, 6, 6))
+    logits.requires_grad_()
+    for value in (
+        tritonaff.affinity_regression_loss(logits, target),
+        tritonaff.square_root_affinity(logits).square().sum(),
+    ):
+        (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="_backward"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("grid_sizes", [(4, 3), ()])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(backend, device, grid_sizes, memory_format):
+    logits, target = make_inputs((2, 4, 9, 11), device=device)
+    logits = logits.contiguous(memory_format=memory_format).requires_grad_()
+    op = torch.ops.tritonaff.affinity_regression.default
+    torch.library.opcheck(op, (logits, target, grid_sizes, 255, backend))
+    squared_error, pair_count, gram = op(logits, target, grid_sizes, 255, backend)
+    assert [x.requires_grad for x in (squared_error, pair_count, gram)] == [True, False, False]
+    torch.library.opcheck(
+        torch.ops.tritonaff.affinity_regression_backward.default,
+        (torch.ones(2, device=device), logits.detach(), target, gram, grid_sizes, 255, backend),
+    )
+    op = torch.ops.tritonaff.square_root_affinity.default
+    torch.library.opcheck(op, (logits, grid_sizes, backend))
+    torch.library.opcheck(
+        torch.ops.tritonaff.square_root_affinity_backward.default,
+        (op(logits.detach(), grid_sizes, backend), logits.detach(), grid_sizes),
+    )
+
+
+# --- Properties ----------------------------------------------------------------------------------
+
+
+doubles = inputs([torch.float64])
+
+
+@given(inputs([torch.float32, torch.float64]), grids, st.sampled_from(["portable", "triton"]))
+def test_affinities_are_between_0_and_1(values, grid_sizes, backend):
+    logits, _, _ = values
+    assume(backend == "portable" or logits.dtype == torch.float32)
+    with tritonaff.use_backend(backend):
+        affinity = tritonaff.square_root_affinity(logits, grid_sizes)
+    rounding = 8 * torch.finfo(affinity.dtype).eps
+    assert (affinity >= 0).all()
+    assert (affinity <= 1 + rounding).all()
+    diagonal = affinity.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, torch.ones_like(diagonal), rtol=0, atol=rounding)
+
+
+@given(doubles)
+def test_the_affinity_is_1_only_of_equal_distributions(values):
+    logits, _, _ = values
+    affinity = tritonaff.square_root_affinity(logits, None)
+    p = logits.flatten(2).softmax(1)
+    # 1 - A is half the squared distance of the square roots, which is at least an eighth of that of
+    # the probabilities.
+    distance = (p[:, :, :, None] - p[:, :, None, :]).square().sum(1)
+    assert (1 - affinity >= distance / 8 - 1e-14).all()
+    changed = logits + torch.randn_like(logits[:, :1])  # other logits, the same distributions
+    both = torch.cat([logits, changed], dim=3)
+    points = both.shape[2] * both.shape[3]
+    order = torch.arange(points).view(both.shape[2:])
+    left, right = order.chunk(2, dim=1)
+    pairs = tritonaff.square_root_affinity(both, None)[:, left.flatten(), right.flatten()]
+    torch.testing.assert_close(pairs, torch.ones_like(pairs))
+
+
+@given(doubles, grids)
+def test_perfect_predictions_have_no_loss(values, grid_sizes):
+    logits, target, ignore_index = values
+    target = target.long()
+    assume(ignore_index not in range(logits.shape[1]))
+    label = torch.where(target == ignore_index, 0, target)
+    perfect = 1e4 * torch.nn.functional.one_hot(label, logits.shape[1]).movedim(-1, 1).double()
+    for backend in ("reference", "portable", "triton"):
+        x = perfect.float() if backend == "triton" else perfect
+        with tritonaff.use_backend(backend):
+            loss = tritonaff.affinity_regression_loss(
+                x, target, grid_sizes, ignore_index=ignore_index
+            )
+        assert loss == 0
+
+
+@given(doubles)
+def test_permuting_the_points_changes_nothing(values):
+    logits, target, ignore_index = values
+    n, c, height, width = logits.shape
+    order = torch.randperm(height * width)
+    loss = tritonaff.affinity_regression_loss(logits, target, None, ignore_index=ignore_index)
+    permuted = tritonaff.affinity_regression_loss(
+        logits.flatten(2)[:, :, order].view(n, c, height, width),
+        target.flatten(1)[:, order].view(n, height, width),
+        None,
+        ignore_index=ignore_index,
+    )
+    torch.testing.assert_close(permuted, loss)
+
+
+@given(doubles, grids)
+def test_permuting_the_classes_changes_nothing(values, grid_sizes):
+    logits, target, ignore_index = values
+    assume(ignore_index not in range(logits.shape[1]))  # it would become another class
+    order = torch.randperm(logits.shape[1])
+    target = target.long()
+    known = target != ignore_index
+    permuted = torch.where(known, order.argsort()[torch.where(known, target, 0)], target)
+    expected = tritonaff.affinity_regression_terms(
+        logits, target, grid_sizes, ignore_index=ignore_index
+    )
+    terms = tritonaff.affinity_regression_terms(
+        logits[:, order], permuted, grid_sizes, ignore_index=ignore_index
+    )
+    for result, value in zip(terms, expected, strict=True):
+        torch.testing.assert_close(result, value)
+
+
+@given(doubles, grids)
+def test_the_loss_is_that_of_the_matrices(values, grid_sizes):
+    logits, target, ignore_index = values
+    a = tritonaff.square_root_affinity(logits, grid_sizes)
+    m, valid = tritonaff.label_affinity(target, grid_sizes, ignore_index)
+    pair = valid[:, :, None] & valid[:, None, :]
+    expected = ((a - m).square() * pair).sum((1, 2))
+    squared_error, pair_count = tritonaff.affinity_regression_terms(
+        logits, target, grid_sizes, ignore_index=ignore_index
+    )
+    torch.testing.assert_close(squared_error, expected)
+    assert torch.equal(pair_count, pair.sum((1, 2)))
+    loss = tritonaff.affinity_regression_loss(logits, target, grid_sizes, ignore_index=ignore_index)
+    of_images = (expected / pair_count)[pair_count > 0]
+    torch.testing.assert_close(loss, of_images.sum() / max(1, len(of_images)))
+
+
+# --- Special images, memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+def test_empty_sets_are_zero_with_a_zero_gradient(backend, shape, grid_sizes, device):
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.full((shape[0], *shape[2:]), 255, device=device)
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_regression_loss(logits, target, grid_sizes)
+        loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+def test_images_without_a_point_are_left_out_of_the_mean(backend, grid_sizes, device):
+    logits, target = make_inputs((2, 3, 9, 11), device=device)
+    target[1] = 255
+    with tritonaff.use_backend(backend):
+        both = tritonaff.affinity_regression_loss(logits, target, grid_sizes)
+        first = tritonaff.affinity_regression_loss(logits[:1], target[:1], grid_sizes)
+    assert torch.equal(both, first)
+
+
+@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+def test_labels_that_are_no_class_are_ignored_under_compile(backend, device, grid_sizes):
+    logits, target = make_inputs((1, 3, 9, 9), device=device)
+    void, wrong = target.clone(), target.clone()
+    void[0, 0, 0], wrong[0, 0, 0] = 255, 2**32 + 1
+    compiled = torch.compile(tritonaff.affinity_regression_loss, backend="eager")
+    with tritonaff.use_backend(backend):
+        assert torch.equal(compiled(logits, wrong, grid_sizes), compiled(logits, void, grid_sizes))
+
+
+def test_memory_is_linear_in_the_number_of_points():
+    """The gradient and buffers of one size; the matrix of these points would take 4.3 GB."""
+    logits, target = make_inputs((1, 8, 128, 256))
+    logits.requires_grad_()
+
+    def run(_):
+        return torch.autograd.grad(tritonaff.affinity_regression_loss(logits, target, None), logits)
+
+    with tritonaff.use_backend("portable"):
+        assert peak_bytes(run, logits.device) <= 24e6
+
+
+def test_matrices_that_do_not_fit():
+    logits = torch.empty(1, 19, 1024, 2048, device="meta")
+    target = torch.empty(1, 1024, 2048, dtype=torch.uint8, device="meta")
+    message = (
+        r"2097152 points must fit 8.0 GB, 1 of them take 17.6 TB.*"
+        r"affinity_regression_loss need no matrix"
+    )
+    with pytest.raises(ValueError, match=message):
+        tritonaff.square_root_affinity(logits, None)
+    with pytest.raises(ValueError, match=message):
+        tritonaff.label_affinity(target, None)
+    with tritonaff.use_backend("reference"), pytest.raises(ValueError, match=message):
+        tritonaff.affinity_regression_loss(logits, target, None)
+    assert tritonaff.affinity_regression_loss(logits, target, None).shape == ()
+    assert tritonaff.square_root_affinity(logits).shape == (1, 180, 180)
