@@ -115,7 +115,9 @@ class CrossEntropyAR(CrossEntropy):
         return super().forward(output, target, progress) + weight * self.ar(output.logits, target)
 
 
-DILATED_RATES = (2, 4)  # pixels of the labels: to 128 what the paper's 8 and 16 are to 513
+# Pixels of the labels. (2, 4) would be to 128 what the paper's 8 and 16 are to 513; on the scenes'
+# validation split this did better.
+DILATED_RATES = (4, 8)
 DILATED_BETA = 1.5
 HEAD_STRIDE = 2  # pixels of the labels for one of the affinity head
 

@@ -192,7 +192,7 @@ def test_dilated_affinity_beside_cross_entropy(script, blocks, place):
     for name, weight in bare.state_dict().items():
         assert torch.equal(weight, network.state_dict()[name])
 
-    rates, compared = ((2, 4), target) if place == "labels" else ((1, 2), target[:, ::2, ::2])
+    rates, compared = ((4, 8), target) if place == "labels" else ((2, 4), target[:, ::2, ::2])
     statistics = tritonaff.NeighborStatistics(rates)
     statistics.update(compared)
     frequency = network.affinity.bias.sigmoid().view(2, 8)
@@ -240,13 +240,13 @@ def test_every_column_of_the_propagation_is_one_long_call(script, blocks):
             logits, affinity = script.infer(network, image)
             target = torch.from_numpy(labels)[None]
             predicted = F.interpolate(affinity, target.shape[1:], mode="bilinear")
-            truth = tritonaff.dilated_affinity_target(target, (2, 4))
+            truth = tritonaff.dilated_affinity_target(target, (4, 8))
             truth = truth.masked_fill(truth == 255, 0).float()
             for row, source in enumerate((predicted, truth)):
                 classes = tritonaff.affinity_propagation(
                     logits.softmax(dim=1),
                     source,
-                    (2, 4),
+                    (4, 8),
                     iterations=iterations,
                     from_logits=row == 0,
                 )[0].argmax(dim=0)
