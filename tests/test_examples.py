@@ -205,7 +205,7 @@ def test_dilated_affinity_beside_cross_entropy(script, blocks, place):
     if place == "labels":
         affinity = F.interpolate(affinity, (25, 35), mode="bilinear", align_corners=False)
     dilated = tritonaff.dilated_affinity_loss(
-        affinity, compared, rates, statistics=statistics, beta=1.5
+        affinity, compared, rates, statistics=statistics, beta=0.15
     )
     expected = F.cross_entropy(output.logits, target, ignore_index=255) + dilated
 
