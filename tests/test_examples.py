@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import tritonaff
@@ -47,6 +49,13 @@ def folder(tmp_path):
         Image.fromarray(labels).save(root / "labels" / split / "one.png")
     (root / "classes.txt").write_text("road\npole\nsky\n")
     return root
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("train_segmentation")
 
 
 def check_output(result, output, name, other="cross-entropy + AAF"):
@@ -109,10 +118,9 @@ def test_fewer_steps_than_affinity_regression_needs(folder, tmp_path):
     assert "heat maps" not in result.stdout
 
 
-def test_affinity_regression_joins_in_the_last_third(monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    criterion = importlib.import_module("train_segmentation").CrossEntropyAR(3, ignore_index=255)
+def test_affinity_regression_joins_in_the_last_third(script):
+    data = script.Dataset("", ["road", "pole", "sky"], [], [], [])
+    criterion = script.CrossEntropyAR(data, Namespace(ignore_index=255))
     logits, target = torch.randn(2, 3, 24, 24), torch.randint(0, 3, (2, 24, 24))
     target[:, :5] = 255
     before = F.cross_entropy(logits, target, ignore_index=255)
@@ -123,8 +131,132 @@ def test_affinity_regression_joins_in_the_last_third(monkeypatch):
     for step in range(9):
         progress = torch.tensor(step / 9)
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-            loss = compiled(logits, target, progress)
+            loss = compiled(script.Output(logits, None), target, progress)
         torch.testing.assert_close(loss, before if step < 6 else after)
+
+
+def table_rows(text):
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {title.strip(): [cell.strip() for cell in cells] for title, *cells in lines}
+
+
+@pytest.mark.parametrize("place", ["labels", "head"])
+def test_dilated_affinity_its_propagation_and_what_they_cost(folder, tmp_path, place):
+    for kind in ("images", "labels"):  # one more, of an odd size
+        image = np.asarray(Image.open(folder / kind / "test/one.png"))[:37, :51]
+        Image.fromarray(image).save(folder / kind / "test/two.png")
+    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--no-compile"]
+    arguments += ["--size", 31, 45, "--loss", "ce", "ce+dilated", "--affinity-at", place]
+    result = run(*SMALL, *arguments)
+    check_output(result, tmp_path, "data", "cross-entropy + dilated")
+    rows = table_rows(result.stdout)
+    assert rows["test mIoU after iterations"] == ["0", "1", "3", "6", "10"]
+    for name in ("predicted affinity", "ground-truth affinity"):
+        assert rows[name][0] == rows["cross-entropy + dilated"][0]
+        assert all(re.fullmatch(r"0\.\d{3}", cell) for cell in rows[name])
+    assert rows["predicted affinity"] != rows["ground-truth affinity"]
+
+    assert rows["cost of an image, 40x56"] == ["parameters", "MFLOP", "time (ms)"]
+    parameters, flops, times = zip(*list(rows.values())[-3:], strict=True)
+    assert list(rows)[-3:] == ["network", "affinity head", "10 iterations"]
+    assert parameters == ("292179", str(33 * 16), "0")
+    # A product and a sum: 32 features, 16 logits, half the size; 10 times 3 classes, 16 neighbours.
+    head, propagation = 2 * 32 * 16 * 20 * 28, 2 * 10 * 3 * 17 * 40 * 56
+    assert flops[1:] == (f"{head / 1e6:.1f}", f"{propagation / 1e6:.1f}")
+    assert float(flops[0]) > 50 * float(flops[1])
+    assert all(float(ms) > 0 for ms in times)
+
+
+@pytest.fixture
+def blocks():
+    """Images and labels of an odd size, three classes in blocks, a few pixels ignored."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(3):
+        labels = rng.integers(0, 3, (5, 7)).astype(np.uint8).repeat(5, 0).repeat(5, 1)
+        labels[rng.random(labels.shape) < 0.05] = 255
+        pairs.append((rng.integers(0, 256, (*labels.shape, 3)).astype(np.uint8), labels))
+    return pairs
+
+
+@pytest.mark.parametrize("place", ["labels", "head"])
+def test_dilated_affinity_beside_cross_entropy(script, blocks, place):
+    data = script.Dataset("", ["road", "pole", "sky"], blocks, [], [])
+    criterion = script.CrossEntropyDilated(data, Namespace(ignore_index=255, affinity_at=place))
+    images, labels = (torch.from_numpy(np.stack(x)) for x in zip(*blocks, strict=True))
+    images, target = script.to_input(images, "cpu"), labels.long()
+    torch.manual_seed(0)
+    bare = script.SmallUNet(3)
+    torch.manual_seed(0)
+    network = script.SmallUNet(3, criterion.neighbors)
+    for name, weight in bare.state_dict().items():
+        assert torch.equal(weight, network.state_dict()[name])
+
+    rates, compared = ((4, 8), target) if place == "labels" else ((2, 4), target[:, ::2, ::2])
+    statistics = tritonaff.NeighborStatistics(rates)
+    statistics.update(compared)
+    frequency = network.affinity.bias.sigmoid().view(2, 8)
+    expected = statistics.positive_frequency().float()[:, None].expand(-1, 8)
+    torch.testing.assert_close(frequency, expected, atol=1e-3, rtol=0)
+
+    output = network(images)
+    assert output.affinity.shape == (3, 16, 13, 18)
+    affinity = output.affinity
+    if place == "labels":
+        affinity = F.interpolate(affinity, (25, 35), mode="bilinear", align_corners=False)
+    dilated = tritonaff.dilated_affinity_loss(
+        affinity, compared, rates, statistics=statistics, beta=0.15
+    )
+    expected = F.cross_entropy(output.logits, target, ignore_index=255) + dilated
+
+    def forward(images, target, progress):
+        return criterion(network(images), target, progress)
+
+    torch.compiler.reset()
+    loss = torch.compile(forward, fullgraph=True, backend="aot_eager")(
+        images, target, torch.tensor(0.5)
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in network.affinity.parameters())
+
+
+def test_every_column_of_the_propagation_is_one_long_call(script, blocks):
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            torch.manual_seed(int(x.sum()))
+            return script.Output(torch.randn(1, 3, *x.shape[2:]), 3 * torch.randn(1, 16, 13, 18))
+
+    network = Noise()
+    table = script.refinement(network, blocks, num_classes=3, ignore_index=255)
+    assert table.shape == (2, 5)
+    for k, iterations in enumerate((0, 1, 3, 6, 10)):
+        confusion = np.zeros((2, 3, 3), int)
+        for image, labels in blocks:
+            logits, affinity = script.infer(network, image)
+            target = torch.from_numpy(labels)[None]
+            predicted = F.interpolate(affinity, target.shape[1:], mode="bilinear")
+            truth = tritonaff.dilated_affinity_target(target, (4, 8))
+            truth = truth.masked_fill(truth == 255, 0).float()
+            for row, source in enumerate((predicted, truth)):
+                classes = tritonaff.affinity_propagation(
+                    logits.softmax(dim=1),
+                    source,
+                    (4, 8),
+                    iterations=iterations,
+                    from_logits=row == 0,
+                )[0].argmax(dim=0)
+                counted = labels != 255
+                np.add.at(confusion[row], (labels[counted], classes.numpy()[counted]), 1)
+        for row in range(2):
+            hits = np.diag(confusion[row])
+            iou = hits / (confusion[row].sum(0) + confusion[row].sum(1) - hits)
+            assert table[row, k].item() == pytest.approx(iou.mean(), abs=1e-6)
+    assert len(set(table.flatten().tolist())) == 9  # but for what is before any iteration
 
 
 def remove_labels(folder):
