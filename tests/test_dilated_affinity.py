@@ -608,7 +608,7 @@ BAD_LOSS_OPTIONS = {
     "statistics list": ({"statistics": (COUNTS[0], [1])}, TypeError, "signal_count must be a tens"),
     "statistics dtype": ({"statistics": (COUNTS[0].float(), COUNTS[1])}, TypeError, "got float32"),
     "statistics rates": (
-        {"statistics": Statistics(torch.zeros(2, 9), torch.zeros(2, 9, 2))},
+        {"statistics": Statistics(*(torch.cat((count, count)) for count in COUNTS))},
         ValueError,
         r"pixel_count must have shape \(1, 9\), got \(2, 9\)",
     ),
