@@ -45,10 +45,12 @@ def load_counted(target_ptr, h, w, H, W, stride_h, stride_w, ignore_index):
 
 @triton.jit
 def signals(
-    target_ptr, label, counted, h, w, H, W, stride_h, stride_w, ignore_index,
+    target_ptr, h, w, H, W, stride_h, stride_w, ignore_index,
     OFFSETS: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Bit masks (pixels,) of different and of valid signals, and how many of each there are."""
+    # Loaded again for every group: kept over all of them it takes registers that spill.
+    label, counted = load_counted(target_ptr, h, w, H, W, stride_h, stride_w, ignore_index)
     different = tl.zeros(label.shape, tl.int32)
     valid = tl.zeros(label.shape, tl.int32)
     num_different = tl.zeros(label.shape, tl.int32)
@@ -102,12 +104,9 @@ def tables_kernel(
     GROUPS: tl.constexpr = len(OFFSETS) // (2 * GROUP_SIZE)
     losses_ptr += tl.program_id(0).to(tl.int64) * (GROUPS * 2 * (GROUP_SIZE + 1)) + k
     counts_ptr += tl.program_id(0).to(tl.int64) * (GROUPS * 4 * (GROUP_SIZE + 1)) + k
-    label, counted = load_counted(
-        target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index
-    )
     for group in tl.static_range(GROUPS):
         different, valid, num_different, num_valid = signals(
-            target_ptr, label, counted, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
+            target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
             OFFSETS, group, GROUP_SIZE,
         )  # fmt: skip
         loss_different = tl.zeros((BLOCK_P,), tl.float32)
@@ -157,12 +156,9 @@ def gradient_kernel(
     row, column = h.to(tl.int64), w.to(tl.int64)
     x_ptrs = logits_ptr + n * stride_n + row * stride_h + column * stride_w
     grad_ptrs = grad_ptr + n * grad_stride_n + row * grad_stride_h + column * grad_stride_w
-    label, counted = load_counted(
-        target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index
-    )
     for group in tl.static_range(len(OFFSETS) // (2 * GROUP_SIZE)):
         different, valid, num_different, _ = signals(
-            target_ptr, label, counted, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
+            target_ptr, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
             OFFSETS, group, GROUP_SIZE,
         )  # fmt: skip
         of_category = coefficients_ptr + 2 * (GROUP_SIZE - num_different)
