@@ -327,7 +327,8 @@ def gram_kernel(
     tl.store(gram_ptr + offs, dd, mask=mask)
     tl.store(gram_ptr + C * C + offs, dm, mask=mask)
     tl.store(gram_ptr + 2 * C * C + offs, mm, mask=mask)
-    tl.store(count_ptr + tl.program_id(0) + tl.arange(0, 1), count, mask=tl.program_id(1) == 0)
+    if tl.program_id(1) == 0:
+        tl.store(count_ptr + tl.program_id(0) + tl.arange(0, 1), count)
 
 
 @triton.jit
