@@ -41,7 +41,7 @@ def check_target(target: Any) -> None:
 def check_logits_and_target(logits: Any, target: Any) -> None:
     check_logits(logits)
     check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
-    _check_one_device("logits", logits, "target", target)
+    check_one_device("logits", logits, "target", target)
     n, _, height, width = logits.shape
     if tuple(target.shape) != (n, height, width):
         raise ValueError(
@@ -53,7 +53,7 @@ def check_logits_and_target(logits: Any, target: Any) -> None:
 def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
     check_logits(probs, "probs")
     check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
-    _check_one_device("probs", probs, "affinity", affinity)
+    check_one_device("probs", probs, "affinity", affinity)
     n, _, height, width = probs.shape
     if tuple(affinity.shape) != (n, 8 * num_rates, height, width):
         raise ValueError(
@@ -65,7 +65,7 @@ def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
 def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rates: int) -> None:
     check_tensor("affinity_logits", affinity_logits, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     check_target(target)
-    _check_one_device("affinity_logits", affinity_logits, "target", target)
+    check_one_device("affinity_logits", affinity_logits, "target", target)
     n, height, width = target.shape
     if tuple(affinity_logits.shape) != (n, 8 * num_rates, height, width):
         raise ValueError(
@@ -103,7 +103,7 @@ def check_statistics(
     return pixel_count, signal_count
 
 
-def _check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(
             f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}"
@@ -127,10 +127,7 @@ def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> N
 
 
 def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
-    if isinstance(kernel_sizes, str) or not isinstance(kernel_sizes, Sequence):
-        raise TypeError(
-            f"kernel_sizes must be a sequence of int, got {type(kernel_sizes).__name__}"
-        )
+    _check_sequence("kernel_sizes", kernel_sizes, of="int")
     sizes = tuple(check_int("every one of kernel_sizes", size) for size in kernel_sizes)
     if not sizes or len(set(sizes)) != len(sizes) or any(s < 3 or s % 2 == 0 for s in sizes):
         raise ValueError(
@@ -141,8 +138,7 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
 
 
 def check_distances(distances: Any) -> tuple[int, ...]:
-    if isinstance(distances, str) or not isinstance(distances, Sequence):
-        raise TypeError(f"distances must be a sequence of int, got {type(distances).__name__}")
+    _check_sequence("distances", distances, of="int")
     values = tuple(check_int("every one of distances", value, at_least=1) for value in distances)
     if not values or list(values) != sorted(set(values)):
         raise ValueError(
@@ -154,10 +150,7 @@ def check_distances(distances: Any) -> tuple[int, ...]:
 def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     if grid_sizes is None:
         return None
-    if isinstance(grid_sizes, str) or not isinstance(grid_sizes, Sequence):
-        raise TypeError(
-            f"grid_sizes must be a sequence of int or None, got {type(grid_sizes).__name__}"
-        )
+    _check_sequence("grid_sizes", grid_sizes, of="int or None")
     sizes = tuple(check_int("every one of grid_sizes", size, at_least=1) for size in grid_sizes)
     if not sizes:
         raise ValueError("grid_sizes must hold at least one size, or be None for every pixel")
@@ -183,12 +176,14 @@ def _gigabytes(size: int) -> str:
     return f"{size // 10**12} TB" if size >= 10**13 else f"{size // 10**9} GB"
 
 
+def _check_sequence(name: str, value: Any, *, of: str) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of {of}, got {type(value).__name__}")
+
+
 def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
     """Pairs (vertical, horizontal): an int r is (r, r), a pair is that rate alone."""
-    if isinstance(rates, str) or not isinstance(rates, Sequence):
-        raise TypeError(
-            f"rates must be a sequence of int and pairs of int, got {type(rates).__name__}"
-        )
+    _check_sequence("rates", rates, of="int and pairs of int")
     pairs = tuple(_check_rate(rate) for rate in rates)
     if not pairs or len(set(pairs)) != len(pairs) or any(min(pair) < 1 for pair in pairs):
         raise ValueError(

@@ -206,10 +206,7 @@ def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tenso
         weighted = total / total.shape[1]
     else:
         checks.check_tensor(name, weight, checks.LOGITS_DTYPES, tuple(total.shape))
-        if weight.device != total.device:
-            raise ValueError(
-                f"{name} and logits must be on one device, got {weight.device} and {total.device}"
-            )
+        checks.check_one_device(name, weight, "logits", total)
         weighted = total * weight.to(total.dtype)
     count = count.sum(dim=0)
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
@@ -687,11 +684,7 @@ def dilated_affinity_loss(
     )
     counts = given or (pixel_count, signal_count)
     for count in counts:
-        if count.device != loss_sum.device:
-            raise ValueError(
-                "statistics and affinity_logits must be on one device, "
-                f"got {count.device} and {loss_sum.device}"
-            )
+        checks.check_one_device("statistics", count, "affinity_logits", loss_sum)
     weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in counts))
     total = (loss_sum * weight).sum(dim=(1, 2))
     counted = pixel_count.sum(dim=1)

@@ -88,11 +88,7 @@ class BoundaryScore:
         """Adds a batch: predicted classes and labels, both (N, H, W) of uint8, int32 or int64."""
         checks.check_tensor("target", target, checks.TARGET_DTYPES, ("N", "H", "W"))
         checks.check_tensor("prediction", prediction, checks.TARGET_DTYPES, tuple(target.shape))
-        if prediction.device != target.device:
-            raise ValueError(
-                f"prediction and target must be on one device, "
-                f"got {prediction.device} and {target.device}"
-            )
+        checks.check_one_device("prediction", prediction, "target", target)
         # As int64: the index must not wrap around in a narrower target.
         counted = target.to(torch.int64) != self.ignore_index
         predicted = self._boundaries(prediction, counted)
@@ -308,11 +304,7 @@ class RefinementReport(Metric):
         checks.check_target(target)
         for name, prediction in (("before", before), ("after", after)):
             checks.check_tensor(name, prediction, checks.TARGET_DTYPES, tuple(target.shape))
-            if prediction.device != target.device:
-                raise ValueError(
-                    f"{name} and target must be on one device, "
-                    f"got {prediction.device} and {target.device}"
-                )
+            checks.check_one_device(name, prediction, "target", target)
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
         counted = target.to(torch.int64) != self.ignore_index
