@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, laid_out
 
 import tritonaff
 from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
@@ -170,11 +171,9 @@ def inputs(draw, dtypes):
     shown = torch.where((target < c) & (target >= 0), target, 0).long()
     logits = logits + confidence * torch.nn.functional.one_hot(shown, c).movedim(-1, 1)
     logits = logits.to(draw(st.sampled_from(dtypes)))
-    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
-    if layout == "channels_last":
-        logits = logits.contiguous(memory_format=torch.channels_last)
-    elif layout == "strided":
-        logits = torch.stack([logits, -logits], dim=-1)[..., 0]
+    layout = draw(st.sampled_from(LAYOUTS))
+    logits = laid_out(logits, layout)
+    if layout == "strided":
         target = torch.stack([target, target], dim=1)[:, 0]
     return logits, target, ignore_index
 

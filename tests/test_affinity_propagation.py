@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, laid_out
 
 import tritonaff
 from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_propagation_inputs
@@ -92,14 +93,6 @@ def case_with(rates, softmax=False, **options):
     return Case("affinity_propagation", (), (), loss, tables, largest_term=1.0)
 
 
-def laid_out(tensor, layout):
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([tensor, -tensor], dim=-1)[..., 0]
-    return tensor
-
-
 @st.composite
 def inputs(draw, dtypes, max_rates=3):
     n, c = draw(st.integers(0, 2)), draw(st.integers(1, 6))
@@ -129,9 +122,8 @@ def inputs(draw, dtypes, max_rates=3):
         x = x.softmax(dim=1) if draw(st.booleans()) else torch.rand_like(x) + 0.05
     if not options["from_logits"]:
         affinity = affinity.sigmoid() if draw(st.booleans()) else (affinity > 0).to(x.dtype)
-    layouts = ["contiguous", "channels_last", "strided"]
     x, affinity = (
-        laid_out(t.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(layouts)))
+        laid_out(t.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS)))
         for t in (x, affinity)
     )
     return case_with(**options), x, affinity

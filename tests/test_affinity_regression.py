@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, laid_out
 
 import tritonaff
 from tritonaff.bench.cases import Case, check_parity, evaluate, make_inputs
@@ -107,11 +108,9 @@ def inputs(draw, dtypes):
     confidence = draw(st.sampled_from([0.0, 9.0]))
     logits = logits + confidence * torch.nn.functional.one_hot(shown, c).movedim(-1, 1)
     logits = logits.to(draw(st.sampled_from(dtypes)))
-    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
-    if layout == "channels_last":
-        logits = logits.contiguous(memory_format=torch.channels_last)
-    elif layout == "strided":
-        logits = torch.stack([logits, -logits], dim=-1)[..., 0]
+    layout = draw(st.sampled_from(LAYOUTS))
+    logits = laid_out(logits, layout)
+    if layout == "strided":
         target = torch.stack([target, target], dim=1)[:, 0]
     if ignore_index >= 0:
         target = target.to(draw(st.sampled_from([torch.uint8, torch.int32, torch.int64])))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, laid_out
 from torch.nn import functional as F
 
 import tritonaff
@@ -141,11 +142,7 @@ def inputs(draw, dtypes):
     signals = tritonaff.dilated_affinity_target(target, rates, ignore_index=ignore_index)
     logits = scale * torch.randn(signals.shape) + confidence * (signals.clamp(max=1).float() - 0.5)
     logits = logits.to(draw(st.sampled_from(dtypes)))
-    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
-    if layout == "channels_last":
-        logits = logits.contiguous(memory_format=torch.channels_last)
-    elif layout == "strided":
-        logits = torch.stack([logits, -logits], dim=-1)[..., 0]
+    logits = laid_out(logits, draw(st.sampled_from(LAYOUTS)))
     gamma = draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
     return logits, target, case_with(rates, gamma=gamma, ignore_index=ignore_index)
 
