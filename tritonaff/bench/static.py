@@ -47,17 +47,12 @@ class Tile:
     """How often its loops run."""
 
 
-PATCH: dict[str, Any] = {
-    "RADII": (1, 2, 3),
-    "BLOCK_C": affinity_field.MAX_BLOCK_C,
-    "BLOCK_H": affinity_field.BLOCK_H,
-    "BLOCK_W": affinity_field.BLOCK_W,
-}
-PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
-PIXELS = {"BLOCK_C": 32, "BLOCK_P": affinity_field.BLOCK_ALL_CLASSES // 32}
-PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
-# On no device: the blocks are a GPU's, not those that the interpreter likes.
+# On no device: the launchers then give a GPU's blocks, not those that the interpreter likes.
 LOGITS = torch.empty(1, 19, 256, 512, device="meta")
+PATCH: dict[str, Any] = {"RADII": (1, 2, 3), **affinity_field.patch_blocks(LOGITS)}
+PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
+PIXELS = affinity_field.pixel_blocks(LOGITS)
+PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
 GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
 PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
 PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
@@ -65,17 +60,15 @@ GRAM = affinity_regression.gram_blocks(LOGITS)
 GRADIENT = affinity_regression.gradient_blocks(LOGITS)
 MATRIX = affinity_regression.matrix_blocks(LOGITS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
-FROM_LOGITS = {"FROM_LOGITS": True, "BLOCK_P": affinity_propagation.BLOCK // 8}
-ALL_CLASSES = {"BLOCK_C": 32, "BLOCK_P": affinity_propagation.BLOCK // 32}
+GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile(LOGITS)}
+GATE_ELEMENTS = 4 * len(RATES) * GATES["BLOCK_P"]
+ALL_CLASSES = affinity_propagation.tile(LOGITS)
 NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
 SUM = {"RATES": RATES, **ALL_CLASSES}
 SUM_ELEMENTS = 19 * ALL_CLASSES["BLOCK_P"]
-SIGNALS: dict[str, Any] = {
-    "OFFSETS": tuple(rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))),
-    "GROUP_SIZE": 8,
-    "BLOCK_P": dilated_affinity.BLOCK_P,
-}
-NUM_SIGNALS = len(SIGNALS["OFFSETS"]) // 2 * dilated_affinity.BLOCK_P
+OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
+SIGNALS: dict[str, Any] = dilated_affinity.blocks(LOGITS, OFFSETS, group_size=8)
+NUM_SIGNALS = len(OFFSETS) // 2 * SIGNALS["BLOCK_P"]
 TILES = (
     Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
     Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
@@ -118,8 +111,8 @@ TILES = (
     Tile(
         "affinity_propagation",
         affinity_propagation.gates_kernel,
-        {"RATES": RATES, **FROM_LOGITS},
-        len(RATES) * affinity_propagation.BLOCK // 2,
+        {"RATES": RATES, **GATES},
+        GATE_ELEMENTS,
     ),
     Tile("affinity_propagation", affinity_propagation.step_kernel, SUM, SUM_ELEMENTS, trips=8),
     Tile(
@@ -138,8 +131,8 @@ TILES = (
     Tile(
         "affinity_propagation",
         affinity_propagation.gates_backward_kernel,
-        {"NUM_RATES": len(RATES) // 2, **FROM_LOGITS},
-        len(RATES) * affinity_propagation.BLOCK // 2,
+        {"NUM_RATES": len(RATES) // 2, **GATES},
+        GATE_ELEMENTS,
         trips=4,
     ),
     Tile(

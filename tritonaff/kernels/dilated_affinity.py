@@ -17,6 +17,8 @@ divisible by 16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -231,7 +233,7 @@ def backward(
     return grad
 
 
-def blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, object]:
+def blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, Any]:
     return {
         "OFFSETS": steps_in_32_bits(offsets),
         "GROUP_SIZE": group_size,
