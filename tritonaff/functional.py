@@ -122,7 +122,7 @@ def affinity_field_terms(
             variant=variant,
         )
         return AffinityFieldTerms(*tables)
-    sums, counts, _, _ = affinity_field_op(
+    sums, counts, *_ = affinity_field_op(
         logits, target, kernel_sizes, margin, eps, ignore_index, variant, backend
     )
     return AffinityFieldTerms(*sums.unbind(), *counts.unbind())

@@ -1,260 +1,681 @@
-"""Triton tiles of the affinity field (variant "paper").
+"""Triton tiles of the affinity field (variant "paper") and of cross-entropy beside it.
 
-A program owns BLOCK_C classes of a BLOCK_H x BLOCK_W patch of one image: a tile (BLOCK_C, pixels).
-Neighbours are loaded again, shifted: a patch of a few rows keeps those loads in the L1 cache, and
-nothing of the size (N, C, H, W, 8) exists. Label masks are computed once for the classes of a tile.
+Dense plus sparse, as docs/affinity_field.md derives it:
 
-    statistics_kernel        logits            -> largest logit, sum of the other exponentials
-    tables_kernel            logits, target    -> partial tables, one per program, summed
-                                                  afterwards: the same input gives the same bits
-    gradient_kernel          table gradients   -> d loss / d p
-    softmax_backward_kernel  d loss / d p      -> d loss / d logits
+    statistics_kernel        logits, target -> label, largest logit, sum of the other exponentials
+    dense_tables_kernel      all pairs as if none were an edge -> partial tables
+    edge_tables_kernel       pairs of different labels, and cross-entropy -> partial tables
+    sum_kernel               partial tables -> tables; no atomics: the same input gives the same
+                             bits
+    dense_gradient_kernel    p d loss / d p as if no pair were an edge
+    edge_gradient_kernel     adds what edges change, where there are any
+    softmax_backward_kernel  the gradient of the logits, in place, with that of cross-entropy
 
-Half precision is read as it is and computed in float32. Image sizes and strides are runtime
-arguments: what compiles anew are neighbourhood sizes, block sizes, and Triton's own distinction of
-arguments that are 1 or divisible by 16.
+The dense tiles march: one warp owns a strip of columns of a few classes and walks down the rows,
+with the rows that its stencils reach in registers. A thread holds four neighbouring columns, so a
+step to the side is a shuffle within the warp for some of them and nothing for the others.
+
+Half precision is read as it is and computed in float32. Image sizes are runtime arguments: what
+compiles anew are neighbourhood sizes, block sizes, and Triton's own distinction of arguments that
+are 1 or divisible by 16.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import load_label, on_device, pixels
+from tritonaff.kernels.shared import load_label, on_device, steps_in_32_bits
+from tritonaff.portable.blocks import in_layout_of
 
-# Few rows of many columns: coalesced loads, and a halo that neighbouring programs have in cache.
-BLOCK_H, BLOCK_W = 4, 32
-# Every class of a program adds its own accumulators: four leave a thread enough registers.
-MAX_BLOCK_C = 4
-# The interpreter takes its time per program, whatever the size.
-INTERPRETED_PATCH = {"BLOCK_H": 16, "BLOCK_W": 32}
-# Elements of a tile that holds all classes of some pixels.
-BLOCK_ALL_CLASSES = 2048
+# What a strip reads beside the columns that it owns: the largest distance that it reaches.
+HALO = 4
+# Programs that march: a few for every processor of a large GPU.
+STRIP_PROGRAMS = 6144
+BLOCK_SUM = 1024
+# The interpreter takes its time per program and per operation, whatever the size.
+INTERPRETED_CLASSES = 16
+INTERPRETED_ROWS = 64
+INTERPRETED_PATCH = 16, 32
+INTERPRETED_PIXELS = 2048
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def log(x):
+    """For x >= 0: 7e-8 off, and -88 rather than -inf at 0. tl.log minds more and costs twice."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # what is left of x is within 2/3 and 4/3
+    y = (bits - exponent).to(tl.float32, bitcast=True) - 1
+    polynomial = y * -0.15690240958959079 + 0.1699254782008935
+    polynomial = y * polynomial - 0.1636071595610224
+    polynomial = y * polynomial + 0.19817841010079518
+    polynomial = y * polynomial - 0.25010551151139715
+    polynomial = y * polynomial + 0.3333674817953059
+    polynomial = y * polynomial - 0.4999990879349496
+    y = y * y * polynomial + y
+    return exponent.to(tl.float32) * (0.6931471805599453 / 0x800000) + y
+
+
+@triton.jit
+def reciprocal(x):
+    """For x >= 1: a Newton step on the square of a fast root. 1 / x minds any x and costs twice."""
+    root = tl.rsqrt(x)
+    y = root * root
+    return y * (2 - x * y)
+
+
+@triton.jit
+def fields(x, top, rest, own, limit, eps):
+    """u, which is -q in the channel of the pixel's label and p in others, and l = log(p / q)."""
+    x -= top
+    e = exp(x)
+    # Not 1 - p: this keeps its digits where p is near 1.
+    not_e = 1 - e + rest
+    log_odds = tl.minimum(tl.maximum(x - log(not_e), -limit), limit)
+    u = tl.where(own, not_e, e) * reciprocal(1 + rest)
+    u = tl.minimum(tl.maximum(u, eps), 1 - eps)
+    return tl.where(own, -u, u), log_odds
+
+
+@triton.jit
+def of_lane(x, step: tl.constexpr):
+    """x (B, LANES) of the lane ``step`` further, in a circle."""
+    if step == 0:
+        return x
+    lanes: tl.constexpr = x.shape[1]
+    index = (tl.arange(0, lanes)[None, :] + step + lanes) % lanes
+    return tl.gather(x, tl.broadcast_to(index, x.shape), 1)
+
+
+@triton.jit
+def of_column(columns, column: tl.constexpr):
+    """One of the four columns of every lane, or of a lane to the left or right."""
+    return of_lane(columns[column % 4], column // 4)
+
+
+@triton.jit
+def box_sum(x, d: tl.constexpr):
+    """x (B, LANES, 4) plus itself d columns to the left and to the right."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)))
+    x_0, x_2 = tl.split(even)
+    x_1, x_3 = tl.split(odd)
+    x = (x_0, x_1, x_2, x_3)
+    y_0 = x_0 + of_column(x, -d) + of_column(x, d)
+    y_1 = x_1 + of_column(x, 1 - d) + of_column(x, 1 + d)
+    y_2 = x_2 + of_column(x, 2 - d) + of_column(x, 2 + d)
+    y_3 = x_3 + of_column(x, 3 - d) + of_column(x, 3 + d)
+    y = tl.join(tl.join(y_0, y_2), tl.join(y_1, y_3))
+    return tl.reshape(y, (y_0.shape[0], y_0.shape[1], 4))
+
+
+@triton.jit
+def box_count(x, d: tl.constexpr):
+    """The same of small numbers, a byte for each of the four columns: x (1, LANES)."""
+    left, right = of_lane(x, -1), of_lane(x, 1)
+    if d < 4:
+        left = (x << 8 * d) | (left >> (32 - 8 * d))
+        right = (x >> 8 * d) | (right << (32 - 8 * d))
+    return x + left + right
+
+
+@triton.jit
+def packed(x):
+    """0 and 1 (1, LANES, 4), as bytes (1, LANES)."""
+    return tl.sum(x.to(tl.uint32) << (8 * tl.arange(0, 4))[None, None, :], axis=2)
+
+
+@triton.jit
+def unpacked(x):
+    """Bytes (1, LANES) as numbers (1, LANES, 4)."""
+    x = (x[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :].to(tl.uint32)) & 255
+    return x.to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def load_row(
+    logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
+):  # fmt: skip
+    """u, l, and 1 where a pixel counts, of row h and columns w; 0 at pixels that do not count."""
+    inside = (w >= 0) & (w < W) & (h >= 0) & (h < H)
+    row = h.to(tl.int64) * W
+    label = tl.load(label_ptr + row + w, mask=inside, other=-1)
+    top = tl.load(top_ptr + row + w, mask=inside, other=0.0)
+    rest = tl.load(rest_ptr + row + w, mask=inside, other=1.0)
+    x = tl.load(logits_ptr + row + w, mask=inside, other=0.0).to(tl.float32)
+    u, log_odds = fields(x, top, rest, label == c, limit, eps)
+    counts = label >= 0
+    return tl.where(counts, u, 0.0), tl.where(counts, log_odds, 0.0), packed(counts)
+
+
+@triton.jit
+def far_box(
+    logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps, d: tl.constexpr
+):  # fmt: skip
+    """Sums of u, l and counts over a pixel and its neighbours at a distance beyond the strip."""
+    u_sum, l_sum, count = load_row(
+        logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
+    )
+    for neighbour in range(8):
+        direction = neighbour + (neighbour > 3)  # 4 is the pixel itself
+        u, log_odds, counts = load_row(
+            logits_ptr, top_ptr, rest_ptr, label_ptr, c,
+            h + (direction // 3 - 1) * d, w + (direction % 3 - 1) * d, H, W, limit, eps,
+        )  # fmt: skip
+        u_sum += u
+        l_sum += log_odds
+        count += counts
+    return u_sum, l_sum, count
+
+
+@triton.jit
+def column_sum(rows, d: tl.constexpr):
+    """The middle row plus those at distance d."""
+    middle: tl.constexpr = len(rows) // 2
+    return rows[middle - d] + rows[middle] + rows[middle + d]
+
+
+@triton.jit
+def add(xs, ys):
+    sums = ()
+    for i in tl.static_range(len(xs)):
+        sums += (xs[i] + ys[i],)
+    return sums
+
+
+@triton.jit
+def strip(C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr, HALO: tl.constexpr):
+    """This program's place: partial table, image, classes, columns, which of them it owns, first
+    row, row after the last.
+    """
+    # Where lanes in a circle must not meet, HALO columns: before the first, those are outside.
+    own: tl.constexpr = 4 * LANES - 2 * HALO
+    strips = tl.where(W <= 4 * LANES - HALO, 1, tl.cdiv(W, own))
+    class_blocks = tl.cdiv(C, BLOCK_C)
+    place = tl.program_id(0) // class_blocks
+    chunks = tl.cdiv(H, ROWS)
+    n, chunk = place // strips // chunks, place // strips % chunks
+    first = place % strips * own
+    w = first - HALO + tl.arange(0, LANES)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    owned = (w >= first) & ((w < first + own) | (strips == 1)) & (w < W)
+    c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None, None]
+    return place, n.to(tl.int64), c, w, owned, chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, H)
+
+
+@triton.jit
+def statistics_kernel(
+    logits_ptr, target_ptr, top_ptr, rest_ptr, label_ptr,
+    C, HW, stride_n, stride_c, target_stride_n, ignore_index,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    n, first, pixel = pixels(HW, BLOCK_P)
+    mask = pixel < HW - first
+    row = tl.arange(0, BLOCK_C)[:, None]
+    x_ptr = logits_ptr + n * stride_n + first + row.to(tl.int64) * stride_c + pixel
+
+    # Of every BLOCK_C-th class first; together at the end. The largest is left out of the sum, not
+    # subtracted from it: 1 - p of a confident pixel is this sum, and it may be far below the
+    # rounding of 1.
+    top = tl.full((BLOCK_C, BLOCK_P), -1e38, tl.float32)
+    rest = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    c = 0
+    while c < C:
+        channel = x_ptr + tl.cast(c, tl.int64) * stride_c
+        x = tl.load(channel, mask=(row < C - c) & mask, other=-float("inf")).to(tl.float32)
+        e = exp(-tl.abs(x - top))
+        rest = tl.where(x > top, (rest + 1) * e, rest + e)
+        top = tl.maximum(top, x)
+        c += BLOCK_C
+    largest, largest_row = tl.max(top, axis=0, return_indices=True, keep_dims=True)
+    others = (rest + 1) * exp(top - largest)
+    rest = tl.sum(tl.where(row == largest_row, rest, others), axis=0, keep_dims=True)
+
+    label = load_label(
+        target_ptr + n * target_stride_n + first, 0 * pixel, pixel, 1, HW - first, C, 0, 1,
+        ignore_index,
+    )  # fmt: skip
+    at = n * HW + first + pixel
+    tl.store(top_ptr + at, largest, mask=mask)
+    tl.store(rest_ptr + at, rest, mask=mask)
+    tl.store(label_ptr + at, label.to(label_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pixels(HW, BLOCK_P: tl.constexpr):
+    """Image, first pixel, and this program's pixels (1, BLOCK_P) from there."""
+    blocks = tl.cdiv(HW, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
+    return n, first, tl.arange(0, BLOCK_P)[None, :]
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def dense_tables_kernel(
+    logits_ptr, label_ptr, top_ptr, rest_ptr, sums_ptr, pairs_ptr,
+    C, H, W, stride_n, stride_c, limit, eps, ROWS, PROGRAMS,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    place, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES, HALO)
+    logits_ptr += n * stride_n + tl.minimum(c, C - 1).to(tl.int64) * stride_c
+    label_ptr += n * H * W
+    top_ptr += n * H * W
+    rest_ptr += n * H * W
+
+    first_classes = tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0
+    nothing = tl.zeros((BLOCK_C, LANES, 4), tl.float32)
+    sums, pairs = (), ()
+    for _ in tl.static_range(len(RADII)):
+        sums += (nothing,)
+        pairs += (tl.zeros((1, LANES, 4), tl.float32),)
+    # The rows within reach of the middle one.
+    us, ls, vs = (), (), ()
+    for _ in tl.static_range(2 * REACH + 1):
+        us += (nothing,)
+        vs += (tl.zeros((1, LANES), tl.uint32),)
+    for _ in tl.static_range(REACH + 1):
+        ls += (nothing,)
+    h = first - REACH
+    while h < end + REACH:
+        for _ in tl.static_range(UNROLL):
+            u, log_odds, v = load_row(
+                logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
+            )
+            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)
+            if (h >= first + REACH) & (h < end + REACH):
+                new_sums, neighbours = (), ()
+                for k in tl.static_range(len(RADII)):
+                    if HALO > 0:
+                        u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
+                        count = box_count(column_sum(vs, RADII[k]), RADII[k])
+                    else:
+                        u_sum, _, count = far_box(
+                            logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps,
+                            RADII[k],
+                        )  # fmt: skip
+                    boxes = unpacked(count)
+                    new_sums += (sums[k] + ls[0] * (boxes * us[REACH] - u_sum),)
+                    neighbours += (tl.where(unpacked(vs[REACH]) > 0, boxes - 1, 0.0),)
+                sums = new_sums
+                if first_classes:
+                    pairs = add(pairs, neighbours)
+            h += 1
+
+    block = tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % tl.cdiv(C, BLOCK_C)) * BLOCK_C + block
+    K: tl.constexpr = COLUMNS[len(RADII)]
+    for k in tl.static_range(len(RADII)):
+        total = tl.sum(tl.sum(tl.where(owned, sums[k], 0.0), axis=2), axis=1)
+        offs = (c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS + place
+        tl.store(sums_ptr + offs, total, mask=c < C)
+        total = tl.sum(tl.where(owned, pairs[k], 0.0))
+        offs = COLUMNS[k] * tl.cast(PROGRAMS, tl.int64) + place
+        tl.store(pairs_ptr + offs, total, mask=first_classes)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def dense_gradient_kernel(
+    grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+    C, H, W, stride_n, stride_c, limit, eps, ROWS,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    _, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES, HALO)
+    some_c = tl.minimum(c, C - 1).to(tl.int64)
+    logits_ptr += n * stride_n + some_c * stride_c
+    grad_ptr += (n * C + some_c) * H * W
+    label_ptr += n * H * W
+    top_ptr += n * H * W
+    rest_ptr += n * H * W
+
+    K: tl.constexpr = COLUMNS[len(RADII)]
+    coefficients = ()
+    for k in tl.static_range(len(RADII)):
+        coefficients += (tl.load(grad_sums_ptr + (C + some_c) * K + COLUMNS[k]),)
+    nothing = tl.zeros((BLOCK_C, LANES, 4), tl.float32)
+    us, ls, vs = (), (), ()
+    for _ in tl.static_range(2 * REACH + 1):
+        us += (nothing,)
+        ls += (nothing,)
+        vs += (tl.zeros((1, LANES), tl.uint32),)
+    h = first - REACH
+    while h < end + REACH:
+        for _ in tl.static_range(UNROLL):
+            u, log_odds, v = load_row(
+                logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
+            )
+            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)
+            if (h >= first + REACH) & (h < end + REACH):
+                from_u, from_l, boxes = nothing, nothing, nothing
+                for k in tl.static_range(len(RADII)):
+                    if HALO > 0:
+                        u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
+                        l_sum = box_sum(column_sum(ls, RADII[k]), RADII[k])
+                        count = box_count(column_sum(vs, RADII[k]), RADII[k])
+                    else:
+                        u_sum, l_sum, count = far_box(
+                            logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps,
+                            RADII[k],
+                        )  # fmt: skip
+                    from_u += coefficients[k] * u_sum
+                    from_l += coefficients[k] * l_sum
+                    boxes += coefficients[k] * unpacked(count)
+                from_u = boxes * us[REACH] - from_u
+                from_l = boxes * ls[REACH] - from_l
+                # p d / d p of the sums; the clamp passes no gradient.
+                odds = exp(ls[REACH])
+                p = odds * reciprocal(1 + odds)
+                grad = from_u * (1 + odds) + from_l * p
+                free = (tl.abs(ls[REACH]) < limit) & (unpacked(vs[REACH]) > 0)
+                grad = tl.where(free, grad, 0.0)
+                grad_row = grad_ptr + (h - REACH).to(tl.int64) * W + w
+                mask = owned & (c < C)
+                if ADD:
+                    grad += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
+                tl.store(grad_row, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            h += 1
 
 
 @triton.jit
 def patch(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Image, and rows and columns (1, pixels), of this program's patch."""
+    """Image, and rows and columns (pixels,), of this program's patch."""
     patches_w = tl.cdiv(W, BLOCK_W)
     patches = tl.cdiv(H, BLOCK_H) * patches_w
     n, place = tl.program_id(0) // patches, tl.program_id(0) % patches
-    offs = tl.arange(0, BLOCK_H * BLOCK_W)[None, :]
+    offs = tl.arange(0, BLOCK_H * BLOCK_W)
     h = (place // patches_w) * BLOCK_H + offs // BLOCK_W
     w = (place % patches_w) * BLOCK_W + offs % BLOCK_W
     return n.to(tl.int64), h, w
 
 
 @triton.jit
-def load_probabilities(
-    logits_ptr, top_ptr, rest_ptr, c, h, w, mask, C, W, stride_c, stride_h, stride_w, eps
-):
-    """p, q = 1 - p and their logarithms, clamped to [eps, 1 - eps]: (BLOCK_C, pixels)."""
+def label_at(label_ptr, h, w, H, W):
+    """The label, -1 at pixels that do not count or are outside, and the pixel's place."""
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
     pixel = h.to(tl.int64) * W + w
-    top = tl.load(top_ptr + pixel, mask=mask, other=0.0)
-    rest = tl.load(rest_ptr + pixel, mask=mask, other=1.0)
-    offs = c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    x = tl.load(logits_ptr + offs, mask=mask & (c < C), other=0.0).to(tl.float32) - top
-    e = tl.exp(x)
-    scale = 1 / (1 + rest)
-    p = tl.minimum(tl.maximum(e * scale, eps), 1 - eps)
-    # Not 1 - p: this keeps its digits where p is near 1.
-    q = tl.minimum(tl.maximum((1 - e + rest) * scale, eps), 1 - eps)
-    log_p = tl.minimum(tl.maximum(x - tl.log(1 + rest), tl.log(eps)), tl.log(1 - eps))
-    return p, q, log_p, tl.log(q)
+    return tl.load(label_ptr + pixel, mask=inside, other=-1).to(tl.int32), pixel
+
+
+# A label beyond all.
+NO_LABEL = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def difference(p_i, q_i, p_j, q_j):
-    """p_i - p_j, from the smaller of p and q so that little is rounded away."""
-    return tl.where(p_i > 0.5, q_j - q_i, p_i - p_j)
+def labels_around(
+    label_ptr, h, w, H, W, above, RADII: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr
+):
+    """Of the pixels of a patch and their neighbours: smallest label beyond ``above``, largest."""
+    label, _ = label_at(label_ptr, h, w, H, W)
+    smallest, largest = tl.where(label > above, label, NO_LABEL), label
+    if HALO > 0:
+        # A patch is at least twice as large as the reach: four shifted ones cover all.
+        for corner in range(4):
+            dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
+            label, _ = label_at(label_ptr, h + dy, w + dx, H, W)
+            smallest = tl.minimum(smallest, tl.where(label > above, label, NO_LABEL))
+            largest = tl.maximum(largest, label)
+    else:
+        for k in tl.static_range(len(RADII)):
+            for direction in range(9):
+                dy, dx = (direction // 3 - 1) * RADII[k], (direction % 3 - 1) * RADII[k]
+                label, _ = label_at(label_ptr, h + dy, w + dx, H, W)
+                smallest = tl.minimum(smallest, tl.where(label > above, label, NO_LABEL))
+                largest = tl.maximum(largest, label)
+    return tl.min(smallest), tl.max(largest)
 
 
 @triton.jit
-def kl(p, q, log_p, log_q, log_p_other, log_q_other):
-    """KL(p || other)."""
-    return p * (log_p - log_p_other) + q * (log_q - log_q_other)
+def distribution(x, top, rest, limit):
+    """p, q = 1 - p, log(p / q), log(q)."""
+    x -= top
+    log_odds = tl.minimum(tl.maximum(x - log(1 - exp(x) + rest), -limit), limit)
+    odds = exp(log_odds)
+    q = reciprocal(1 + odds)
+    return odds * q, q, log_odds, -log(1 + odds)
 
 
 @triton.jit
-def statistics_kernel(
-    logits_ptr, top_ptr, rest_ptr,
-    C, HW, W, stride_n, stride_c, stride_h, stride_w,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+def edge_tables_kernel(
+    logits_ptr, label_ptr, top_ptr, rest_ptr, edges_ptr,
+    C, H, W, stride_n, stride_c, margin, limit, PROGRAMS,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    c = tl.arange(0, BLOCK_C)[:, None]
-    n, pixel, h, w = pixels(HW, W, BLOCK_P)
-    mask = pixel < HW
-    offs = (h * stride_h + w.to(tl.int64) * stride_w)[None, :]
-    offs = n * stride_n + c.to(tl.int64) * stride_c + offs
-    x = tl.load(logits_ptr + offs, mask=(c < C) & mask[None, :], other=0.0).to(tl.float32)
-    x = tl.where(c < C, x, -float("inf"))
-    top, top_class = tl.max(x, axis=0, return_indices=True)
-    # The largest is left out of the sum, not subtracted from it: 1 - p of a confident pixel is
-    # this sum, and it may be far below the rounding of 1.
-    e = tl.where(c == top_class[None, :], 0.0, tl.exp(x - top[None, :]))
-    tl.store(top_ptr + n * HW + pixel, top, mask=mask)
-    tl.store(rest_ptr + n * HW + pixel, tl.sum(e, axis=0), mask=mask)
-
-
-@triton.jit
-def tables_kernel(
-    logits_ptr, target_ptr, top_ptr, rest_ptr, sums_ptr, counts_ptr,
-    C, H, W,
-    stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
-    margin, eps, ignore_index,
-    RADII: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = row[:, None]
     n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
-    target_ptr += n * target_stride_n
+    label_ptr += n * H * W
     top_ptr += n * H * W
     rest_ptr += n * H * W
+    K: tl.constexpr = COLUMNS[len(RADII)]
 
-    label_i = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
-    counted_i = label_i >= 0
-    p_i, q_i, log_p_i, log_q_i = load_probabilities(
-        logits_ptr, top_ptr, rest_ptr, c, h, w, counted_i, C, W,
-        stride_c, stride_h, stride_w, eps,
-    )  # fmt: skip
-    own_i = label_i == c
-
-    # Tables of this program: (2, C, K), edges first.
-    program = tl.program_id(0).to(tl.int64) * 2
-    row_offs = row.to(tl.int64) * len(RADII)
+    # In the channel of its own label a pixel a has an edge to every neighbour b of another label.
+    label, pixel = label_at(label_ptr, h, w, H, W)
+    counts = label >= 0
+    logits_ptr += tl.maximum(label, 0).to(tl.int64) * stride_c
+    x = tl.load(logits_ptr + pixel, mask=counts, other=0.0).to(tl.float32)
+    top = tl.load(top_ptr + pixel, mask=counts, other=0.0)
+    rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
+    if CROSS_ENTROPY:
+        store_by_label(
+            edges_ptr, 3 * K, label, log_1p(rest) - (x - top), counts.to(tl.float32), top,
+            C, PROGRAMS, 2, BLOCK_CLASSES,
+        )  # fmt: skip
+    smallest, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH, HALO)
+    any_edge = smallest < largest
+    p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
     for k in tl.static_range(len(RADII)):
-        edge_sum = tl.zeros_like(p_i)
-        non_edge_sum = tl.zeros_like(p_i)
-        edge_count = tl.zeros_like(p_i).to(tl.int32)
-        non_edge_count = tl.zeros_like(p_i).to(tl.int32)
-        # Half of the 8 neighbours: each pair once, with both its directed terms.
-        for direction in range(5, 9):
-            dy = (direction // 3 - 1) * RADII[k]
-            dx = (direction % 3 - 1) * RADII[k]
-            label_j = load_label(
-                target_ptr, h + dy, w + dx, H, W, C, target_stride_h, target_stride_w, ignore_index
-            )
-            pair = counted_i & (label_j >= 0)
-            edge = pair & (own_i != (label_j == c))
-            non_edge = pair & (own_i == (label_j == c))
-            p_j, q_j, log_p_j, log_q_j = load_probabilities(
-                logits_ptr, top_ptr, rest_ptr, c, h + dy, w + dx, pair, C, W,
-                stride_c, stride_h, stride_w, eps,
-            )  # fmt: skip
-            log_odds = (log_p_i - log_q_i) - (log_p_j - log_q_j)
-            both_kl = difference(p_i, q_i, p_j, q_j) * log_odds
-            kl_i = kl(p_j, q_j, log_p_j, log_q_j, log_p_i, log_q_i)  # i is the centre
-            kl_j = kl(p_i, q_i, log_p_i, log_q_i, log_p_j, log_q_j)
-            hinges = tl.maximum(margin - kl_i, 0.0) + tl.maximum(margin - kl_j, 0.0)
-            edge_sum += tl.where(edge, hinges, 0.0)
-            non_edge_sum += tl.where(non_edge, both_kl, 0.0)
-            edge_count += edge.to(tl.int32) * 2
-            non_edge_count += non_edge.to(tl.int32) * 2
-        mask = row < C
-        edges = program * C * len(RADII) + row_offs + k
-        non_edges = (program + 1) * C * len(RADII) + row_offs + k
-        tl.store(sums_ptr + edges, tl.sum(edge_sum, axis=1), mask=mask)
-        tl.store(sums_ptr + non_edges, tl.sum(non_edge_sum, axis=1), mask=mask)
-        tl.store(counts_ptr + edges, tl.sum(edge_count, axis=1), mask=mask)
-        tl.store(counts_ptr + non_edges, tl.sum(non_edge_count, axis=1), mask=mask)
+        hinges = tl.zeros_like(p_a)
+        product = tl.zeros_like(p_a)
+        entries = tl.zeros_like(p_a)
+        if any_edge:
+            for direction in range(9):
+                dy, dx = (direction // 3 - 1) * RADII[k], (direction % 3 - 1) * RADII[k]
+                label_b, pixel_b = label_at(label_ptr, h + dy, w + dx, H, W)
+                edge = counts & (label_b >= 0) & (label_b != label)
+                if tl.max(edge.to(tl.int32)) > 0:
+                    x_b = tl.load(logits_ptr + pixel_b, mask=edge, other=0.0).to(tl.float32)
+                    top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
+                    rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
+                    p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
+                    kl_a = p_b * (l_b - l_a) + (log_q_b - log_q_a)  # a is the centre
+                    kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
+                    both = tl.maximum(margin - kl_a, 0.0) + tl.maximum(margin - kl_b, 0.0)
+                    hinges += tl.where(edge, both, 0.0)
+                    # What the dense tables hold of this pair.
+                    product += tl.where(edge, (q_a + p_b) * (l_b - l_a), 0.0)
+                    entries += tl.where(edge, 2.0, 0.0)
+        store_by_label(
+            edges_ptr, 3 * COLUMNS[k], tl.where(any_edge, label, -1), hinges, product, entries,
+            C, PROGRAMS, 3, BLOCK_CLASSES,
+        )  # fmt: skip
 
 
 @triton.jit
-def gradient_kernel(
-    grad_sums_ptr, logits_ptr, target_ptr, top_ptr, rest_ptr, grad_p_ptr,
-    C, H, W,
-    stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
-    margin, eps, ignore_index,
-    RADII: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+def log_1p(x):
+    """log(1 + x) for x >= 0, whose digits 1 + x would round away."""
+    y = 1 + x
+    return log(y) + (x - (y - 1)) * reciprocal(y)
+
+
+@triton.jit
+def store_by_label(
+    table_ptr, first, label, x, y, z, C, PROGRAMS, NUM: tl.constexpr, BLOCK_CLASSES: tl.constexpr
+):
+    """Sums x, y and z of the pixels by their labels: rows of this program's partial table."""
+    classes = tl.arange(0, BLOCK_CLASSES)
+    x_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
+    y_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
+    z_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
+    c = tl.min(tl.where(label >= 0, label, NO_LABEL))
+    while c < NO_LABEL:  # the labels that there are
+        own, here = label == c, classes == c
+        x_sum = tl.where(here, tl.sum(tl.where(own, x, 0.0)), x_sum)
+        y_sum = tl.where(here, tl.sum(tl.where(own, y, 0.0)), y_sum)
+        if NUM > 2:
+            z_sum = tl.where(here, tl.sum(tl.where(own, z, 0.0)), z_sum)
+        c = tl.min(tl.where(label > c, label, NO_LABEL))
+    row = table_ptr + (tl.cast(C, tl.int64) * first + classes) * PROGRAMS + tl.program_id(0)
+    mask = classes < C
+    tl.store(row, x_sum, mask=mask)
+    row += tl.cast(C, tl.int64) * PROGRAMS
+    tl.store(row, y_sum, mask=mask)
+    if NUM > 2:
+        row += tl.cast(C, tl.int64) * PROGRAMS
+        tl.store(row, z_sum, mask=mask)
+
+
+@triton.jit
+def edge_gradient_kernel(
+    grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+    C, H, W, stride_n, stride_c, margin, limit,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
-    target_ptr += n * target_stride_n
+    grad_ptr += n * C * H * W
+    label_ptr += n * H * W
     top_ptr += n * H * W
     rest_ptr += n * H * W
+    K: tl.constexpr = COLUMNS[len(RADII)]
 
-    label_i = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
-    counted_i = label_i >= 0
-    p_i, q_i, log_p_i, log_q_i = load_probabilities(
-        logits_ptr, top_ptr, rest_ptr, c, h, w, counted_i, C, W,
-        stride_c, stride_h, stride_w, eps,
-    )  # fmt: skip
-    own_i = label_i == c
-
-    # With f_i = KL(p_j || p_i), i the centre, and f_j = KL(p_i || p_j), i the neighbour:
-    # d f_i / d p_i = (p_i - p_j) / (p_i q_i) and d f_j / d p_i = log-odds of i less those of j.
-    from_f_i = tl.zeros_like(p_i)
-    from_f_j = tl.zeros_like(p_i)
-    for k in tl.static_range(len(RADII)):
-        edges = c * len(RADII) + k
-        non_edges = edges + C * len(RADII)
-        grad_edge = tl.load(grad_sums_ptr + edges, mask=c < C, other=0.0)
-        grad_non_edge = tl.load(grad_sums_ptr + non_edges, mask=c < C, other=0.0)
-        # Not unrolled: all neighbours at once would not fit the registers.
-        for neighbour in range(8):
-            direction = neighbour + (neighbour > 3)  # 4 is the pixel itself
-            dy = (direction // 3 - 1) * RADII[k]
-            dx = (direction % 3 - 1) * RADII[k]
-            label_j = load_label(
-                target_ptr, h + dy, w + dx, H, W, C,
-                target_stride_h, target_stride_w, ignore_index,
-            )  # fmt: skip
-            pair = counted_i & (label_j >= 0)
-            edge = pair & (own_i != (label_j == c))
-            non_edge = pair & (own_i == (label_j == c))
-            p_j, q_j, log_p_j, log_q_j = load_probabilities(
-                logits_ptr, top_ptr, rest_ptr, c, h + dy, w + dx, pair, C, W,
-                stride_c, stride_h, stride_w, eps,
-            )  # fmt: skip
-            kl_i = kl(p_j, q_j, log_p_j, log_q_j, log_p_i, log_q_i)
-            kl_j = kl(p_i, q_i, log_p_i, log_q_i, log_p_j, log_q_j)
-            coefficient_i = tl.where(edge & (kl_i < margin), -grad_edge, 0.0)
-            coefficient_j = tl.where(edge & (kl_j < margin), -grad_edge, 0.0)
-            coefficient_i = tl.where(non_edge, grad_non_edge, coefficient_i)
-            coefficient_j = tl.where(non_edge, grad_non_edge, coefficient_j)
-            log_odds = (log_p_i - log_q_i) - (log_p_j - log_q_j)
-            from_f_i += coefficient_i * difference(p_i, q_i, p_j, q_j)
-            from_f_j += coefficient_j * log_odds
-    free = (p_i > eps) & (q_i > eps)  # the clamp passes a gradient
-    grad = tl.where(free, from_f_i / (p_i * q_i) + from_f_j, 0.0)
-    offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
-    offs = offs + h.to(tl.int64) * grad_stride_h + w.to(tl.int64) * grad_stride_w
-    tl.store(grad_p_ptr + offs, grad, mask=(c < C) & (h < H) & (w < W))
+    c, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH, HALO)
+    if c < largest:
+        label, pixel = label_at(label_ptr, h, w, H, W)
+        counts = label >= 0
+        top = tl.load(top_ptr + pixel, mask=counts, other=0.0)
+        rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
+        while c < NO_LABEL:  # the labels that there are
+            channel = logits_ptr + c.to(tl.int64) * stride_c
+            x = tl.load(channel + pixel, mask=counts, other=0.0).to(tl.float32)
+            p, q, log_odds, log_q = distribution(x, top, rest, limit)
+            own = label == c
+            from_u = tl.zeros_like(p)
+            from_l = tl.zeros_like(p)
+            for k in tl.static_range(len(RADII)):
+                grad_edge = tl.load(grad_sums_ptr + c * K + COLUMNS[k])
+                grad_dense = tl.load(grad_sums_ptr + (C + c) * K + COLUMNS[k])
+                for direction in range(9):
+                    dy, dx = (direction // 3 - 1) * RADII[k], (direction % 3 - 1) * RADII[k]
+                    label_b, pixel_b = label_at(label_ptr, h + dy, w + dx, H, W)
+                    edge = counts & (label_b >= 0) & (own != (label_b == c))
+                    if tl.max(edge.to(tl.int32)) > 0:
+                        x_b = tl.load(channel + pixel_b, mask=edge, other=0.0).to(tl.float32)
+                        top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
+                        rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
+                        p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
+                        l_step = log_odds - l_b
+                        # From the smaller of p and q: little is rounded away.
+                        p_step = tl.where(p > 0.5, q_b - q, p - p_b)
+                        u_step = tl.where(own, -q - p_b, p + q_b)
+                        centre = -p_b * l_step + (log_q_b - log_q) < margin
+                        neighbour = p * l_step + (log_q - log_q_b) < margin
+                        step = grad_dense * u_step + tl.where(centre, grad_edge, 0.0) * p_step
+                        from_u += tl.where(edge, step, 0.0)
+                        step = (grad_dense + tl.where(neighbour, grad_edge, 0.0)) * l_step
+                        from_l += tl.where(edge, step, 0.0)
+            grad = tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)
+            row = grad_ptr + c.to(tl.int64) * H * W + pixel
+            before = tl.load(row, mask=counts, other=0.0).to(tl.float32)
+            tl.store(row, (before - grad).to(grad_ptr.dtype.element_ty), mask=counts)
+            c, _ = labels_around(label_ptr, h, w, H, W, c, RADII, REACH, HALO)
 
 
 @triton.jit
 def softmax_backward_kernel(
-    grad_p_ptr, logits_ptr, top_ptr, rest_ptr, grad_ptr,
-    C, HW, W,
-    stride_n, stride_c, stride_h, stride_w, grad_p_stride_n, grad_p_stride_c, grad_p_stride_h,
-    grad_p_stride_w, grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+    C, HW, stride_n, stride_c,
+    CROSS_ENTROPY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
-    n, pixel, h, w = pixels(HW, W, BLOCK_P)
-    in_image = pixel < HW
-    top = tl.load(top_ptr + n * HW + pixel, mask=in_image, other=0.0)[None, :]
-    rest = tl.load(rest_ptr + n * HW + pixel, mask=in_image, other=1.0)[None, :]
-    h, w, mask = h[None, :], w.to(tl.int64)[None, :], (c < C) & in_image[None, :]
-    offs = n * stride_n + c * stride_c + h * stride_h + w * stride_w
-    x = tl.load(logits_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    x = tl.where(c < C, x, -float("inf"))
-    p = tl.exp(x - top) / (1 + rest)
-    offs = n * grad_p_stride_n + c * grad_p_stride_c + h * grad_p_stride_h + w * grad_p_stride_w
-    grad_p = tl.load(grad_p_ptr + offs, mask=mask, other=0.0) * p
-    grad = grad_p - p * tl.sum(grad_p, axis=0)[None, :]
-    # Over the classes this sums to 0. What is missing to that is the rounding error of the largest
-    # class: where p is near 1, nearly equal numbers were subtracted.
-    largest = tl.where(x == top, 1.0, 0.0)
-    missing = tl.sum(grad, axis=0) / tl.sum(largest, axis=0)
-    grad -= largest * missing[None, :]
-    offs = n * grad_stride_n + c * grad_stride_c + h * grad_stride_h + w * grad_stride_w
-    tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    n, first, pixel = pixels(HW, BLOCK_P)
+    in_image = pixel < HW - first
+    row = tl.arange(0, BLOCK_C)[:, None]
+    top = tl.load(top_ptr + n * HW + first + pixel, mask=in_image, other=0.0)
+    rest = tl.load(rest_ptr + n * HW + first + pixel, mask=in_image, other=1.0)
+    scale = reciprocal(1 + rest)
+    label = tl.load(label_ptr + n * HW + first + pixel, mask=in_image, other=-1).to(tl.int32)
+    cross = tl.zeros_like(top)
+    if CROSS_ENTROPY:
+        cross = tl.load(grad_log_loss_ptr + label, mask=label >= 0, other=0.0) * scale
+
+    x_ptr = logits_ptr + n * stride_n + first + row.to(tl.int64) * stride_c + pixel
+    grad_ptr += n * C * HW + first + row.to(tl.int64) * HW + pixel
+    of_top = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    of_others = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    c = 0
+    while c < C:
+        mask = (row < C - c) & in_image
+        x = tl.load(x_ptr + tl.cast(c, tl.int64) * stride_c, mask=mask, other=0.0).to(tl.float32)
+        row_ptr = grad_ptr + tl.cast(c, tl.int64) * HW
+        grad = tl.load(row_ptr, mask=mask, other=0.0).to(tl.float32)
+        of_top += tl.where(x == top, grad, 0.0)
+        of_others += tl.where(x == top, 0.0, grad)
+        c += BLOCK_C
+    of_others = tl.sum(of_others, axis=0, keep_dims=True)
+    total = (of_others + tl.sum(of_top, axis=0, keep_dims=True)) * scale
+    # Over the classes the result sums to 0. That of a class with p near 1, where nearly equal
+    # numbers would be subtracted, follows from the others, which are small and exact.
+    from_others = rest * total - of_others
+    c = 0
+    while c < C:
+        mask = (row < C - c) & in_image
+        x = tl.load(x_ptr + tl.cast(c, tl.int64) * stride_c, mask=mask, other=0.0).to(tl.float32)
+        row_ptr = grad_ptr + tl.cast(c, tl.int64) * HW
+        grad = tl.load(row_ptr, mask=mask, other=0.0).to(tl.float32)
+        e = exp(x - top)
+        grad = tl.where((x == top) & (rest < 1), from_others, grad - e * total)
+        if CROSS_ENTROPY:
+            grad += cross * tl.where(row == label - c, e - 1 - rest, e)
+        tl.store(row_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+        c += BLOCK_C
+
+
+@triton.jit
+def sum_kernel(
+    dense_ptr, pairs_ptr, edges_ptr, sums_ptr, counts_ptr, log_loss_ptr, pixels_ptr,
+    C, K, DENSE_PROGRAMS, EDGE_PROGRAMS,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    c, k = (tl.program_id(0) // (K + 1)).to(tl.int64), tl.program_id(0) % (K + 1)
+    edges = edges_ptr + (3 * k * C + c) * EDGE_PROGRAMS
+    step = tl.cast(C, tl.int64) * EDGE_PROGRAMS
+    first = sum_row(edges, EDGE_PROGRAMS, BLOCK)
+    second = sum_row(edges + step, EDGE_PROGRAMS, BLOCK)
+    if k < K:
+        count = sum_row(edges + 2 * step, EDGE_PROGRAMS, BLOCK)
+        dense = sum_row(dense_ptr + (c * K + k) * DENSE_PROGRAMS, DENSE_PROGRAMS, BLOCK)
+        pairs = sum_row(pairs_ptr + tl.cast(k, tl.int64) * DENSE_PROGRAMS, DENSE_PROGRAMS, BLOCK)
+        entry = c * K + k
+        tl.store(sums_ptr + entry, first.to(tl.float32))
+        tl.store(sums_ptr + C * K + entry, (dense - second).to(tl.float32))
+        tl.store(counts_ptr + entry, count.to(tl.int64))
+        tl.store(counts_ptr + C * K + entry, (pairs - count).to(tl.int64))
+    else:
+        tl.store(log_loss_ptr + c, first.to(tl.float32))
+        tl.store(pixels_ptr + c, second.to(tl.int64))
+
+
+@triton.jit
+def sum_row(row_ptr, num, BLOCK: tl.constexpr):
+    """float64: exact for counts, whatever the image."""
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    while num > 0:
+        total += tl.load(row_ptr + offs, mask=offs < num, other=0.0).to(tl.float64)
+        row_ptr += BLOCK
+        num -= BLOCK
+    return tl.sum(total)
 
 
 def forward(
@@ -264,84 +685,180 @@ def forward(
     margin: float,
     eps: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts (2, C, K), edges first; log loss and pixels (C,); label, and the softmax
+    statistics top and rest (N, 1, H, W).
+    """
     n, num_classes, height, width = logits.shape
+    logits, target = planes(logits), target.contiguous()
     top = logits.new_empty(n, 1, height, width, dtype=torch.float32)
     rest = torch.empty_like(top)
-    grid = patch_grid(logits)
-    tables = grid[0], 2, num_classes, len(kernel_sizes)
-    sums = logits.new_empty(tables, dtype=torch.float32)
-    counts = logits.new_empty(tables, dtype=torch.int32)
-    if n > 0:
-        with on_device(logits):
-            statistics_kernel[pixel_grid(logits)](
-                logits, top, rest, num_classes, height * width, width, *logits.stride(),
-                **pixel_blocks(logits),
+    label = torch.empty_like(top, dtype=torch.int16)
+    k = len(kernel_sizes)
+    new_table = logits.new_empty if n > 0 else logits.new_zeros
+    sums = new_table((2, num_classes, k), dtype=torch.float32)
+    counts = new_table((2, num_classes, k), dtype=torch.int64)
+    log_loss = new_table(num_classes, dtype=torch.float32)
+    pixels = new_table(num_classes, dtype=torch.int64)
+    if n == 0:
+        return sums, counts, log_loss, pixels, label, top, rest
+
+    shape = num_classes, height, width, logits.stride(0), logits.stride(1)
+    limit = math.log((1 - eps) / eps)
+    strips, patches = strip_programs(logits), patch_programs(logits)
+    # Programs last: what adds them up reads consecutive numbers.
+    dense = logits.new_empty(num_classes, k, strips, dtype=torch.float32)
+    pairs = logits.new_empty(k, strips, dtype=torch.float32)
+    edges = logits.new_empty(3 * k + 2, num_classes, patches, dtype=torch.float32)
+    with on_device(logits):
+        statistics_kernel[pixel_grid(logits)](
+            logits, target, top, rest, label, num_classes, height * width,
+            logits.stride(0), logits.stride(1), target.stride(0), ignore_index,
+            **pixel_blocks(logits),
+        )  # fmt: skip
+        for i, (sizes, strip, patch) in enumerate(parts(kernel_sizes, logits)):
+            dense_tables_kernel[strip_grid(logits)](
+                logits, label, top, rest, dense, pairs, *shape, limit, eps, rows(logits), strips,
+                **sizes, **strip,
             )  # fmt: skip
-            tables_kernel[grid](
-                logits, target, top, rest, sums, counts, num_classes, height, width,
-                *logits.stride(), *target.stride(), margin, eps, ignore_index,
-                RADII=radii(kernel_sizes), **patch_blocks(logits),
+            edge_tables_kernel[(patches,)](
+                logits, label, top, rest, edges, *shape, margin, limit, patches,
+                CROSS_ENTROPY=i == 0, BLOCK_CLASSES=triton.next_power_of_2(num_classes),
+                **sizes, **patch,
             )  # fmt: skip
-    return sums.sum(dim=0), counts.sum(dim=0), top, rest
+        sum_kernel[(num_classes * (k + 1),)](
+            dense, pairs, edges, sums, counts, log_loss, pixels, num_classes, k, strips, patches,
+            BLOCK=BLOCK_SUM, num_warps=1,
+        )  # fmt: skip
+    return sums, counts, log_loss, pixels, label, top, rest
 
 
 def backward(
     grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
     top: Tensor,
     rest: Tensor,
     kernel_sizes: list[int],
     margin: float,
     eps: float,
-    ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the sums."""
+    """The gradient with respect to the logits, given those with respect to sums and log loss."""
+    given, logits = logits, planes(logits)
     n, num_classes, height, width = logits.shape
-    grad = torch.empty_like(logits)
-    # The gradient of p is rounded to nothing less than float32: the softmax subtracts parts of it.
-    grad_p = grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
+    # First p d loss / d p: it has the range of the result, so it can have its dtype and place.
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    shape = num_classes, height, width, logits.stride(0), logits.stride(1)
+    limit = math.log((1 - eps) / eps)
     if n > 0:
         with on_device(logits):
-            gradient_kernel[patch_grid(logits)](
-                grad_sums, logits, target, top, rest, grad_p,
-                num_classes, height, width,
-                *logits.stride(), *target.stride(), *grad_p.stride(), margin, eps, ignore_index,
-                RADII=radii(kernel_sizes), **patch_blocks(logits),
-            )  # fmt: skip
+            for i, (sizes, strip, patch) in enumerate(parts(kernel_sizes, logits)):
+                dense_gradient_kernel[strip_grid(logits)](
+                    grad_sums, logits, label, top, rest, grad, *shape, limit, eps, rows(logits),
+                    ADD=i > 0, **sizes, **strip,
+                )  # fmt: skip
+                edge_gradient_kernel[(patch_programs(logits),)](
+                    grad_sums, logits, label, top, rest, grad, *shape, margin, limit,
+                    **sizes, **patch,
+                )  # fmt: skip
             softmax_backward_kernel[pixel_grid(logits)](
-                grad_p, logits, top, rest, grad, num_classes, height * width, width,
-                *logits.stride(), *grad_p.stride(), *grad.stride(), **pixel_blocks(logits),
+                grad_log_loss, logits, label, top, rest, grad, num_classes, height * width,
+                logits.stride(0), logits.stride(1),
+                CROSS_ENTROPY=grad_log_loss is not None, **pixel_blocks(logits),
             )  # fmt: skip
-    return grad
+    del logits
+    return in_layout_of(given, grad)
 
 
-def radii(kernel_sizes: list[int]) -> tuple[int, ...]:
-    return tuple((size - 1) // 2 for size in kernel_sizes)
+def planes(logits: Tensor) -> Tensor:
+    """Logits whose pixels follow one another: others are copied. A march through them would move
+    a sector of 32 bytes for every number.
+    """
+    _, _, height, width = logits.shape
+    follow = (width == 1 or logits.stride(3) == 1) and (height == 1 or logits.stride(2) == width)
+    return logits if follow else logits.contiguous()
+
+
+def parts(
+    kernel_sizes: list[int], logits: Tensor
+) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Sizes that a march keeps in registers and those too large for it: sizes, blocks of strips and
+    of patches.
+    """
+    radii = steps_in_32_bits([(size - 1) // 2 for size in kernel_sizes])
+    found = []
+    for near in (True, False):
+        columns = tuple(k for k, d in enumerate(radii) if (d <= HALO) == near)
+        if columns:
+            sizes = {
+                "RADII": tuple(radii[k] for k in columns),
+                "COLUMNS": (*columns, len(radii)),
+                "REACH": max(radii[k] for k in columns) if near else 0,
+                "HALO": HALO if near else 0,
+            }
+            found.append((sizes, strip_blocks(logits), patch_blocks(logits)))
+    return found
+
+
+def strip_blocks(logits: Tensor) -> dict[str, int]:
+    _, num_classes, _, width = logits.shape
+    classes = triton.next_power_of_2(num_classes)
+    lanes = 16 if width <= 4 * 16 - HALO else 32
+    if logits.device.type == "cpu":
+        return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": lanes, "UNROLL": 1}
+    return {"BLOCK_C": min(2, classes), "LANES": lanes, "UNROLL": 2, "num_warps": 1}
+
+
+def rows(logits: Tensor) -> int:
+    """Of a strip of one program: many, for few are shared with the neighbours then, but as few as
+    give every processor several programs.
+    """
+    n, num_classes, height, width = logits.shape
+    if logits.device.type == "cpu":
+        return INTERPRETED_ROWS
+    strips = n * strips_in(width, strip_blocks(logits)) * class_blocks(logits)
+    return max(8, min(64, triton.cdiv(height, triton.cdiv(STRIP_PROGRAMS, strips))))
+
+
+def strips_in(width: int, blocks: dict[str, int]) -> int:
+    columns = 4 * blocks["LANES"]
+    return 1 if width <= columns - HALO else triton.cdiv(width, columns - 2 * HALO)
+
+
+def class_blocks(logits: Tensor) -> int:
+    return triton.cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
+
+
+def strip_programs(logits: Tensor) -> int:
+    """Without those of other classes."""
+    n, _, height, width = logits.shape
+    return n * strips_in(width, strip_blocks(logits)) * triton.cdiv(height, rows(logits))
+
+
+def strip_grid(logits: Tensor) -> tuple[int]:
+    return (strip_programs(logits) * class_blocks(logits),)
 
 
 def patch_blocks(logits: Tensor) -> dict[str, int]:
-    classes = triton.next_power_of_2(logits.shape[1])
     if logits.device.type == "cpu":
-        return {"BLOCK_C": min(16, classes), **INTERPRETED_PATCH}
-    return {"BLOCK_C": min(MAX_BLOCK_C, classes), "BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
+        return {"BLOCK_H": INTERPRETED_PATCH[0], "BLOCK_W": INTERPRETED_PATCH[1]}
+    return {"BLOCK_H": 8, "BLOCK_W": 16, "num_warps": 1}
 
 
-def patch_grid(logits: Tensor) -> tuple[int, int]:
-    """Images are part of the first axis: the others end at 65535."""
-    n, num_classes, height, width = logits.shape
+def patch_programs(logits: Tensor) -> int:
+    n, _, height, width = logits.shape
     blocks = patch_blocks(logits)
-    patches = triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
-    return patches * n, triton.cdiv(num_classes, blocks["BLOCK_C"])
+    return n * triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
 
 
 def pixel_blocks(logits: Tensor) -> dict[str, int]:
-    block_c = triton.next_power_of_2(logits.shape[1])
-    return {"BLOCK_C": block_c, "BLOCK_P": max(16, min(256, BLOCK_ALL_CLASSES // block_c))}
+    classes = triton.next_power_of_2(logits.shape[1])
+    if logits.device.type == "cpu":
+        return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "BLOCK_P": INTERPRETED_PIXELS}
+    return {"BLOCK_C": min(4, classes), "BLOCK_P": 128, "num_warps": 1}
 
 
 def pixel_grid(logits: Tensor) -> tuple[int]:
     n, _, height, width = logits.shape
-    return (triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]) * n,)
+    return (n * triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)

@@ -13,6 +13,10 @@ from torch import Tensor
 from tritonaff.ops.backend import tile_runs
 from tritonaff.portable import affinity_field as portable
 from tritonaff.portable import affinity_field_authors as portable_authors
+from tritonaff.portable.blocks import label_dtype
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("tritonaff::affinity_field", mutates_args=())
@@ -25,10 +29,13 @@ def affinity_field(
     ignore_index: int,
     variant: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
+) -> Outputs:
+    """Sums and counts (2, C, K), edges first; of cross-entropy, by label, the sum of -log p and the
+    pixels that count (C,); what the backward pass needs (N, 1, H, W): labels, -1 where a pixel does
+    not count, and the softmax statistics top and rest.
+    """
     implementation = _implementation(logits, variant, backend)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(
+    result: Outputs = implementation.forward(
         logits, target, list(kernel_sizes), margin, eps, ignore_index
     )
     return result
@@ -44,13 +51,16 @@ def _(
     ignore_index: int,
     variant: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     n, c, height, width = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     table, statistic = (2, c, len(kernel_sizes)), (n, 1, height, width)
     return (
         logits.new_empty(table, dtype=dtype),
         logits.new_empty(table, dtype=torch.int64),
+        logits.new_empty(c, dtype=dtype),
+        logits.new_empty(c, dtype=torch.int64),
+        logits.new_empty(statistic, dtype=label_dtype(c)),
         logits.new_empty(statistic, dtype=dtype),
         logits.new_empty(statistic, dtype=dtype),
     )
@@ -59,14 +69,14 @@ def _(
 @torch.library.custom_op("tritonaff::affinity_field_backward", mutates_args=())
 def affinity_field_backward(
     grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
     top: Tensor,
     rest: Tensor,
     kernel_sizes: Sequence[int],
     margin: float,
     eps: float,
-    ignore_index: int,
     variant: str,
     backend: str,
 ) -> Tensor:
@@ -74,14 +84,14 @@ def affinity_field_backward(
     implementation = _implementation(logits, variant, backend)
     grad: Tensor = implementation.backward(
         grad_sums.contiguous(),
+        None if grad_log_loss is None else grad_log_loss.contiguous(),
         logits,
-        target,
+        label,
         top,
         rest,
         list(kernel_sizes),
         margin,
         eps,
-        ignore_index,
     )
     return grad
 
@@ -89,32 +99,38 @@ def affinity_field_backward(
 @affinity_field_backward.register_fake
 def _(
     grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
     top: Tensor,
     rest: Tensor,
     kernel_sizes: Sequence[int],
     margin: float,
     eps: float,
-    ignore_index: int,
     variant: str,
     backend: str,
 ) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, *ctx.options = inputs
-    _, counts, top, rest = output
-    ctx.save_for_backward(logits, target, top, rest)
-    ctx.mark_non_differentiable(counts, top, rest)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    logits, _, kernel_sizes, margin, eps, _, variant, backend = inputs
+    sums, counts, _, pixels, label, top, rest = output
+    ctx.save_for_backward(logits, label, top, rest)
+    ctx.options = kernel_sizes, margin, eps, variant, backend
+    ctx.shape, ctx.dtype = sums.shape, sums.dtype
+    ctx.mark_non_differentiable(counts, pixels, label, top, rest)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_sums is None:
+def _backward(
+    ctx: Any, grad_sums: Tensor | None, _: None, grad_log_loss: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
+    if grad_sums is None and grad_log_loss is None:
         return (None,) * 8
-    grad = affinity_field_backward(grad_sums, *ctx.saved_tensors, *ctx.options)
+    if grad_sums is None:
+        grad_sums = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad_log_loss.device)
+    grad = affinity_field_backward(grad_sums, grad_log_loss, *ctx.saved_tensors, *ctx.options)
     return grad, *(None for _ in range(7))
 
 

@@ -28,6 +28,7 @@ from tritonaff.portable.blocks import (
     blocks,
     counted_labels,
     in_layout_of,
+    label_dtype,
     sum_dtype,
 )
 
@@ -42,11 +43,14 @@ def forward(
     margin: float,
     eps: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts (2, C, K), edges first; log loss and pixels (C,); label, and the softmax
+    statistics top and rest (N, 1, H, W).
+    """
     logits = at_least_float32(logits).contiguous()
+    label = counted_labels(target, logits.shape[1], ignore_index)
     top, rest = softmax_statistics(logits)
-    image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
+    image = Image.load(logits, label, top, rest, kernel_sizes, eps)
     shape = logits.shape[1], len(kernel_sizes)
     edge_sum = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
     non_edge_sum = torch.zeros_like(edge_sum)
@@ -79,24 +83,27 @@ def forward(
             non_edge_sum[block.classes, k] += per_plane.sum(dim=0, dtype=non_edge_sum.dtype)
 
     sums = torch.stack((edge_sum, non_edge_sum)).to(logits.dtype)
-    return sums, torch.stack((edge_count, pair_count - edge_count)), top, rest
+    counts = torch.stack((edge_count, pair_count - edge_count))
+    cross_entropy = cross_entropy_by_label(logits, label, top, rest)
+    return sums, counts, *cross_entropy, label.to(label_dtype(logits.shape[1])), top, rest
 
 
 def backward(
     grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
     top: Tensor,
     rest: Tensor,
     kernel_sizes: list[int],
     margin: float,
     eps: float,
-    ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the sums."""
+    """The gradient with respect to the logits, given those with respect to sums and log loss."""
     grad_edge_sum, grad_non_edge_sum = grad_sums
     given, logits = logits, at_least_float32(logits).contiguous()
-    image = Image.load(logits, target, top, rest, kernel_sizes, eps, ignore_index)
+    label = label.to(torch.int64)
+    image = Image.load(logits, label, top, rest, kernel_sizes, eps)
 
     grad_p = torch.zeros_like(logits)
     for k, d, _ in image.sizes:
@@ -128,7 +135,8 @@ def backward(
         free.mul_(image.valid[block.images])
         grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
         grad_p[block.images, block.classes].add_(grad_u).mul_(free)
-    return in_layout_of(given, softmax_backward_(grad_p, logits, top, rest))
+    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
+    return in_layout_of(given, grad_p)
 
 
 class Size(NamedTuple):
@@ -158,14 +166,12 @@ class Image(NamedTuple):
     def load(
         cls,
         logits: Tensor,
-        target: Tensor,
+        label: Tensor,
         top: Tensor,
         rest: Tensor,
         kernel_sizes: list[int],
         eps: float,
-        ignore_index: int,
     ) -> Image:
-        label = counted_labels(target, logits.shape[1], ignore_index)
         float_label = label.to(logits.dtype)
         valid = torch.ge(float_label, 0, out=torch.empty_like(rest))
         n, num_classes, height, width = logits.shape
@@ -354,8 +360,30 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, rest
 
 
-def softmax_backward_(grad_p: Tensor, logits: Tensor, top: Tensor, rest: Tensor) -> Tensor:
-    """From the gradient of the softmax to that of the logits, in place.
+def cross_entropy_by_label(
+    logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the pixels of each label (C,): the sum of -log p there, unclamped, and their number."""
+    own = label.clamp(min=0)
+    log_loss = torch.log1p(rest).sub_(logits.gather(1, own).sub_(top))
+    counted = label >= 0
+    total = logits.new_zeros(logits.shape[1], dtype=sum_dtype(logits.device))
+    pixels = torch.zeros_like(total, dtype=torch.int64)
+    # -log p may be infinite: pixels that do not count are not multiplied by 0.
+    total.index_add_(0, own.view(-1), log_loss.where(counted, 0).view(-1).to(total.dtype))
+    pixels.index_add_(0, own.view(-1), counted.view(-1).to(pixels.dtype))
+    return total.to(logits.dtype), pixels
+
+
+def softmax_backward_(
+    grad_p: Tensor,
+    grad_log_loss: Tensor | None,
+    logits: Tensor,
+    label: Tensor,
+    top: Tensor,
+    rest: Tensor,
+) -> None:
+    """From the gradient of the softmax to that of the logits, in place; adds cross-entropy's.
 
     Over the classes of a pixel the result sums to 0. What is missing to that is the rounding error
     of the largest class: where p is near 1, p (g - sum p g) subtracts nearly equal numbers.
@@ -363,12 +391,17 @@ def softmax_backward_(grad_p: Tensor, logits: Tensor, top: Tensor, rest: Tensor)
     for images, rows in bands(logits):
         p = (logits[images, :, rows] - top[images, :, rows]).exp_()
         largest = torch.eq(p, 1, out=torch.empty_like(p))
-        p.div_(1 + rest[images, :, rows])
+        total = 1 + rest[images, :, rows]
+        some_label = label[images, :, rows].clamp(min=0)
+        own_q = (1 - p.gather(1, some_label)).add_(rest[images, :, rows]).div_(total)
+        p.div_(total)
         grad = grad_p[images, :, rows].mul_(p)
-        grad.sub_(p.mul_(grad.sum(dim=1, keepdim=True)))
+        grad.addcmul_(p, grad.sum(dim=1, keepdim=True), value=-1)
         missing = grad.sum(dim=1, keepdim=True).div_(largest.sum(dim=1, keepdim=True))
         grad.sub_(largest.mul_(missing))
-    return grad_p
+        if grad_log_loss is not None:
+            factor = grad_log_loss[some_label].where(label[images, :, rows] >= 0, 0)
+            grad.addcmul_(p.scatter_(1, some_label, own_q.neg_()), factor)
 
 
 def probabilities(

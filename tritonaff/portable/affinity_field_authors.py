@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.affinity_field import softmax_backward_, softmax_statistics
+from tritonaff.portable.affinity_field import (
+    cross_entropy_by_label,
+    softmax_backward_,
+    softmax_statistics,
+)
 from tritonaff.portable.blocks import (
     at_least_float32,
     blocks,
     counted_labels,
     in_layout_of,
+    label_dtype,
     sum_dtype,
 )
 
@@ -31,8 +36,10 @@ def forward(
     margin: float,
     eps: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; softmax statistics top and rest (N, 1, H, W)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts (2, C, K), edges first; log loss and pixels (C,); label, and the softmax
+    statistics top and rest (N, 1, H, W).
+    """
     logits = at_least_float32(logits).contiguous()
     label = counted_labels(target, logits.shape[1], ignore_index)
     top, rest = softmax_statistics(logits)
@@ -60,24 +67,26 @@ def forward(
             pair_count[:, k].index_add_(0, row[here].flatten(), entries)
 
     sums = torch.stack((edge_sum, non_edge_sum)).to(logits.dtype)
-    return sums, torch.stack((edge_count, pair_count - edge_count)), top, rest
+    counts = torch.stack((edge_count, pair_count - edge_count))
+    cross_entropy = cross_entropy_by_label(logits, label, top, rest)
+    return sums, counts, *cross_entropy, label.to(label_dtype(logits.shape[1])), top, rest
 
 
 def backward(
     grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
     top: Tensor,
     rest: Tensor,
     kernel_sizes: list[int],
     margin: float,
     eps: float,
-    ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the sums."""
+    """The gradient with respect to the logits, given those with respect to sums and log loss."""
     grad_edge_sum, grad_non_edge_sum = grad_sums
     given, logits = logits, at_least_float32(logits).contiguous()
-    label = counted_labels(target, logits.shape[1], ignore_index)
+    label = label.to(torch.int64)
     grad_p = torch.zeros_like(logits)
     for images, classes in blocks(logits):
         a, b, own = fields(logits, label, top, rest, eps, images, classes)
@@ -99,7 +108,8 @@ def backward(
         grad_a.mul_(a > eps)
         grad_b.mul_(b > eps)
         grad_p[images, classes] = grad_a.sub_(grad_b)
-    return in_layout_of(given, softmax_backward_(grad_p, logits, top, rest))
+    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
+    return in_layout_of(given, grad_p)
 
 
 def fields(

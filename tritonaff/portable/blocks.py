@@ -43,6 +43,11 @@ def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tenso
     return label.where(counted, -1).contiguous()
 
 
+def label_dtype(num_classes: int) -> torch.dtype:
+    """For labels that live until the backward pass."""
+    return torch.int16 if num_classes <= torch.iinfo(torch.int16).max else torch.int32
+
+
 def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
