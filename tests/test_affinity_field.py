@@ -246,11 +246,17 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_field as kernels
 
-    monkeypatch.setattr(kernels, "INTERPRETED_PATCH", {"BLOCK_H": 2, "BLOCK_W": 8})
-    monkeypatch.setattr(kernels, "BLOCK_ALL_CLASSES", 64)
+    blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "num_warps": 1}
+    monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
+    monkeypatch.setattr(kernels, "rows", lambda logits: 4)
+    patch = {"BLOCK_D": 2, "BLOCK_H": 8, "BLOCK_W": 8, "num_warps": 1}
+    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
+    pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
+    monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
+    monkeypatch.setattr(kernels, "BLOCK_SUM", 2)
     for confidence in (0.0, 9.0):
         inputs = make_inputs((2, 3, 7, 19), device=device, confidence=confidence)
-        check_parity(case_with((3, 7)), "triton", *inputs)
+        check_parity(case_with((3, 9)), "triton", *inputs)
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
@@ -347,12 +353,14 @@ def test_opcheck(backend, device, variant, memory_format):
     settings = (3, 7), 3.0, 1e-4, 255, variant, backend
     op = torch.ops.tritonaff.affinity_field.default
     torch.library.opcheck(op, (logits, target, *settings))
-    assert [out.requires_grad for out in op(logits, target, *settings)] == [True] + 3 * [False]
-    sums, _, top, rest = op(logits.detach(), target, *settings)
-    torch.library.opcheck(
-        torch.ops.tritonaff.affinity_field_backward.default,
-        (torch.ones_like(sums), logits.detach(), target, top, rest, *settings),
-    )
+    assert [out.requires_grad for out in op(logits, target, *settings)] == [i in (0, 2) for i in range(7)]
+    sums, _, log_loss, _, label, top, rest = op(logits.detach(), target, *settings)
+    settings = (3, 7), 3.0, 1e-4, variant, backend
+    for grad_log_loss in (None, torch.ones_like(log_loss)):
+        torch.library.opcheck(
+            torch.ops.tritonaff.affinity_field_backward.default,
+            (torch.ones_like(sums), grad_log_loss, logits.detach(), label, top, rest, *settings),
+        )
 
 
 # --- Properties ----------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ from tritonaff.portable.blocks import in_layout_of
 HALO = 4
 # Programs that march: a few for every processor of a large GPU.
 STRIP_PROGRAMS = 6144
-BLOCK_SUM = 1024
+BLOCK_SUM = 8192
 # The interpreter takes its time per program and per operation, whatever the size.
 INTERPRETED_CLASSES = 16
 INTERPRETED_ROWS = 64
-INTERPRETED_PATCH = 16, 32
+INTERPRETED_PATCH = {"BLOCK_H": 32, "BLOCK_W": 64}
 INTERPRETED_PIXELS = 2048
 
 
@@ -88,40 +88,34 @@ def fields(x, top, rest, own, limit, eps):
 
 
 @triton.jit
-def of_lane(x, step: tl.constexpr):
-    """x (B, LANES) of the lane ``step`` further, in a circle."""
-    if step == 0:
-        return x
-    lanes: tl.constexpr = x.shape[1]
-    index = (tl.arange(0, lanes)[None, :] + step + lanes) % lanes
-    return tl.gather(x, tl.broadcast_to(index, x.shape), 1)
-
-
-@triton.jit
-def of_column(columns, column: tl.constexpr):
-    """One of the four columns of every lane, or of a lane to the left or right."""
-    return of_lane(columns[column % 4], column // 4)
-
-
-@triton.jit
 def box_sum(x, d: tl.constexpr):
-    """x (B, LANES, 4) plus itself d columns to the left and to the right."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)))
+    """x (B, LANES, 4) plus itself d columns to the left and to the right, lanes in a circle."""
+    lanes: tl.constexpr = x.shape[1]
+    lane = tl.broadcast_to(tl.arange(0, lanes)[None, :], (x.shape[0], lanes))
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], lanes, 2, 2)))
     x_0, x_2 = tl.split(even)
     x_1, x_3 = tl.split(odd)
-    x = (x_0, x_1, x_2, x_3)
-    y_0 = x_0 + of_column(x, -d) + of_column(x, d)
-    y_1 = x_1 + of_column(x, 1 - d) + of_column(x, 1 + d)
-    y_2 = x_2 + of_column(x, 2 - d) + of_column(x, 2 + d)
-    y_3 = x_3 + of_column(x, 3 - d) + of_column(x, 3 + d)
-    y = tl.join(tl.join(y_0, y_2), tl.join(y_1, y_3))
-    return tl.reshape(y, (y_0.shape[0], y_0.shape[1], 4))
+    columns = (x_0, x_1, x_2, x_3)
+    sums = ()
+    for column in tl.static_range(4):
+        left = columns[(column - d) % 4]
+        if column < d:
+            left = tl.gather(left, (lane + lanes - 1) % lanes, 1)
+        right = columns[(column + d) % 4]
+        if column + d > 3:
+            right = tl.gather(right, (lane + 1) % lanes, 1)
+        sums += (columns[column] + left + right,)
+    y = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
+    return tl.reshape(y, (x_0.shape[0], lanes, 4))
 
 
 @triton.jit
 def box_count(x, d: tl.constexpr):
     """The same of small numbers, a byte for each of the four columns: x (1, LANES)."""
-    left, right = of_lane(x, -1), of_lane(x, 1)
+    lanes: tl.constexpr = x.shape[1]
+    lane = tl.arange(0, lanes)[None, :]
+    left = tl.gather(x, (lane + lanes - 1) % lanes, 1)
+    right = tl.gather(x, (lane + 1) % lanes, 1)
     if d < 4:
         left = (x << 8 * d) | (left >> (32 - 8 * d))
         right = (x >> 8 * d) | (right << (32 - 8 * d))
@@ -374,7 +368,8 @@ def dense_gradient_kernel(
                 from_l = boxes * ls[REACH] - from_l
                 # p d / d p of the sums; the clamp passes no gradient.
                 odds = exp(ls[REACH])
-                p = odds * reciprocal(1 + odds)
+                root = tl.rsqrt(1 + odds)
+                p = odds * (root * root)
                 grad = from_u * (1 + odds) + from_l * p
                 free = (tl.abs(ls[REACH]) < limit) & (unpacked(vs[REACH]) > 0)
                 grad = tl.where(free, grad, 0.0)
@@ -388,14 +383,22 @@ def dense_gradient_kernel(
 
 @triton.jit
 def patch(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Image, and rows and columns (pixels,), of this program's patch."""
+    """Image, and rows and columns (1, pixels), of this program's patch."""
     patches_w = tl.cdiv(W, BLOCK_W)
     patches = tl.cdiv(H, BLOCK_H) * patches_w
     n, place = tl.program_id(0) // patches, tl.program_id(0) % patches
-    offs = tl.arange(0, BLOCK_H * BLOCK_W)
+    offs = tl.arange(0, BLOCK_H * BLOCK_W)[None, :]
     h = (place // patches_w) * BLOCK_H + offs // BLOCK_W
     w = (place % patches_w) * BLOCK_W + offs % BLOCK_W
     return n.to(tl.int64), h, w
+
+
+@triton.jit
+def step_to(first, BLOCK_D: tl.constexpr):
+    """Rows and columns (BLOCK_D, 1) to some of the 8 neighbours."""
+    neighbour = first + tl.arange(0, BLOCK_D)[:, None]
+    direction = neighbour + (neighbour > 3).to(tl.int32)  # 4 is the pixel itself
+    return direction // 3 - 1, direction % 3 - 1
 
 
 @triton.jit
@@ -426,12 +429,12 @@ def labels_around(
             largest = tl.maximum(largest, label)
     else:
         for k in tl.static_range(len(RADII)):
-            for direction in range(9):
-                dy, dx = (direction // 3 - 1) * RADII[k], (direction % 3 - 1) * RADII[k]
-                label, _ = label_at(label_ptr, h + dy, w + dx, H, W)
+            for neighbour in range(8):
+                dy, dx = step_to(neighbour, 1)
+                label, _ = label_at(label_ptr, h + dy * RADII[k], w + dx * RADII[k], H, W)
                 smallest = tl.minimum(smallest, tl.where(label > above, label, NO_LABEL))
                 largest = tl.maximum(largest, label)
-    return tl.min(smallest), tl.max(largest)
+    return tl.min(tl.min(smallest, axis=0), axis=0), tl.max(tl.max(largest, axis=0), axis=0)
 
 
 @triton.jit
@@ -450,7 +453,8 @@ def edge_tables_kernel(
     C, H, W, stride_n, stride_c, margin, limit, PROGRAMS,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
@@ -471,19 +475,19 @@ def edge_tables_kernel(
             edges_ptr, 3 * K, label, log_1p(rest) - (x - top), counts.to(tl.float32), top,
             C, PROGRAMS, 2, BLOCK_CLASSES,
         )  # fmt: skip
+    # The tables are zeroed: nothing to add where there is one label.
     smallest, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH, HALO)
-    any_edge = smallest < largest
-    p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
-    for k in tl.static_range(len(RADII)):
-        hinges = tl.zeros_like(p_a)
-        product = tl.zeros_like(p_a)
-        entries = tl.zeros_like(p_a)
-        if any_edge:
-            for direction in range(9):
-                dy, dx = (direction // 3 - 1) * RADII[k], (direction % 3 - 1) * RADII[k]
-                label_b, pixel_b = label_at(label_ptr, h + dy, w + dx, H, W)
+    if smallest < largest:
+        p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
+        for k in tl.static_range(len(RADII)):
+            hinges = tl.zeros_like(p_a)
+            product = tl.zeros_like(p_a)
+            entries = tl.zeros_like(p_a)
+            for first in range(0, 8, BLOCK_D):
+                dy, dx = step_to(first, BLOCK_D)
+                label_b, pixel_b = label_at(label_ptr, h + dy * RADII[k], w + dx * RADII[k], H, W)
                 edge = counts & (label_b >= 0) & (label_b != label)
-                if tl.max(edge.to(tl.int32)) > 0:
+                if tl.max(tl.max(edge.to(tl.int32), axis=0), axis=0) > 0:
                     x_b = tl.load(logits_ptr + pixel_b, mask=edge, other=0.0).to(tl.float32)
                     top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
                     rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
@@ -491,14 +495,15 @@ def edge_tables_kernel(
                     kl_a = p_b * (l_b - l_a) + (log_q_b - log_q_a)  # a is the centre
                     kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
                     both = tl.maximum(margin - kl_a, 0.0) + tl.maximum(margin - kl_b, 0.0)
-                    hinges += tl.where(edge, both, 0.0)
+                    hinges += tl.sum(tl.where(edge, both, 0.0), axis=0, keep_dims=True)
                     # What the dense tables hold of this pair.
-                    product += tl.where(edge, (q_a + p_b) * (l_b - l_a), 0.0)
-                    entries += tl.where(edge, 2.0, 0.0)
-        store_by_label(
-            edges_ptr, 3 * COLUMNS[k], tl.where(any_edge, label, -1), hinges, product, entries,
-            C, PROGRAMS, 3, BLOCK_CLASSES,
-        )  # fmt: skip
+                    step = tl.where(edge, (q_a + p_b) * (l_b - l_a), 0.0)
+                    product += tl.sum(step, axis=0, keep_dims=True)
+                    entries += tl.sum(tl.where(edge, 2.0, 0.0), axis=0, keep_dims=True)
+            store_by_label(
+                edges_ptr, 3 * COLUMNS[k], label, hinges, product, entries, C, PROGRAMS, 3,
+                BLOCK_CLASSES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -512,27 +517,25 @@ def log_1p(x):
 def store_by_label(
     table_ptr, first, label, x, y, z, C, PROGRAMS, NUM: tl.constexpr, BLOCK_CLASSES: tl.constexpr
 ):
-    """Sums x, y and z of the pixels by their labels: rows of this program's partial table."""
+    """Sums x, y and z of the pixels (1, pixels) by label: rows of this program's partial table."""
     classes = tl.arange(0, BLOCK_CLASSES)
     x_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
     y_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
     z_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    c = tl.min(tl.where(label >= 0, label, NO_LABEL))
+    c = tl.min(tl.min(tl.where(label >= 0, label, NO_LABEL), axis=0), axis=0)
     while c < NO_LABEL:  # the labels that there are
         own, here = label == c, classes == c
-        x_sum = tl.where(here, tl.sum(tl.where(own, x, 0.0)), x_sum)
-        y_sum = tl.where(here, tl.sum(tl.where(own, y, 0.0)), y_sum)
+        x_sum = tl.where(here, tl.sum(tl.sum(tl.where(own, x, 0.0), axis=0), axis=0), x_sum)
+        y_sum = tl.where(here, tl.sum(tl.sum(tl.where(own, y, 0.0), axis=0), axis=0), y_sum)
         if NUM > 2:
-            z_sum = tl.where(here, tl.sum(tl.where(own, z, 0.0)), z_sum)
-        c = tl.min(tl.where(label > c, label, NO_LABEL))
+            z_sum = tl.where(here, tl.sum(tl.sum(tl.where(own, z, 0.0), axis=0), axis=0), z_sum)
+        c = tl.min(tl.min(tl.where(label > c, label, NO_LABEL), axis=0), axis=0)
     row = table_ptr + (tl.cast(C, tl.int64) * first + classes) * PROGRAMS + tl.program_id(0)
     mask = classes < C
     tl.store(row, x_sum, mask=mask)
-    row += tl.cast(C, tl.int64) * PROGRAMS
-    tl.store(row, y_sum, mask=mask)
+    tl.store(row + tl.cast(C, tl.int64) * PROGRAMS, y_sum, mask=mask)
     if NUM > 2:
-        row += tl.cast(C, tl.int64) * PROGRAMS
-        tl.store(row, z_sum, mask=mask)
+        tl.store(row + 2 * tl.cast(C, tl.int64) * PROGRAMS, z_sum, mask=mask)
 
 
 @triton.jit
@@ -540,7 +543,7 @@ def edge_gradient_kernel(
     grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
     C, H, W, stride_n, stride_c, margin, limit,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
@@ -566,11 +569,12 @@ def edge_gradient_kernel(
             for k in tl.static_range(len(RADII)):
                 grad_edge = tl.load(grad_sums_ptr + c * K + COLUMNS[k])
                 grad_dense = tl.load(grad_sums_ptr + (C + c) * K + COLUMNS[k])
-                for direction in range(9):
-                    dy, dx = (direction // 3 - 1) * RADII[k], (direction % 3 - 1) * RADII[k]
+                for first in range(0, 8, BLOCK_D):
+                    dy, dx = step_to(first, BLOCK_D)
+                    dy, dx = dy * RADII[k], dx * RADII[k]
                     label_b, pixel_b = label_at(label_ptr, h + dy, w + dx, H, W)
                     edge = counts & (label_b >= 0) & (own != (label_b == c))
-                    if tl.max(edge.to(tl.int32)) > 0:
+                    if tl.max(tl.max(edge.to(tl.int32), axis=0), axis=0) > 0:
                         x_b = tl.load(channel + pixel_b, mask=edge, other=0.0).to(tl.float32)
                         top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
                         rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
@@ -582,9 +586,9 @@ def edge_gradient_kernel(
                         centre = -p_b * l_step + (log_q_b - log_q) < margin
                         neighbour = p * l_step + (log_q - log_q_b) < margin
                         step = grad_dense * u_step + tl.where(centre, grad_edge, 0.0) * p_step
-                        from_u += tl.where(edge, step, 0.0)
+                        from_u += tl.sum(tl.where(edge, step, 0.0), axis=0, keep_dims=True)
                         step = (grad_dense + tl.where(neighbour, grad_edge, 0.0)) * l_step
-                        from_l += tl.where(edge, step, 0.0)
+                        from_l += tl.sum(tl.where(edge, step, 0.0), axis=0, keep_dims=True)
             grad = tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)
             row = grad_ptr + c.to(tl.int64) * H * W + pixel
             before = tl.load(row, mask=counts, other=0.0).to(tl.float32)
@@ -709,7 +713,7 @@ def forward(
     # Programs last: what adds them up reads consecutive numbers.
     dense = logits.new_empty(num_classes, k, strips, dtype=torch.float32)
     pairs = logits.new_empty(k, strips, dtype=torch.float32)
-    edges = logits.new_empty(3 * k + 2, num_classes, patches, dtype=torch.float32)
+    edges = logits.new_zeros(3 * k + 2, num_classes, patches, dtype=torch.float32)
     with on_device(logits):
         statistics_kernel[pixel_grid(logits)](
             logits, target, top, rest, label, num_classes, height * width,
@@ -728,7 +732,7 @@ def forward(
             )  # fmt: skip
         sum_kernel[(num_classes * (k + 1),)](
             dense, pairs, edges, sums, counts, log_loss, pixels, num_classes, k, strips, patches,
-            BLOCK=BLOCK_SUM, num_warps=1,
+            BLOCK=BLOCK_SUM, num_warps=8,
         )  # fmt: skip
     return sums, counts, log_loss, pixels, label, top, rest
 
@@ -842,8 +846,8 @@ def strip_grid(logits: Tensor) -> tuple[int]:
 
 def patch_blocks(logits: Tensor) -> dict[str, int]:
     if logits.device.type == "cpu":
-        return {"BLOCK_H": INTERPRETED_PATCH[0], "BLOCK_W": INTERPRETED_PATCH[1]}
-    return {"BLOCK_H": 8, "BLOCK_W": 16, "num_warps": 1}
+        return {"BLOCK_D": 8, **INTERPRETED_PATCH}
+    return {"BLOCK_D": 1, "BLOCK_H": 8, "BLOCK_W": 16, "num_warps": 1}
 
 
 def patch_programs(logits: Tensor) -> int:
