@@ -82,12 +82,11 @@ class CrossEntropyAAF(CrossEntropy):
     def __init__(self, data: Dataset, options: argparse.Namespace) -> None:
         super().__init__(data, options)
         self.aaf = AdaptiveAffinityFieldLoss(
-            len(data.classes), (3, 5, 7), ignore_index=options.ignore_index
+            len(data.classes), (3, 5, 7), ignore_index=options.ignore_index, cross_entropy=True
         )
 
     def forward(self, output: Output, target: Tensor, progress: Tensor) -> Tensor:
-        aaf = self.aaf(output.logits, target, progress)
-        return super().forward(output, target, progress) + aaf
+        return self.aaf(output.logits, target, progress)
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         return [self.aaf.optimizer_group(lr)]

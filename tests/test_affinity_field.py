@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, laid_out
 
@@ -196,6 +196,7 @@ def test_portable_matches_the_reference(values, options):
     check_parity(case, "portable", logits, target)
 
 
+@settings(max_examples=settings.default.max_examples // 3)  # interpreted: seconds each
 @given(inputs([torch.float32, torch.bfloat16, torch.float16]), options)
 def test_triton_matches_the_reference(values, options):
     pytest.importorskip("triton")
@@ -279,6 +280,81 @@ def test_same_bits_every_time(backend, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+# --- Cross-entropy in the same operation -----------------------------------------------------------
+
+
+def separate_losses(logits, target, kernel_sizes, weight, ignore_index, variant):
+    """F.cross_entropy plus the affinity field loss, in float64."""
+    logits = logits.double()
+    label = target.long()
+    known = (label >= 0) & (label < logits.shape[1]) & (label != ignore_index)
+    label = label.where(known, -100)
+    weight = None if weight is None else weight.double()
+    loss = torch.nn.functional.cross_entropy(logits, label, weight)
+    if not known.any() or (weight is not None and not weight[label[known]].any()):
+        loss = 0 * logits.sum()  # torch gives NaN
+    with tritonaff.use_backend("reference"):
+        return loss + tritonaff.affinity_field_loss(
+            logits, target, kernel_sizes, ignore_index=ignore_index, variant=variant
+        )
+
+
+weights = st.sampled_from([None, "random", "some are 0"])
+
+
+def check_cross_entropy(backend, values, kind, variant="paper"):
+    logits, target, ignore_index = values
+    c = logits.shape[1]
+    weight = None if kind is None else torch.rand(c, generator=torch.Generator().manual_seed(1))
+    if kind == "some are 0":
+        weight[::2] = 0
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    logits = logits.to(device).detach().requires_grad_()
+    target, weight = target.to(device), weight if weight is None else weight.to(device)
+    expected = separate_losses(logits, target, (3, 5), weight, ignore_index, variant)
+    (exact,) = torch.autograd.grad(expected, logits, materialize_grads=True)
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_field_cross_entropy(
+            logits, target, (3, 5), weight=weight, ignore_index=ignore_index, variant=variant
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+    # Float32 logits of up to 60 are themselves 4e-6 off, and so is a log-probability.
+    assert (loss - expected).abs() <= 1e-5 * (1 + expected.abs())
+    rounding = 2e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    assert gradient.dtype == logits.dtype
+    assert (gradient - exact).double().norm() <= rounding * (exact.double().norm() + 1e-3)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float64]), weights, st.sampled_from(VARIANTS))
+def test_cross_entropy_with_the_affinity_field(values, kind, variant):
+    for backend in ("portable", "reference"):
+        check_cross_entropy(backend, values, kind, variant)
+
+
+@settings(max_examples=settings.default.max_examples // 6)
+@given(inputs([torch.float32, torch.bfloat16]), weights)
+def test_triton_cross_entropy_with_the_affinity_field(values, kind):
+    pytest.importorskip("triton")
+    check_cross_entropy("triton", values, kind)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 20.0])
+def test_cross_entropy_keeps_its_digits(backend, device, confidence):
+    """Of sure pixels too, whose loss is far below the rounding of 1."""
+    logits, target = make_inputs((1, 5, 12, 16), device=device, confidence=confidence)
+    target[target == 255] = 1
+    logits.requires_grad_()
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_field_cross_entropy(
+            logits, target, edge_lambda=0, non_edge_lambda=0
+        )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    exact = torch.nn.functional.cross_entropy(logits.double(), target)
+    (exact_gradient,) = torch.autograd.grad(exact, logits)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    assert (gradient - exact_gradient).norm() <= 2e-6 * exact_gradient.norm()
+
+
 @pytest.mark.parametrize("confidence", [0.0, 9.0])
 def test_portable_gradient_is_at_most_twice_as_far_off_as_eager(confidence):
     """The budget without the allowance for nearly exact eager results: float32, a whole
@@ -334,6 +410,23 @@ def test_gradcheck(backend, variant):
         assert torch.autograd.gradcheck(loss, (logits, *weights))
 
 
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_gradcheck_with_cross_entropy(backend):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(3, dtype=torch.float64)
+    target = torch.randint(0, 3, (2, 4, 5))
+    target[0, 0, :2] = 255
+
+    def loss(logits):
+        return tritonaff.affinity_field_cross_entropy(
+            logits, target, (3, 5), weight=weight, margin=0.8, eps=0.05
+        )
+
+    with tritonaff.use_backend(backend):
+        assert torch.autograd.gradcheck(loss, (logits,))
+
+
 def test_a_second_derivative_is_refused():
     logits, target = make_inputs((1, 3, 6, 6))
     logits.requires_grad_()
@@ -353,7 +446,9 @@ def test_opcheck(backend, device, variant, memory_format):
     settings = (3, 7), 3.0, 1e-4, 255, variant, backend
     op = torch.ops.tritonaff.affinity_field.default
     torch.library.opcheck(op, (logits, target, *settings))
-    assert [out.requires_grad for out in op(logits, target, *settings)] == [i in (0, 2) for i in range(7)]
+    assert [out.requires_grad for out in op(logits, target, *settings)] == [
+        i in (0, 2) for i in range(7)
+    ]
     sums, _, log_loss, _, label, top, rest = op(logits.detach(), target, *settings)
     settings = (3, 7), 3.0, 1e-4, variant, backend
     for grad_log_loss in (None, torch.ones_like(log_loss)):

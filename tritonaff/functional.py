@@ -98,6 +98,29 @@ def affinity_field_terms(
         >>> terms.edge_sum.tolist(), terms.edge_count.tolist(), terms.non_edge_count.tolist()
         ([[6.0], [6.0]], [[2], [2]], [[0], [0]])
     """
+    terms, _, _ = _affinity_field(
+        logits,
+        target,
+        kernel_sizes,
+        margin=margin,
+        eps=eps,
+        ignore_index=ignore_index,
+        variant=variant,
+    )
+    return terms
+
+
+def _affinity_field(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int],
+    *,
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+) -> tuple[AffinityFieldTerms, Tensor, Tensor]:
+    """The terms, and those of cross-entropy by label (C,): the sum of -log p, the pixels."""
     checks.check_logits_and_target(logits, target)
     kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
     margin = checks.check_number("margin", margin, at_least=0)
@@ -110,9 +133,9 @@ def affinity_field_terms(
 
     backend = current_backend()
     if backend == "reference":
-        from tritonaff.reference.affinity_field import affinity_field_terms as reference
+        from tritonaff.reference import affinity_field as reference
 
-        tables = reference(
+        tables = reference.affinity_field_terms(
             logits,
             target,
             kernel_sizes,
@@ -121,11 +144,12 @@ def affinity_field_terms(
             ignore_index=ignore_index,
             variant=variant,
         )
-        return AffinityFieldTerms(*tables)
-    sums, counts, *_ = affinity_field_op(
+        cross_entropy = reference.cross_entropy_terms(logits, target, ignore_index=ignore_index)
+        return AffinityFieldTerms(*tables), *cross_entropy
+    sums, counts, log_loss, pixel_count, *_ = affinity_field_op(
         logits, target, kernel_sizes, margin, eps, ignore_index, variant, backend
     )
-    return AffinityFieldTerms(*sums.unbind(), *counts.unbind())
+    return AffinityFieldTerms(*sums.unbind(), *counts.unbind()), log_loss, pixel_count
 
 
 def affinity_field_loss(
@@ -182,9 +206,109 @@ def affinity_field_loss(
         >>> loss = loss + tritonaff.affinity_field_loss(logits, target, kernel_sizes=(3, 5))
         >>> loss.backward()
     """
+    loss, _ = affinity_field_and_cross_entropy(
+        logits,
+        target,
+        kernel_sizes,
+        edge_weight=edge_weight,
+        non_edge_weight=non_edge_weight,
+        edge_lambda=edge_lambda,
+        non_edge_lambda=non_edge_lambda,
+        margin=margin,
+        eps=eps,
+        ignore_index=ignore_index,
+        variant=variant,
+    )
+    return loss
+
+
+def affinity_field_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int] = (3,),
+    *,
+    weight: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    non_edge_weight: Tensor | None = None,
+    edge_lambda: float = 1.0,
+    non_edge_lambda: float = 1.0,
+    margin: float = 3.0,
+    eps: float = 1e-4,
+    ignore_index: int = 255,
+    variant: str = "paper",
+) -> Tensor:
+    r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits once less
+    than the two.
+
+    .. math:: L = \frac{\sum_i w_{y_i} \, (-\log p_i(y_i))}{\sum_i w_{y_i}} + L_{affinity}
+
+    over the pixels i that are not ignored, p = softmax(logits) unclamped, and the second term that
+    of :func:`affinity_field_loss`. Without any such pixel it is 0 with a zero gradient, where
+    :func:`torch.nn.functional.cross_entropy` gives NaN.
+
+    Args:
+        logits, target, kernel_sizes: see :func:`affinity_field_terms`.
+        weight: (C,) floating, the weight w of each class in cross-entropy. Default 1.
+        edge_weight, non_edge_weight, edge_lambda, non_edge_lambda: see
+            :func:`affinity_field_loss`.
+        margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+
+    Returns:
+        A scalar: float32, float64 for float64 logits. In nats.
+
+    Raises:
+        TypeError, ValueError: as :func:`affinity_field_loss`; ``weight`` of a wrong type, dtype,
+            shape or device.
+
+    Paper: Ke et al., ECCV 2018, Eq. 7 added to cross-entropy with lambda 1.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.randn(2, 4, 16, 16, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 16, 16))
+        >>> loss = tritonaff.affinity_field_cross_entropy(logits, target, kernel_sizes=(3, 5))
+        >>> loss.backward()
+        >>> expected = torch.nn.functional.cross_entropy(logits, target)
+        >>> expected += tritonaff.affinity_field_loss(logits, target, kernel_sizes=(3, 5))
+        >>> torch.allclose(loss, expected)
+        True
+    """
+    affinity, cross_entropy = affinity_field_and_cross_entropy(
+        logits,
+        target,
+        kernel_sizes,
+        weight=weight,
+        edge_weight=edge_weight,
+        non_edge_weight=non_edge_weight,
+        edge_lambda=edge_lambda,
+        non_edge_lambda=non_edge_lambda,
+        margin=margin,
+        eps=eps,
+        ignore_index=ignore_index,
+        variant=variant,
+    )
+    return cross_entropy + affinity
+
+
+def affinity_field_and_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int],
+    *,
+    weight: Tensor | None = None,
+    edge_weight: Tensor | None,
+    non_edge_weight: Tensor | None,
+    edge_lambda: float,
+    non_edge_lambda: float,
+    margin: float,
+    eps: float,
+    ignore_index: int,
+    variant: str,
+) -> tuple[Tensor, Tensor]:
+    """The two losses of one operation; one that is not used costs no gradient."""
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
-    terms = affinity_field_terms(
+    terms, log_loss, pixel_count = _affinity_field(
         logits,
         target,
         kernel_sizes,
@@ -197,7 +321,19 @@ def affinity_field_loss(
     non_edge = _weighted_mean(
         "non_edge_weight", non_edge_weight, terms.non_edge_sum, terms.non_edge_count
     )
-    return edge_lambda * edge + non_edge_lambda * non_edge
+    cross_entropy = _cross_entropy(weight, log_loss, pixel_count)
+    return edge_lambda * edge + non_edge_lambda * non_edge, cross_entropy
+
+
+def _cross_entropy(weight: Tensor | None, log_loss: Tensor, pixel_count: Tensor) -> Tensor:
+    """The weighted mean over pixels; 0 where their weights are."""
+    total, weights = log_loss.sum(), pixel_count.sum().to(log_loss.dtype)
+    if weight is not None:
+        checks.check_tensor("weight", weight, checks.LOGITS_DTYPES, tuple(log_loss.shape))
+        checks.check_one_device("weight", weight, "logits", log_loss)
+        weight = weight.to(log_loss.dtype)
+        total, weights = (log_loss * weight).sum(), (pixel_count * weight).sum()
+    return total * (weights > 0) / weights.where(weights > 0, 1)
 
 
 def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tensor) -> Tensor:

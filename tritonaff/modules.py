@@ -14,7 +14,7 @@ from tritonaff import checks
 from tritonaff.functional import (
     VARIANTS,
     WEIGHTINGS,
-    affinity_field_loss,
+    affinity_field_and_cross_entropy,
     affinity_propagation,
     affinity_regression_loss,
     dilated_affinity_loss,
@@ -30,12 +30,14 @@ class AffinityFieldLoss(nn.Module):
         kernel_sizes: K distinct odd sizes, each at least 3.
         edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
             :func:`tritonaff.affinity_field_loss`.
+        cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
+        class_weight: (C,) floating, the weights of the classes in it. Default 1.
 
     Shapes:
         ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W)
         gives a scalar. ``progress`` in [0, 1], the fraction of training done, multiplies it by
-        10 ** -progress as the authors do. Under torch.compile pass a 0-d tensor: a Python float
-        that changes compiles a second time.
+        10 ** -progress as the authors do, but not cross-entropy. Under torch.compile pass a 0-d
+        tensor: a Python float that changes compiles a second time.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -59,6 +61,8 @@ class AffinityFieldLoss(nn.Module):
         eps: float = 1e-4,
         ignore_index: int = 255,
         variant: str = "paper",
+        cross_entropy: bool = False,
+        class_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
@@ -69,6 +73,13 @@ class AffinityFieldLoss(nn.Module):
         self.ignore_index = checks.check_ignore_index(ignore_index)
         checks.check_option("variant", variant, VARIANTS)
         self.variant = variant
+        self.cross_entropy = checks.check_bool("cross_entropy", cross_entropy)
+        if class_weight is not None:
+            checks.check_tensor("class_weight", class_weight, checks.LOGITS_DTYPES, ("C",))
+            if not cross_entropy:
+                raise ValueError("class_weight needs cross_entropy=True")
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
 
     def forward(
         self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
@@ -80,27 +91,33 @@ class AffinityFieldLoss(nn.Module):
         logits: Tensor,
         target: Tensor,
         progress: float | Tensor | None,
-        **weights: Tensor | None,
+        edge_weight: Tensor | None = None,
+        non_edge_weight: Tensor | None = None,
     ) -> Tensor:
-        loss = affinity_field_loss(
+        loss, cross_entropy = affinity_field_and_cross_entropy(
             logits,
             target,
             self.kernel_sizes,
+            weight=self.class_weight,
+            edge_weight=edge_weight,
+            non_edge_weight=non_edge_weight,
             edge_lambda=self.edge_lambda,
             non_edge_lambda=self.non_edge_lambda,
             margin=self.margin,
             eps=self.eps,
             ignore_index=self.ignore_index,
             variant=self.variant,
-            **weights,
         )
-        return loss if progress is None else loss * _decay(progress, loss)
+        if progress is not None:
+            loss = loss * _decay(progress, loss)
+        return loss + cross_entropy if self.cross_entropy else loss
 
     def extra_repr(self) -> str:
         return (
             f"kernel_sizes={self.kernel_sizes}, edge_lambda={self.edge_lambda}, "
             f"non_edge_lambda={self.non_edge_lambda}, margin={self.margin}, eps={self.eps}, "
-            f"ignore_index={self.ignore_index}, variant={self.variant!r}"
+            f"ignore_index={self.ignore_index}, variant={self.variant!r}, "
+            f"cross_entropy={self.cross_entropy}"
         )
 
 
@@ -121,6 +138,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         kernel_sizes: K distinct odd sizes, each at least 3.
         edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
             :func:`tritonaff.affinity_field_loss`.
+        cross_entropy, class_weight: see :class:`AffinityFieldLoss`.
 
     Shapes:
         ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have
@@ -156,6 +174,8 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         eps: float = 1e-4,
         ignore_index: int = 255,
         variant: str = "paper",
+        cross_entropy: bool = False,
+        class_weight: Tensor | None = None,
     ) -> None:
         super().__init__(
             kernel_sizes,
@@ -165,6 +185,8 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             eps=eps,
             ignore_index=ignore_index,
             variant=variant,
+            cross_entropy=cross_entropy,
+            class_weight=class_weight,
         )
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
         shape = self.num_classes, len(self.kernel_sizes)

@@ -49,10 +49,17 @@ class Tile:
 
 # On no device: the launchers then give a GPU's blocks, not those that the interpreter likes.
 LOGITS = torch.empty(1, 19, 256, 512, device="meta")
-PATCH: dict[str, Any] = {"RADII": (1, 2, 3), **affinity_field.patch_blocks(LOGITS)}
-PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
+# A strip owns fewer columns and rows than it reads.
+STRIP_ROWS = affinity_field.rows(LOGITS)
+((SIZES, STRIP, PATCH),) = affinity_field.parts([3, 5, 7], LOGITS)
+STRIP_ELEMENTS = LOGITS.numel() // affinity_field.strip_grid(LOGITS)[0]
+STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
+PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
+PATCHES = affinity_field.patch_programs(LOGITS)
+SUM_OF_TABLES: dict[str, Any] = {"BLOCK": affinity_field.BLOCK_SUM, "num_warps": 8}
 PIXELS = affinity_field.pixel_blocks(LOGITS)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
+PIXEL_TRIPS = -(-19 // PIXELS["BLOCK_C"])
 GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
 PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
 PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
@@ -70,10 +77,56 @@ OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
 SIGNALS: dict[str, Any] = dilated_affinity.blocks(LOGITS, OFFSETS, group_size=8)
 NUM_SIGNALS = len(OFFSETS) // 2 * SIGNALS["BLOCK_P"]
 TILES = (
-    Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
-    Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
-    Tile("affinity_field", affinity_field.gradient_kernel, PATCH, PATCH_ELEMENTS, trips=8),
-    Tile("affinity_field", affinity_field.softmax_backward_kernel, PIXELS, PIXEL_ELEMENTS),
+    Tile(
+        "affinity_field",
+        affinity_field.statistics_kernel,
+        PIXELS,
+        PIXEL_ELEMENTS,
+        trips=PIXEL_TRIPS,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.dense_tables_kernel,
+        SIZES | STRIP,
+        STRIP_ELEMENTS,
+        trips=STRIP_TRIPS,
+    ),
+    # Of a patch that has edges to all 8 neighbours, of one label in the gradient: an upper bound.
+    Tile(
+        "affinity_field",
+        affinity_field.edge_tables_kernel,
+        {"CROSS_ENTROPY": True, "BLOCK_CLASSES": 32, **SIZES, **PATCH},
+        PATCH_ELEMENTS,
+        trips=8,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.sum_kernel,
+        SUM_OF_TABLES,
+        LOGITS.numel() // (19 * 4),
+        trips=-(-PATCHES // SUM_OF_TABLES["BLOCK"]),
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.dense_gradient_kernel,
+        {"ADD": False, **SIZES, **STRIP},
+        STRIP_ELEMENTS,
+        trips=STRIP_TRIPS,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.edge_gradient_kernel,
+        SIZES | PATCH,
+        PATCH_ELEMENTS,
+        trips=8,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.softmax_backward_kernel,
+        {"CROSS_ENTROPY": True, **PIXELS},
+        PIXEL_ELEMENTS,
+        trips=PIXEL_TRIPS,
+    ),
     Tile(
         "affinity_regression",
         affinity_regression.pairs_kernel,
@@ -177,9 +230,10 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
 
 
 # Every other number is an int.
-FLOATS = ("margin", "eps", "self_weight", "slope", "gamma")
+FLOATS = ("margin", "eps", "limit", "self_weight", "slope", "gamma")
 POINTERS = {
     "target_ptr": "*i64",
+    "label_ptr": "*i16",
     "counts_ptr": "*i32",
     "count_ptr": "*i32",
     "pair_count_ptr": "*i64",

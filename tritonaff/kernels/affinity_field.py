@@ -39,7 +39,7 @@ HALO = 4
 STRIP_PROGRAMS = 6144
 BLOCK_SUM = 8192
 # The interpreter takes its time per program and per operation, whatever the size.
-INTERPRETED_CLASSES = 16
+INTERPRETED_CLASSES = 64
 INTERPRETED_ROWS = 64
 INTERPRETED_PATCH = {"BLOCK_H": 32, "BLOCK_W": 64}
 INTERPRETED_PIXELS = 2048
@@ -284,7 +284,7 @@ def dense_tables_kernel(
             u, log_odds, v = load_row(
                 logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
             )
-            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)
+            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)  # noqa: RUF005
             if (h >= first + REACH) & (h < end + REACH):
                 new_sums, neighbours = (), ()
                 for k in tl.static_range(len(RADII)):
@@ -348,7 +348,7 @@ def dense_gradient_kernel(
             u, log_odds, v = load_row(
                 logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
             )
-            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)
+            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)  # noqa: RUF005
             if (h >= first + REACH) & (h < end + REACH):
                 from_u, from_l, boxes = nothing, nothing, nothing
                 for k in tl.static_range(len(RADII)):
@@ -491,7 +491,7 @@ def edge_tables_kernel(
                     x_b = tl.load(logits_ptr + pixel_b, mask=edge, other=0.0).to(tl.float32)
                     top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
                     rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
-                    p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
+                    p_b, _, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
                     kl_a = p_b * (l_b - l_a) + (log_q_b - log_q_a)  # a is the centre
                     kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
                     both = tl.maximum(margin - kl_a, 0.0) + tl.maximum(margin - kl_b, 0.0)
@@ -818,26 +818,26 @@ def rows(logits: Tensor) -> int:
     """Of a strip of one program: many, for few are shared with the neighbours then, but as few as
     give every processor several programs.
     """
-    n, num_classes, height, width = logits.shape
+    n, _, height, width = logits.shape
     if logits.device.type == "cpu":
         return INTERPRETED_ROWS
     strips = n * strips_in(width, strip_blocks(logits)) * class_blocks(logits)
-    return max(8, min(64, triton.cdiv(height, triton.cdiv(STRIP_PROGRAMS, strips))))
+    return max(8, min(64, cdiv(height, cdiv(STRIP_PROGRAMS, max(1, strips)))))
 
 
 def strips_in(width: int, blocks: dict[str, int]) -> int:
     columns = 4 * blocks["LANES"]
-    return 1 if width <= columns - HALO else triton.cdiv(width, columns - 2 * HALO)
+    return 1 if width <= columns - HALO else cdiv(width, columns - 2 * HALO)
 
 
 def class_blocks(logits: Tensor) -> int:
-    return triton.cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
+    return cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
 
 
 def strip_programs(logits: Tensor) -> int:
     """Without those of other classes."""
     n, _, height, width = logits.shape
-    return n * strips_in(width, strip_blocks(logits)) * triton.cdiv(height, rows(logits))
+    return n * strips_in(width, strip_blocks(logits)) * cdiv(height, rows(logits))
 
 
 def strip_grid(logits: Tensor) -> tuple[int]:
@@ -853,7 +853,7 @@ def patch_blocks(logits: Tensor) -> dict[str, int]:
 def patch_programs(logits: Tensor) -> int:
     n, _, height, width = logits.shape
     blocks = patch_blocks(logits)
-    return n * triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
+    return n * cdiv(height, blocks["BLOCK_H"]) * cdiv(width, blocks["BLOCK_W"])
 
 
 def pixel_blocks(logits: Tensor) -> dict[str, int]:
@@ -865,4 +865,8 @@ def pixel_blocks(logits: Tensor) -> dict[str, int]:
 
 def pixel_grid(logits: Tensor) -> tuple[int]:
     n, _, height, width = logits.shape
-    return (n * triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)
+    return (n * cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -15,7 +15,6 @@ from tritonaff.portable import affinity_field as portable
 from tritonaff.portable import affinity_field_authors as portable_authors
 from tritonaff.portable.blocks import label_dtype
 
-
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -115,10 +114,9 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     logits, _, kernel_sizes, margin, eps, _, variant, backend = inputs
-    sums, counts, _, pixels, label, top, rest = output
+    _, counts, _, pixels, label, top, rest = output
     ctx.save_for_backward(logits, label, top, rest)
     ctx.options = kernel_sizes, margin, eps, variant, backend
-    ctx.shape, ctx.dtype = sums.shape, sums.dtype
     ctx.mark_non_differentiable(counts, pixels, label, top, rest)
     ctx.set_materialize_grads(False)
 
@@ -129,7 +127,8 @@ def _backward(
     if grad_sums is None and grad_log_loss is None:
         return (None,) * 8
     if grad_sums is None:
-        grad_sums = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad_log_loss.device)
+        logits, _, _, rest = ctx.saved_tensors
+        grad_sums = rest.new_zeros(2, logits.shape[1], len(ctx.options[0]))
     grad = affinity_field_backward(grad_sums, grad_log_loss, *ctx.saved_tensors, *ctx.options)
     return grad, *(None for _ in range(7))
 

@@ -79,6 +79,19 @@ def affinity_field_terms(
     )
 
 
+def cross_entropy_terms(
+    logits: Tensor, target: Tensor, *, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """By class (C,): the sum of -log p over the pixels of that label, and their number."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    channels = torch.arange(logits.shape[1], device=logits.device)
+    label = target.long()
+    has_label = (label[:, None] == channels[:, None, None]) & (label != ignore_index)[:, None]
+    log_loss = torch.where(has_label, -logits.log_softmax(dim=1), 0)
+    return log_loss.sum(dim=(0, 2, 3)), has_label.sum(dim=(0, 2, 3))
+
+
 def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
     """x at (h + dy, w + dx) for every pixel (h, w); ``outside`` where that is not in the image."""
     height, width = x.shape[-2:]
