@@ -280,7 +280,7 @@ def test_same_bits_every_time(backend, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- Cross-entropy in the same operation -----------------------------------------------------------
+# --- Cross-entropy in the same operation ---------------------------------------------------------
 
 
 def separate_losses(logits, target, kernel_sizes, weight, ignore_index, variant):

@@ -210,6 +210,8 @@ def affinity_field_loss(
         logits,
         target,
         kernel_sizes,
+        cross_entropy=False,
+        weight=None,
         edge_weight=edge_weight,
         non_edge_weight=non_edge_weight,
         edge_lambda=edge_lambda,
@@ -277,6 +279,7 @@ def affinity_field_cross_entropy(
         logits,
         target,
         kernel_sizes,
+        cross_entropy=True,
         weight=weight,
         edge_weight=edge_weight,
         non_edge_weight=non_edge_weight,
@@ -287,6 +290,7 @@ def affinity_field_cross_entropy(
         ignore_index=ignore_index,
         variant=variant,
     )
+    assert cross_entropy is not None
     return cross_entropy + affinity
 
 
@@ -295,7 +299,8 @@ def affinity_field_and_cross_entropy(
     target: Tensor,
     kernel_sizes: Sequence[int],
     *,
-    weight: Tensor | None = None,
+    cross_entropy: bool,
+    weight: Tensor | None,
     edge_weight: Tensor | None,
     non_edge_weight: Tensor | None,
     edge_lambda: float,
@@ -304,8 +309,8 @@ def affinity_field_and_cross_entropy(
     eps: float,
     ignore_index: int,
     variant: str,
-) -> tuple[Tensor, Tensor]:
-    """The two losses of one operation; one that is not used costs no gradient."""
+) -> tuple[Tensor, Tensor | None]:
+    """The two losses of one operation; None for cross-entropy where it is not asked for."""
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
     terms, log_loss, pixel_count = _affinity_field(
@@ -321,8 +326,8 @@ def affinity_field_and_cross_entropy(
     non_edge = _weighted_mean(
         "non_edge_weight", non_edge_weight, terms.non_edge_sum, terms.non_edge_count
     )
-    cross_entropy = _cross_entropy(weight, log_loss, pixel_count)
-    return edge_lambda * edge + non_edge_lambda * non_edge, cross_entropy
+    affinity = edge_lambda * edge + non_edge_lambda * non_edge
+    return affinity, _cross_entropy(weight, log_loss, pixel_count) if cross_entropy else None
 
 
 def _cross_entropy(weight: Tensor | None, log_loss: Tensor, pixel_count: Tensor) -> Tensor:

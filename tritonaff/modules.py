@@ -98,6 +98,7 @@ class AffinityFieldLoss(nn.Module):
             logits,
             target,
             self.kernel_sizes,
+            cross_entropy=self.cross_entropy,
             weight=self.class_weight,
             edge_weight=edge_weight,
             non_edge_weight=non_edge_weight,
@@ -110,7 +111,7 @@ class AffinityFieldLoss(nn.Module):
         )
         if progress is not None:
             loss = loss * _decay(progress, loss)
-        return loss + cross_entropy if self.cross_entropy else loss
+        return loss if cross_entropy is None else cross_entropy + loss
 
     def extra_repr(self) -> str:
         return (

@@ -49,15 +49,16 @@ class Tile:
 
 # On no device: the launchers then give a GPU's blocks, not those that the interpreter likes.
 LOGITS = torch.empty(1, 19, 256, 512, device="meta")
+BATCH = torch.empty(8, 19, 512, 512, device="meta")
 # A strip owns fewer columns and rows than it reads.
-STRIP_ROWS = affinity_field.rows(LOGITS)
-((SIZES, STRIP, PATCH),) = affinity_field.parts([3, 5, 7], LOGITS)
-STRIP_ELEMENTS = LOGITS.numel() // affinity_field.strip_grid(LOGITS)[0]
+STRIP_ROWS = affinity_field.rows(BATCH)
+((SIZES, STRIP, PATCH),) = affinity_field.parts([3, 5, 7], BATCH)
+STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_grid(BATCH)[0]
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
-PATCHES = affinity_field.patch_programs(LOGITS)
+PATCHES = affinity_field.patch_programs(BATCH)
 SUM_OF_TABLES: dict[str, Any] = {"BLOCK": affinity_field.BLOCK_SUM, "num_warps": 8}
-PIXELS = affinity_field.pixel_blocks(LOGITS)
+PIXELS = affinity_field.pixel_blocks(BATCH)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
 PIXEL_TRIPS = -(-19 // PIXELS["BLOCK_C"])
 GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
@@ -103,7 +104,7 @@ TILES = (
         "affinity_field",
         affinity_field.sum_kernel,
         SUM_OF_TABLES,
-        LOGITS.numel() // (19 * 4),
+        BATCH.numel() // (19 * 4),
         trips=-(-PATCHES // SUM_OF_TABLES["BLOCK"]),
     ),
     Tile(
@@ -231,6 +232,8 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
 
 # Every other number is an int.
 FLOATS = ("margin", "eps", "limit", "self_weight", "slope", "gamma")
+# Sizes and strides that are multiples of 16, as in most images: loads of four numbers.
+ALIGNED = ("H", "W", "HW", "stride_n", "stride_c", "target_stride_n")
 POINTERS = {
     "target_ptr": "*i64",
     "label_ptr": "*i16",
@@ -257,6 +260,8 @@ def _source(tile: Tile, size_1: bool) -> ASTSource:
             aligned[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if is_float else "i32"
+            if name in ALIGNED:
+                aligned[i,] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(tile.kernel, signature, constexprs, aligned)
 

@@ -36,7 +36,7 @@ from tritonaff.portable.blocks import in_layout_of
 # What a strip reads beside the columns that it owns: the largest distance that it reaches.
 HALO = 4
 # Programs that march: a few for every processor of a large GPU.
-STRIP_PROGRAMS = 6144
+STRIP_PROGRAMS = 4096
 BLOCK_SUM = 8192
 # The interpreter takes its time per program and per operation, whatever the size.
 INTERPRETED_CLASSES = 64
@@ -675,10 +675,11 @@ def sum_row(row_ptr, num, BLOCK: tl.constexpr):
     """float64: exact for counts, whatever the image."""
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
-    while num > 0:
-        total += tl.load(row_ptr + offs, mask=offs < num, other=0.0).to(tl.float64)
+    left = tl.cast(num, tl.int32)  # an argument of 1 is a constant
+    while left > 0:
+        total += tl.load(row_ptr + offs, mask=offs < left, other=0.0).to(tl.float64)
         row_ptr += BLOCK
-        num -= BLOCK
+        left -= BLOCK
     return tl.sum(total)
 
 
@@ -811,7 +812,9 @@ def strip_blocks(logits: Tensor) -> dict[str, int]:
     lanes = 16 if width <= 4 * 16 - HALO else 32
     if logits.device.type == "cpu":
         return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": lanes, "UNROLL": 1}
-    return {"BLOCK_C": min(2, classes), "LANES": lanes, "UNROLL": 2, "num_warps": 1}
+    # Rows that are not aligned take more registers to load.
+    unroll = 2 if width % 16 == 0 else 1
+    return {"BLOCK_C": min(2, classes), "LANES": lanes, "UNROLL": unroll, "num_warps": 1}
 
 
 def rows(logits: Tensor) -> int:
