@@ -117,7 +117,7 @@ TILES = (
     Tile(
         "affinity_field",
         affinity_field.edge_gradient_kernel,
-        SIZES | PATCH,
+        {"REPLACE": False, **SIZES, **PATCH},
         PATCH_ELEMENTS,
         trips=8,
     ),

@@ -543,6 +543,7 @@ def edge_gradient_kernel(
     grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
     C, H, W, stride_n, stride_c, margin, limit,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    REPLACE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
@@ -573,26 +574,35 @@ def edge_gradient_kernel(
                     dy, dx = step_to(first, BLOCK_D)
                     dy, dx = dy * RADII[k], dx * RADII[k]
                     label_b, pixel_b = label_at(label_ptr, h + dy, w + dx, H, W)
-                    edge = counts & (label_b >= 0) & (own != (label_b == c))
-                    if tl.max(tl.max(edge.to(tl.int32), axis=0), axis=0) > 0:
-                        x_b = tl.load(channel + pixel_b, mask=edge, other=0.0).to(tl.float32)
-                        top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
-                        rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
+                    pair = counts & (label_b >= 0)
+                    edge = pair & (own != (label_b == c))
+                    taken = pair if REPLACE else edge
+                    if tl.max(tl.max(taken.to(tl.int32), axis=0), axis=0) > 0:
+                        x_b = tl.load(channel + pixel_b, mask=taken, other=0.0).to(tl.float32)
+                        top_b = tl.load(top_ptr + pixel_b, mask=taken, other=0.0)
+                        rest_b = tl.load(rest_ptr + pixel_b, mask=taken, other=1.0)
                         p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
                         l_step = log_odds - l_b
                         # From the smaller of p and q: little is rounded away.
                         p_step = tl.where(p > 0.5, q_b - q, p - p_b)
-                        u_step = tl.where(own, -q - p_b, p + q_b)
                         centre = -p_b * l_step + (log_q_b - log_q) < margin
                         neighbour = p * l_step + (log_q - log_q_b) < margin
-                        step = grad_dense * u_step + tl.where(centre, grad_edge, 0.0) * p_step
-                        from_u += tl.sum(tl.where(edge, step, 0.0), axis=0, keep_dims=True)
-                        step = (grad_dense + tl.where(neighbour, grad_edge, 0.0)) * l_step
-                        from_l += tl.sum(tl.where(edge, step, 0.0), axis=0, keep_dims=True)
+                        by_p = tl.where(centre, -grad_edge, 0.0) * p_step
+                        by_l = tl.where(neighbour, -grad_edge, 0.0) * l_step
+                        if REPLACE:
+                            by_p = tl.where(edge, by_p, grad_dense * p_step)
+                            by_l = tl.where(edge, by_l, grad_dense * l_step)
+                        else:
+                            by_p -= grad_dense * tl.where(own, -q - p_b, p + q_b)
+                            by_l -= grad_dense * l_step
+                        by_p, by_l = tl.where(taken, by_p, 0.0), tl.where(taken, by_l, 0.0)
+                        from_u += tl.sum(by_p, axis=0, keep_dims=True)
+                        from_l += tl.sum(by_l, axis=0, keep_dims=True)
             grad = tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)
             row = grad_ptr + c.to(tl.int64) * H * W + pixel
-            before = tl.load(row, mask=counts, other=0.0).to(tl.float32)
-            tl.store(row, (before - grad).to(grad_ptr.dtype.element_ty), mask=counts)
+            if not REPLACE:
+                grad += tl.load(row, mask=counts, other=0.0).to(tl.float32)
+            tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=counts)
             c, _ = labels_around(label_ptr, h, w, H, W, c, RADII, REACH, HALO)
 
 
@@ -752,20 +762,24 @@ def backward(
     """The gradient with respect to the logits, given those with respect to sums and log loss."""
     given, logits = logits, planes(logits)
     n, num_classes, height, width = logits.shape
-    # First p d loss / d p: it has the range of the result, so it can have its dtype and place.
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    # First p d loss / d p. It has the range of the result, so it can have its dtype and place,
+    # unless it is added up. In half precision edge tiles replace what the dense tile wrote: to take
+    # some of it out again would leave its rounding.
+    steps = parts(kernel_sizes, logits)
+    dtype = logits.dtype if len(steps) == 1 else torch.float32
+    grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
     shape = num_classes, height, width, logits.stride(0), logits.stride(1)
     limit = math.log((1 - eps) / eps)
     if n > 0:
         with on_device(logits):
-            for i, (sizes, strip, patch) in enumerate(parts(kernel_sizes, logits)):
+            for i, (sizes, strip, patch) in enumerate(steps):
                 dense_gradient_kernel[strip_grid(logits)](
                     grad_sums, logits, label, top, rest, grad, *shape, limit, eps, rows(logits),
                     ADD=i > 0, **sizes, **strip,
                 )  # fmt: skip
                 edge_gradient_kernel[(patch_programs(logits),)](
                     grad_sums, logits, label, top, rest, grad, *shape, margin, limit,
-                    **sizes, **patch,
+                    REPLACE=dtype != torch.float32, **sizes, **patch,
                 )  # fmt: skip
             softmax_backward_kernel[pixel_grid(logits)](
                 grad_log_loss, logits, label, top, rest, grad, num_classes, height * width,
