@@ -864,7 +864,8 @@ def strip_grid(logits: Tensor) -> tuple[int]:
 def patch_blocks(logits: Tensor) -> dict[str, int]:
     if logits.device.type == "cpu":
         return {"BLOCK_D": 8, **INTERPRETED_PATCH}
-    return {"BLOCK_D": 1, "BLOCK_H": 8, "BLOCK_W": 16, "num_warps": 1}
+    warps = 1 if logits.shape[1] <= 256 else 4  # a lane holds its part of the table
+    return {"BLOCK_D": 1, "BLOCK_H": 8, "BLOCK_W": 16, "num_warps": warps}
 
 
 def patch_programs(logits: Tensor) -> int:
