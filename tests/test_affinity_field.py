@@ -322,7 +322,8 @@ def check_cross_entropy(backend, values, kind, variant="paper"):
     assert (loss - expected).abs() <= 1e-5 * (1 + expected.abs())
     rounding = 2e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     assert gradient.dtype == logits.dtype
-    assert (gradient - exact).double().norm() <= rounding * (exact.double().norm() + 1e-3)
+    # 1e-2: the reference, in float32, knows p - 1 of a single pixel to a rounding of 1.
+    assert (gradient - exact).double().norm() <= rounding * (exact.double().norm() + 1e-2)
 
 
 @given(inputs([torch.float32, torch.bfloat16, torch.float64]), weights, st.sampled_from(VARIANTS))
