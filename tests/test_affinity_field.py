@@ -322,14 +322,14 @@ def check_cross_entropy(backend, values, kind, variant="paper"):
     assert (loss - expected).abs() <= 1e-5 * (1 + expected.abs())
     rounding = 2e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     assert gradient.dtype == logits.dtype
-    # 1e-2: the reference, in float32, knows p - 1 of a single pixel to a rounding of 1.
-    assert (gradient - exact).double().norm() <= rounding * (exact.double().norm() + 1e-2)
+    assert (gradient - exact).double().norm() <= rounding * (exact.double().norm() + 1e-3)
 
 
 @given(inputs([torch.float32, torch.bfloat16, torch.float64]), weights, st.sampled_from(VARIANTS))
 def test_cross_entropy_with_the_affinity_field(values, kind, variant):
-    for backend in ("portable", "reference"):
-        check_cross_entropy(backend, values, kind, variant)
+    check_cross_entropy("portable", values, kind, variant)
+    logits, target, ignore_index = values  # in float32 the reference's q is 1e-3 off
+    check_cross_entropy("reference", (logits.double(), target, ignore_index), kind, variant)
 
 
 @settings(max_examples=settings.default.max_examples // 6)
