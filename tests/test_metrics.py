@@ -9,14 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+torchmetrics = pytest.importorskip("torchmetrics")
 import tritonaff
-from tritonaff.metrics import AffinityAccuracy, BoundaryScore, RefinementReport
-
-try:
-    import torchmetrics
-except ImportError:
-    torchmetrics = None
-needs_torchmetrics = pytest.mark.skipif(torchmetrics is None, reason="needs torchmetrics")
+from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
 
 
 def score_by_definition(predictions, targets, num_classes, tolerance, ignore_index):
@@ -138,22 +133,21 @@ def test_batches_add_up_and_reset_forgets():
 
 
 def test_without_torchmetrics_the_error_names_the_extra():
-    """And the boundary score does without."""
     script = """
 import sys
 sys.modules["torchmetrics"] = None  # an import of it fails
-from tritonaff.metrics import AffinityAccuracy, BoundaryScore, RefinementReport
-BoundaryScore(2)
-for metric, argument in ((AffinityAccuracy, [1]), (RefinementReport, (1,))):
+from tritonaff import metrics
+for name in ("AffinityAccuracy", "BoundaryScore", "InstanceMeanIoU", "RefinementReport"):
     try:
-        metric(argument, sync_on_compute=False)
+        getattr(metrics, name)(2, sync_on_compute=False)
     except ImportError as error:
         print(error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     expected = "needs torchmetrics: pip install tritonaff[metrics]"
     assert result.stdout.splitlines() == [
-        f"{name} {expected}" for name in ("AffinityAccuracy", "RefinementReport")
+        f"{name} {expected}"
+        for name in ("AffinityAccuracy", "BoundaryScore", "InstanceMeanIoU", "RefinementReport")
     ], result.stderr
 
 
@@ -162,7 +156,6 @@ def perfect_logits(target, rates):
     return (signals == 1).float() - 0.5
 
 
-@needs_torchmetrics
 def test_accuracy_by_rate_and_category(device):
     """All right at the first rate, all wrong at the second."""
     torch.manual_seed(0)
@@ -182,7 +175,6 @@ def test_accuracy_by_rate_and_category(device):
     assert result.overall.item() == pytest.approx((signals[0] / signals.sum()).item())
 
 
-@needs_torchmetrics
 def test_accuracy_adds_up_and_resets():
     torch.manual_seed(0)
     target = torch.randint(0, 2, (3, 9, 9))
@@ -199,7 +191,6 @@ def test_accuracy_adds_up_and_resets():
     assert apart.compute().overall.isnan()
 
 
-@needs_torchmetrics
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -262,7 +253,6 @@ def refinement_by_definition(before, after, target, distances, ignore_index):
     return counts
 
 
-@needs_torchmetrics
 @given(
     st.tuples(st.integers(0, 2), st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from([(1,), (1, 2, 4), (3, 20)]),
@@ -284,7 +274,6 @@ def test_refinement_is_that_of_the_definition(shape, distances, dtype, ignore_in
     assert torch.equal(result.changed, expected[1:].sum(dim=0))
 
 
-@needs_torchmetrics
 def test_an_ignored_band_does_not_hide_a_boundary():
     target = two_halves(8)
     target[:, :, 6:10] = 255
@@ -294,7 +283,6 @@ def test_an_ignored_band_does_not_hide_a_boundary():
     assert report.compute().pixel_count.tolist() == [0, 20, 140]
 
 
-@needs_torchmetrics
 def test_fractions_and_table():
     target = two_halves(8)
     before, after = target.clone(), target.clone()
@@ -321,7 +309,6 @@ def test_fractions_and_table():
     assert len(lines[0]) <= 80
 
 
-@needs_torchmetrics
 def test_the_torchmetrics_move_collect_and_pickle(device):
     """As others do: in a collection, with their states on the device, and saved."""
     import pickle
@@ -347,13 +334,11 @@ def test_an_ignore_index_that_the_target_cannot_hold_ignores_nothing(dtype, labe
     score = BoundaryScore(200, tolerance=0, ignore_index=ignore_index)
     score.update(target, target)
     assert score.compute().recall[[label, 3]].tolist() == [1, 1]
-    pytest.importorskip("torchmetrics")
     report = RefinementReport((1,), ignore_index=ignore_index)
     report.update(target, target, target)
     assert report.compute().pixel_count.tolist() == [4, 8]
 
 
-@needs_torchmetrics
 def test_boundaries_between_labels_that_float32_does_not_tell_apart():
     target = torch.tensor([[[2**24, 2**24, 2**24, 2**24 + 1, 2**24 + 1]]])
     report = RefinementReport((1, 2**40))
