@@ -19,9 +19,9 @@ Mean IoU and pixel accuracy are torchmetrics' own:
     >>> {name: value.tolist() for name, value in metrics(prediction, target).items()}
     {'IoU': [0.5, 0.5, 0.0, 0.0], 'mIoU': 0.5, 'pixel accuracy': 0.6666666865348816}
 
-Its mean leaves out a class that counted pixels neither have nor are predicted as; among the IoUs by
-class such a class is 0, as one that is never right. Predictions must be classes: others, it counts
-as wherever the sum falls. docs/metrics.md says what each metric is and is not.
+docs/metrics.md says what to know about these, and what each metric is and is not. A collection of
+this module's metrics needs the option ``compute_groups=False``: torchmetrics would take two whose
+counts agree on the first batch for one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ except ImportError:
 
 
 class BoundaryScores(NamedTuple):
-    """Each (C,) float64 on the CPU: a value per class, NaN for a class without any boundary."""
+    """Each (C,) float64 on the CPU: a value per class, NaN for a class without any boundary. If C
+    is 1, torchmetrics makes them scalars.
+    """
 
     precision: Tensor
     recall: Tensor
@@ -152,7 +154,9 @@ class InstanceIoUs(NamedTuple):
     """Float64 on the CPU."""
 
     by_class: Tensor
-    """(C,), U_c; of a class without instances NaN, with the variant "authors" 0."""
+    """(C,), a scalar if C is 1, as torchmetrics makes it: U_c. NaN for a class without instances, or
+    0 with the variant "authors".
+    """
     mean: Tensor
     """Over the classes with instances, a scalar, NaN if there is none; with the variant "authors"
     over all C.
@@ -245,7 +249,7 @@ class InstanceMeanIoU(Metric):
 
     def compute(self) -> InstanceIoUs:
         """The values of all batches since the start or the last ``reset``."""
-        weighted_iou, count = self.weighted_iou.cpu(), self.instance_count.cpu()
+        weighted_iou, count = self.weighted_iou.cpu(), self.instance_count.cpu().double()
         if self.variant == "authors":
             by_class = weighted_iou / (count + 1e-12)
             return InstanceIoUs(by_class, by_class.mean())
