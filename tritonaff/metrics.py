@@ -154,7 +154,7 @@ class InstanceIoUs(NamedTuple):
     """Float64 on the CPU."""
 
     by_class: Tensor
-    """(C,), a scalar if C is 1, as torchmetrics makes it: U_c. NaN for a class without instances, or
+    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. NaN for a class without instances,
     0 with the variant "authors".
     """
     mean: Tensor
