@@ -154,8 +154,8 @@ class InstanceIoUs(NamedTuple):
     """Float64 on the CPU."""
 
     by_class: Tensor
-    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. NaN for a class without instances,
-    0 with the variant "authors".
+    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. Of a class without instances NaN,
+    with the variant "authors" 0.
     """
     mean: Tensor
     """Over the classes with instances, a scalar, NaN if there is none; with the variant "authors"
