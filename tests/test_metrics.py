@@ -269,10 +269,10 @@ def instance_mean_iou_by_definition(predictions, targets, ids, num_classes, igno
 
 @given(
     st.sampled_from(["paper", "authors"]),
-    st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 5)),
+    st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 8)),
     st.integers(1, 4),
     st.sampled_from([(torch.uint8, 250), (torch.int32, 2**24), (torch.int64, 2**53)]),
-    st.sampled_from([0, 1, 255]),
+    st.sampled_from([-100, 0, 1, 255]),
     st.integers(0, 2**16),
 )
 def test_instance_mean_iou_is_that_of_the_definition(
@@ -286,7 +286,7 @@ def test_instance_mean_iou_is_that_of_the_definition(
     target = torch.randint(0, num_classes + 2 * (variant == "authors"), shape)
     target[torch.rand(shape) < 0.2] = ignore_index
     guess = torch.randint(0, num_classes + 2, shape)
-    prediction = torch.where(torch.rand(shape) < 0.5, target, guess).to(torch.uint8)
+    prediction = torch.where(torch.rand(shape) < 0.5, target, guess).to(torch.int32)
     ids = (torch.randint(0, 5, shape) + first_id).to(dtype)
     metric = InstanceMeanIoU(num_classes, ignore_index, variant)
     metric.update(prediction[:1], target[:1], ids[:1])
