@@ -500,7 +500,8 @@ def _check_like_target(name: str, value: Any, target: Tensor) -> None:
 def _dilate(image: Tensor, distance: int) -> Tensor:
     """(N, K, H, W): the maximum within the distance, in rows and columns; of masks, where any is.
 
-    By shifts, each at most one longer than what has been reached: longer ones would leave gaps.
+    By shifts, each at most one longer than what the last ones reach: at a border, a longer one
+    would leave pixels out.
     """
     for dim in (2, 3):
         size, reach = image.shape[dim], 0
