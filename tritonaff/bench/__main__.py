@@ -277,18 +277,18 @@ def _static(args: argparse.Namespace) -> int:
             if row["op"] == op
         ]
         _print(op, columns, lines)
-    content = {"device": "none: compiled", "versions": versions(), "kernels": kernels}
-    content["implied"] = static.implied_times(kernels)
+    implied = static.implied_times(kernels)
     print(
         "\nleast time, by bytes / bandwidth or instructions / rate, forward and backward:\n"
         f"{' x '.join(map(str, static.IMAGES))}, 19 classes, {static.NUM_OFFSETS} neighbours, "
         f"{static.ITERATIONS} iterations, float32"
     )
-    columns = ["", "runs", "bytes", "ps", "bound by", "% copy", "ms", "x CE"]
+    columns = ["", "runs", "bytes", "ps", "bound", "%copy", "ms", "x CE"]
     for gpu in static.GPUS.values():
-        _print(gpu.name, columns, _implied_lines(content["implied"], gpu.name))
+        _print(gpu.name, columns, _implied_lines(implied, gpu.name))
     if args.json:
-        _write(args.json, content)
+        head = {"device": "none: compiled", "versions": versions()}
+        _write(args.json, {**head, "kernels": kernels, "implied": implied})
     return 0
 
 
@@ -305,7 +305,7 @@ def _implied_lines(implied: list[dict[str, Any]], gpu: str) -> list[list[str]]:
         for row in rows:
             numbers = [f"{row['bytes_per_element']:.0f}", f"{row['ps_per_element']:.0f}"]
             share = f"{row['percent_of_copy']}"
-            bound = row["bound"].replace("instructions", "instr.")
+            bound = row["bound"].removeprefix("one ").replace("instructions", "instr.")
             line = [f"  {_short(row['kernel'])}", str(row["launches"]), *numbers, bound]
             lines.append([*line, share, f"{row['ms']:.2f}", ""])
     return lines
