@@ -201,7 +201,7 @@ def kernel_of(row):
 
 
 def test_static(static_table):
-    assert set(static_table) == {"device", "versions", "kernels", "implied"}
+    assert set(static_table) == {"device", "versions", "kernels", "implied", "cross_entropy_ms"}
     assert [kernel_of(row) for row in static_table["kernels"]] == [
         kernel_of(row) for row in COMMITTED["kernels"]
     ]

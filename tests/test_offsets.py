@@ -38,6 +38,22 @@ def test_the_tiles_interpreted(results, op, far):
     assert results[f"{op}-{far}"] == "right"
 
 
+def test_tables_of_many_programs():
+    """Where a program stores its part of a table is its number times a size: not in 32 bits."""
+    pytest.importorskip("triton")
+    script = """
+import re
+from tritonaff.bench import static
+for tile in static.TILES:
+    ir = static.compile_tile(tile, "sm_90").asm["ttir"]
+    for name in re.findall(r"(%\\S+) = tt.get_program_id x", ir):
+        products = re.findall(rf"arith.muli .*{name}\\b.* : i32", ir)
+        assert not products, (tile.kernel.__name__, products)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("op", CASES)
 def test_more_elements_than_2_to_the_31(op):

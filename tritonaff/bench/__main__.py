@@ -288,7 +288,9 @@ def _static(args: argparse.Namespace) -> int:
         _print(gpu.name, columns, _implied_lines(implied, gpu.name))
     if args.json:
         head = {"device": "none: compiled", "versions": versions()}
-        _write(args.json, {**head, "kernels": kernels, "implied": implied})
+        yardsticks = {gpu.name: static.cross_entropy_ms(gpu.name) for gpu in static.GPUS.values()}
+        content = {"kernels": kernels, "implied": implied, "cross_entropy_ms": yardsticks}
+        _write(args.json, {**head, **content})
     return 0
 
 
