@@ -422,7 +422,7 @@ def labels_around(
     smallest, largest = tl.where(label > above, label, NO_LABEL), label
     if HALO > 0:
         # A patch is at least twice as large as the reach: four shifted ones cover all.
-        for corner in range(4):
+        for corner in tl.static_range(4):
             dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
             label, _ = label_at(label_ptr, h + dy, w + dx, H, W)
             smallest = tl.minimum(smallest, tl.where(label > above, label, NO_LABEL))
