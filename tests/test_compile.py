@@ -72,6 +72,24 @@ def test_two_graphs_serve_every_image_size(backend, device):
     assert len(graphs) <= 2
 
 
+def test_cross_entropy_in_the_same_operation(backend, device):
+    graphs, compiler = counting_backend()
+    loss = tritonaff.AffinityFieldLoss(
+        (3, 5), cross_entropy=True, class_weight=torch.tensor([1.0, 0.5, 2.0, 0.0])
+    ).to(device)
+    compiled = torch.compile(loss, backend=compiler, fullgraph=True, dynamic=True)
+    for shape in ((2, 4, 8, 9), (3, 4, 7, 11), (4, 4, 6, 5)):
+        logits, target = make_inputs(shape, device=device)
+        logits.requires_grad_()
+        with tritonaff.use_backend(backend):
+            result, expected = compiled(logits, target), loss(logits, target)
+            (gradient,) = torch.autograd.grad(result, logits)
+            (expected_gradient,) = torch.autograd.grad(expected, logits)
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+    assert len(graphs) <= 2
+
+
 def has_compiler():
     try:
         get_cpp_compiler()

@@ -34,7 +34,7 @@ from tritonaff.kernels.shared import load_label, on_device, steps_in_32_bits
 from tritonaff.portable.blocks import in_layout_of
 
 # What a strip reads beside the columns that it owns: the largest distance that it reaches.
-HALO = 4
+HALO = tl.constexpr(4)
 # Programs that march: a few for every processor of a large GPU.
 STRIP_PROGRAMS = 4096
 BLOCK_SUM = 8192
@@ -76,14 +76,16 @@ def reciprocal(x):
 
 @triton.jit
 def fields(x, top, rest, own, limit, eps):
-    """u, which is -q in the channel of the pixel's label and p in others, and l = log(p / q)."""
+    """u, which is eps - q in the channel of the pixel's label and p - eps in others, and
+    l = log(p / q). Where p is clamped u is 0, so that sums of it, nearly all, round nothing away.
+    """
     x -= top
     e = exp(x)
     # Not 1 - p: this keeps its digits where p is near 1.
     not_e = 1 - e + rest
     log_odds = tl.minimum(tl.maximum(x - log(not_e), -limit), limit)
     u = tl.where(own, not_e, e) * reciprocal(1 + rest)
-    u = tl.minimum(tl.maximum(u, eps), 1 - eps)
+    u = tl.minimum(tl.maximum(u, eps), 1 - eps) - eps
     return tl.where(own, -u, u), log_odds
 
 
@@ -187,7 +189,7 @@ def add(xs, ys):
 
 
 @triton.jit
-def strip(C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr, HALO: tl.constexpr):
+def strip(C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     """This program's place: partial table, image, classes, columns, which of them it owns, first
     row, row after the last.
     """
@@ -256,10 +258,10 @@ def pixels(HW, BLOCK_P: tl.constexpr):
 def dense_tables_kernel(
     logits_ptr, label_ptr, top_ptr, rest_ptr, sums_ptr, pairs_ptr,
     C, H, W, stride_n, stride_c, limit, eps, ROWS, PROGRAMS,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    place, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES, HALO)
+    place, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES)
     logits_ptr += n * stride_n + tl.minimum(c, C - 1).to(tl.int64) * stride_c
     label_ptr += n * H * W
     top_ptr += n * H * W
@@ -288,7 +290,7 @@ def dense_tables_kernel(
             if (h >= first + REACH) & (h < end + REACH):
                 new_sums, neighbours = (), ()
                 for k in tl.static_range(len(RADII)):
-                    if HALO > 0:
+                    if REACH > 0:
                         u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
                         count = box_count(column_sum(vs, RADII[k]), RADII[k])
                     else:
@@ -320,11 +322,11 @@ def dense_tables_kernel(
 def dense_gradient_kernel(
     grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
     C, H, W, stride_n, stride_c, limit, eps, ROWS,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    _, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES, HALO)
+    _, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES)
     some_c = tl.minimum(c, C - 1).to(tl.int64)
     logits_ptr += n * stride_n + some_c * stride_c
     grad_ptr += (n * C + some_c) * H * W
@@ -352,7 +354,7 @@ def dense_gradient_kernel(
             if (h >= first + REACH) & (h < end + REACH):
                 from_u, from_l, boxes = nothing, nothing, nothing
                 for k in tl.static_range(len(RADII)):
-                    if HALO > 0:
+                    if REACH > 0:
                         u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
                         l_sum = box_sum(column_sum(ls, RADII[k]), RADII[k])
                         count = box_count(column_sum(vs, RADII[k]), RADII[k])
@@ -415,12 +417,12 @@ NO_LABEL = tl.constexpr(1 << 30)
 
 @triton.jit
 def labels_around(
-    label_ptr, h, w, H, W, above, RADII: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr
+    label_ptr, h, w, H, W, above, RADII: tl.constexpr, REACH: tl.constexpr
 ):
     """Of the pixels of a patch and their neighbours: smallest label beyond ``above``, largest."""
     label, _ = label_at(label_ptr, h, w, H, W)
     smallest, largest = tl.where(label > above, label, NO_LABEL), label
-    if HALO > 0:
+    if REACH > 0:
         # A patch is at least twice as large as the reach: four shifted ones cover all.
         for corner in tl.static_range(4):
             dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
@@ -450,8 +452,8 @@ def distribution(x, top, rest, limit):
 @triton.jit
 def edge_tables_kernel(
     logits_ptr, label_ptr, top_ptr, rest_ptr, edges_ptr,
-    C, H, W, stride_n, stride_c, margin, limit, PROGRAMS,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    C, H, W, stride_n, stride_c, margin, limit, eps, PROGRAMS,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -476,7 +478,7 @@ def edge_tables_kernel(
             C, PROGRAMS, 2, BLOCK_CLASSES,
         )  # fmt: skip
     # The tables are zeroed: nothing to add where there is one label.
-    smallest, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH, HALO)
+    smallest, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH)
     if smallest < largest:
         p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
         for k in tl.static_range(len(RADII)):
@@ -496,8 +498,10 @@ def edge_tables_kernel(
                     kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
                     both = tl.maximum(margin - kl_a, 0.0) + tl.maximum(margin - kl_b, 0.0)
                     hinges += tl.sum(tl.where(edge, both, 0.0), axis=0, keep_dims=True)
-                    # What the dense tables hold of this pair.
-                    step = tl.where(edge, (q_a + p_b) * (l_b - l_a), 0.0)
+                    # What the dense tables hold of this pair, nothing where p is clamped.
+                    u_a = tl.where(l_a < limit, q_a - eps, 0.0)
+                    u_b = tl.where(l_b > -limit, p_b - eps, 0.0)
+                    step = tl.where(edge, (u_a + u_b) * (l_b - l_a), 0.0)
                     product += tl.sum(step, axis=0, keep_dims=True)
                     entries += tl.sum(tl.where(edge, 2.0, 0.0), axis=0, keep_dims=True)
             store_by_label(
@@ -541,8 +545,8 @@ def store_by_label(
 @triton.jit
 def edge_gradient_kernel(
     grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
-    C, H, W, stride_n, stride_c, margin, limit,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    C, H, W, stride_n, stride_c, margin, limit, eps,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     REPLACE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -554,7 +558,7 @@ def edge_gradient_kernel(
     rest_ptr += n * H * W
     K: tl.constexpr = COLUMNS[len(RADII)]
 
-    c, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH, HALO)
+    c, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH)
     if c < largest:
         label, pixel = label_at(label_ptr, h, w, H, W)
         counts = label >= 0
@@ -593,7 +597,7 @@ def edge_gradient_kernel(
                             by_p = tl.where(edge, by_p, grad_dense * p_step)
                             by_l = tl.where(edge, by_l, grad_dense * l_step)
                         else:
-                            by_p -= grad_dense * tl.where(own, -q - p_b, p + q_b)
+                            by_p -= grad_dense * tl.where(own, 2 * eps - q - p_b, p + q_b - 2 * eps)
                             by_l -= grad_dense * l_step
                         by_p, by_l = tl.where(taken, by_p, 0.0), tl.where(taken, by_l, 0.0)
                         from_u += tl.sum(by_p, axis=0, keep_dims=True)
@@ -603,7 +607,7 @@ def edge_gradient_kernel(
             if not REPLACE:
                 grad += tl.load(row, mask=counts, other=0.0).to(tl.float32)
             tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=counts)
-            c, _ = labels_around(label_ptr, h, w, H, W, c, RADII, REACH, HALO)
+            c, _ = labels_around(label_ptr, h, w, H, W, c, RADII, REACH)
 
 
 @triton.jit
@@ -737,7 +741,7 @@ def forward(
                 **sizes, **strip,
             )  # fmt: skip
             edge_tables_kernel[(patches,)](
-                logits, label, top, rest, edges, *shape, margin, limit, patches,
+                logits, label, top, rest, edges, *shape, margin, limit, eps, patches,
                 CROSS_ENTROPY=i == 0, BLOCK_CLASSES=triton.next_power_of_2(num_classes),
                 **sizes, **patch,
             )  # fmt: skip
@@ -778,7 +782,7 @@ def backward(
                     ADD=i > 0, **sizes, **strip,
                 )  # fmt: skip
                 edge_gradient_kernel[(patch_programs(logits),)](
-                    grad_sums, logits, label, top, rest, grad, *shape, margin, limit,
+                    grad_sums, logits, label, top, rest, grad, *shape, margin, limit, eps,
                     REPLACE=dtype != torch.float32, **sizes, **patch,
                 )  # fmt: skip
             softmax_backward_kernel[pixel_grid(logits)](
@@ -808,13 +812,12 @@ def parts(
     radii = steps_in_32_bits([(size - 1) // 2 for size in kernel_sizes])
     found = []
     for near in (True, False):
-        columns = tuple(k for k, d in enumerate(radii) if (d <= HALO) == near)
+        columns = tuple(k for k, d in enumerate(radii) if (d <= HALO.value) == near)
         if columns:
             sizes = {
                 "RADII": tuple(radii[k] for k in columns),
                 "COLUMNS": (*columns, len(radii)),
                 "REACH": max(radii[k] for k in columns) if near else 0,
-                "HALO": HALO if near else 0,
             }
             found.append((sizes, strip_blocks(logits), patch_blocks(logits)))
     return found
@@ -823,7 +826,7 @@ def parts(
 def strip_blocks(logits: Tensor) -> dict[str, int]:
     _, num_classes, _, width = logits.shape
     classes = triton.next_power_of_2(num_classes)
-    lanes = 16 if width <= 4 * 16 - HALO else 32
+    lanes = 16 if width <= 4 * 16 - HALO.value else 32
     if logits.device.type == "cpu":
         return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": lanes, "UNROLL": 1}
     # Rows that are not aligned take more registers to load.
@@ -844,7 +847,7 @@ def rows(logits: Tensor) -> int:
 
 def strips_in(width: int, blocks: dict[str, int]) -> int:
     columns = 4 * blocks["LANES"]
-    return 1 if width <= columns - HALO else cdiv(width, columns - 2 * HALO)
+    return 1 if width <= columns - HALO.value else cdiv(width, columns - 2 * HALO.value)
 
 
 def class_blocks(logits: Tensor) -> int:
