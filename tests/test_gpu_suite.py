@@ -42,7 +42,7 @@ def test_every_row_of_the_table_runs(suite, capsys):
     assert set(rows) == {"correctness test_rates.py", *(key for key, *_ in gpu_suite.jobs(True))}
     on_gpus = ("field_launches", "grids_launches", "boundary", "field_against_compiled")
     for key, row in rows.items():
-        left_out = key.startswith((*on_gpus, "compile_seconds", "field_fused"))
+        left_out = key.startswith((*on_gpus, "compile_seconds"))
         assert row["status"] == ("left out" if left_out and "error" in row else "ok"), (key, row)
     row = rows["field_alone float32 2,5,16,20"]
     assert row["ratio"] == pytest.approx(row["ms"] / row["rival_ms"])

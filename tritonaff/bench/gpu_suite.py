@@ -147,11 +147,7 @@ def field(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def fused(logits: Tensor, target: Tensor) -> Tensor:
-    function = getattr(tritonaff, "affinity_field_cross_entropy", None)
-    if function is None:
-        raise NotHere("affinity_field_cross_entropy is not in this version")
-    loss: Tensor = function(logits, target, AFFINITY_FIELD_SIZES)
-    return loss
+    return tritonaff.affinity_field_cross_entropy(logits, target, AFFINITY_FIELD_SIZES)
 
 
 def images_that_fit(shape: Shape, bench: Bench) -> int:
@@ -461,8 +457,7 @@ def exercise(device: torch.device) -> None:
     for case in CASES.values():
         channels = 32 if case.name == "dilated_affinity" else 5
         step(case.loss, *case.make_inputs((2, channels, 37, 70), device=device))()
-    if hasattr(tritonaff, "affinity_field_cross_entropy"):
-        step(fused, *make_inputs((2, 5, 37, 70), device=device))()
+    step(fused, *make_inputs((2, 5, 37, 70), device=device))()
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -142,8 +142,9 @@ def load_row(
     logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
 ):  # fmt: skip
     """u, l, and 1 where a pixel counts, of row h and columns w; 0 at pixels that do not count."""
-    inside = (w >= 0) & (w < W) & (h >= 0) & (h < H)
     row = h.to(tl.int64) * W
+    h += tl.zeros_like(w)  # Triton 3.9 interprets no masks that are numbers
+    inside = (w >= 0) & (w < W) & (h >= 0) & (h < H)
     label = tl.load(label_ptr + row + w, mask=inside, other=-1)
     top = tl.load(top_ptr + row + w, mask=inside, other=0.0)
     rest = tl.load(rest_ptr + row + w, mask=inside, other=1.0)
@@ -202,7 +203,7 @@ def strip(C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     n, chunk = place // strips // chunks, place // strips % chunks
     first = place % strips * own
     w = first - HALO + tl.arange(0, LANES)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    owned = (w >= first) & ((w < first + own) | (strips == 1)) & (w < W)
+    owned = (w >= first) & (w < tl.where(strips == 1, W, tl.minimum(first + own, W)))
     c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None, None]
     return place, n.to(tl.int64), c, w, owned, chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, H)
 
@@ -315,7 +316,8 @@ def dense_tables_kernel(
         tl.store(sums_ptr + offs, total, mask=c < C)
         total = tl.sum(tl.where(owned, pairs[k], 0.0))
         offs = COLUMNS[k] * tl.cast(PROGRAMS, tl.int64) + place
-        tl.store(pairs_ptr + offs, total, mask=first_classes)
+        if first_classes:
+            tl.store(pairs_ptr + offs, total)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
