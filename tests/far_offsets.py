@@ -16,6 +16,7 @@ import torch
 
 import tritonaff
 from tritonaff import checks
+from tritonaff.kernels import affinity_field as kernels
 
 # Twice this is beyond 32 bits.
 FAR = (1 << 30) + 8
@@ -31,9 +32,11 @@ def sparse(shape, stride, dtype):
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, stride)
 
 
-def stretched(tensor):
-    """The same values, FAR apart along every dimension."""
+def stretched(tensor, planes=False):
+    """The same values, FAR apart along every dimension; or along all but the image's."""
     steps = [FAR + 8**place for place in reversed(range(tensor.dim()))]  # no two at one place
+    if planes:
+        steps[-2:] = tensor.stride()[-2:]
     return sparse(tensor.shape, steps, tensor.dtype).copy_(tensor)
 
 
@@ -46,9 +49,13 @@ def allocate_sparsely():
     where it is written.
     """
 
-    def like(tensor, *, dtype=None):
+    empty_like = torch.empty_like
+
+    def like(tensor, *, dtype=None, memory_format=None, device=None):
+        if device == "meta":
+            return empty_like(tensor, device=device)
         stride = tensor.stride()
-        if 0 in stride or far_apart(tensor) < FAR:
+        if 0 in stride or far_apart(tensor) < FAR or memory_format is torch.contiguous_format:
             stride = torch.empty(tensor.shape, device="meta").stride()
         return sparse(tensor.shape, stride, dtype or tensor.dtype)
 
@@ -58,7 +65,7 @@ def allocate_sparsely():
         return sparse(shape, stride, dtype or tensor.dtype)
 
     torch.empty_like = torch.zeros_like = like
-    torch.Tensor.new_empty = new
+    torch.Tensor.new_empty = torch.Tensor.new_zeros = new
 
 
 def interpret_the_last_program_alone():
@@ -70,6 +77,9 @@ def interpret_the_last_program_alone():
 
     def run_last(executor, *args, **kwargs):
         grid = executor.grid
+        if executor.fn.__name__ == "sum_kernel":  # of all programs' tables
+            builder.set_grid_dim, builder.set_grid_idx = set_dim, set_idx
+            return call(executor, *args, **kwargs)
         last = [size - 1 for size in grid] + [0] * (3 - len(grid))
         builder.set_grid_dim = lambda *_: set_dim(*(place + 1 for place in last))
         builder.set_grid_idx = lambda *_: set_idx(*last)
@@ -79,6 +89,14 @@ def interpret_the_last_program_alone():
     run.__call__ = run_last
 
 
+def affinity_field(logits, target):
+    """Its tables and that of cross-entropy."""
+    sums, _, log_loss, *_ = torch.ops.tritonaff.affinity_field(
+        logits, target, (3, 5), 3.0, 1e-4, 255, "paper", "triton"
+    )
+    return [sums, log_loss]
+
+
 def tables(terms):
     return [table for table in terms if table.is_floating_point()]
 
@@ -86,10 +104,7 @@ def tables(terms):
 RATES = ((1, 1), (2, 1))
 # Every operation: its channels, whether it takes a target, and what it computes.
 OPS = {
-    "affinity_field": (
-        3,
-        lambda logits, target: tables(tritonaff.affinity_field_terms(logits, target, (3, 5))),
-    ),
+    "affinity_field": (3, affinity_field),
     "affinity_regression": (
         3,
         lambda logits, target: tables(tritonaff.affinity_regression_terms(logits, target, (4, 2))),
@@ -142,7 +157,9 @@ def evaluate(op, arguments):
 
 def far_strides(op):
     near = inputs(op, 3, 5, 6)
-    far = {name: stretched(tensor) for name, tensor in near.items()}
+    # Where pixels do not follow one another, the affinity field's tiles see a copy.
+    planes = op == "affinity_field"
+    far = {name: stretched(tensor, planes) for name, tensor in near.items()}
     expected = evaluate(op, near)
     allocate_sparsely()
     for result, exact in zip(evaluate(op, far), expected, strict=True):
@@ -155,14 +172,24 @@ def far_pixels(op):
     """
     interpret_the_last_program_alone()
     allocate_sparsely()
+    kernels.BLOCK_SUM = 1 << 20
     checks.check_label_values = checks.check_matrices_fit = lambda *_: None
     width = 1 if op == "square_root_affinity" else 8
     rows = 1 << 12
 
+    def tall(row, height):
+        if op != "affinity_field":
+            return row.expand(*row.shape[:-2], height, width)
+        # Pixels that follow one another, for it copies others: in memory are those at the end.
+        shape = *row.shape[:-2], height, width
+        image = sparse(shape, torch.empty(shape, device="meta").stride(), row.dtype)
+        image[..., -2 * rows :, :] = row
+        return image
+
     def result(more):
         height = more + rows + 100
         row = inputs(op, 1, 1, width)
-        far = {name: x.expand(*x.shape[:-2], height, width) for name, x in row.items()}
+        far = {name: tall(x, height) for name, x in row.items()}
         results, grads = evaluate(op, {name: x.detach() for name, x in far.items()})
         assert more == 0 or sum(x.numel() for x in (*results, *grads)) > FAR >> 1
         if op == "square_root_affinity":

@@ -260,9 +260,7 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
     monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
     monkeypatch.setattr(kernels, "BLOCK_SUM", 2)
-    for confidence in (0.0, 9.0):
-        inputs = make_inputs((2, 3, 7, 19), device=device, confidence=confidence)
-        check_parity(case_with((3, 9)), "triton", *inputs)
+    check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, 13), device=device))
 
 
 @pytest.mark.parametrize("width", [60, 61, 124, 125, 128, 250])
