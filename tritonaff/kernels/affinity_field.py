@@ -418,9 +418,7 @@ NO_LABEL = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def labels_around(
-    label_ptr, h, w, H, W, above, RADII: tl.constexpr, REACH: tl.constexpr
-):
+def labels_around(label_ptr, h, w, H, W, above, RADII: tl.constexpr, REACH: tl.constexpr):
     """Of the pixels of a patch and their neighbours: smallest label beyond ``above``, largest."""
     label, _ = label_at(label_ptr, h, w, H, W)
     smallest, largest = tl.where(label > above, label, NO_LABEL), label
