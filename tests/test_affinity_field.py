@@ -263,6 +263,12 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, 13), device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_edges_in_half_precision(backend, device, dtype):
+    """Where tiles replace the dense gradient."""
+    check_parity(case_with((3, 5)), backend, *make_inputs((1, 3, 8, 12), dtype, device))
+
+
 @pytest.mark.parametrize("width", [60, 61, 124, 125, 128, 250])
 def test_strips_of_any_width(device, width):
     """Where one strip is enough, where a second begins, and sizes that reach out of a strip."""

@@ -299,6 +299,26 @@ for tile in static.TILES:
     subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
 
 
+def test_tiles_compile_for_sizes_that_no_strip_reaches():
+    """The other side of every switch of the affinity field's tiles."""
+    pytest.importorskip("triton")
+    script = """
+from dataclasses import replace
+from tritonaff.bench import static
+_, (far, *_) = static.affinity_field.parts([3, 13, 65], static.BATCH)
+assert far["RADII"] == (6, 32)
+switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "UNROLL": 1}
+for tile in static.TILES:
+    if "REACH" in tile.blocks:
+        other = {name: switches.get(name, size) for name, size in tile.blocks.items()}
+        registers, spills, _ = static._nvidia(
+            static.compile_tile(replace(tile, blocks=other), "sm_90").asm["cubin"]
+        )
+        assert spills == 0, (tile.kernel, spills)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
+
+
 def test_instructions_in_a_loop_count_as_often_as_it_runs():
     pytest.importorskip("triton")
     script = """

@@ -12,7 +12,7 @@ import math
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -445,7 +445,7 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def count_instructions(assembly: str, *trips: float) -> Counter[str]:
+def count_instructions(assembly: str, *trips: float) -> dict[str, float]:
     """Instructions that a thread executes, by kind; those in loops as often as these run, the
     outermost first.
 
@@ -482,7 +482,7 @@ def count_instructions(assembly: str, *trips: float) -> Counter[str]:
         i: {index[j] for j in after(piece[-1]) if j in index} for i, piece in enumerate(pieces)
     }
     times = [n for n in trips if n != 1]
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     for i, depth in loop_depths(successors).items():
         if depth > len(times):
             raise ValueError(f"the code has {depth} loops in one another, told are {trips}")
