@@ -263,6 +263,19 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, 13), device=device))
 
 
+def test_labels_that_meet_between_patches(monkeypatch, device):
+    """Every patch holds one label: its edges are all to pixels of others."""
+    pytest.importorskip("triton")
+    from tritonaff.kernels import affinity_field as kernels
+
+    patch = {"BLOCK_D": 8, "BLOCK_H": 8, "BLOCK_W": 8, "num_warps": 1}
+    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
+    logits, target = make_inputs((1, 2, 16, 8), device=device)
+    target[:, :8], target[:, 8:] = 0, 1
+    check_parity(case_with((3,)), "triton", logits, target)
+    check_parity(case_with((3,)), "triton", logits.mT, target.mT)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_edges_in_half_precision(backend, device, dtype):
     """Where tiles replace the dense gradient."""

@@ -295,7 +295,7 @@ def dense_tables_kernel(
                         u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
                         count = box_count(column_sum(vs, RADII[k]), RADII[k])
                     else:
-                        u_sum, l_sum, count = far_box(
+                        u_sum, _l_sum, count = far_box(
                             logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps,
                             RADII[k],
                         )  # fmt: skip
