@@ -31,8 +31,8 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import on_device, pixels, steps_in_32_bits
 
-# Elements of a tile: 16 for each thread of 2 warps. The more classes of a pixel a thread has, the
-# more share what leads to its neighbours, until registers spill.
+# Elements of a tile: 8 for each thread of 4 warps. With 16, more classes of a pixel share what leads
+# to its neighbours, but Triton 3.6 spills registers.
 BLOCK = 1024
 # However many the classes, so many pixels, and warps for them.
 MIN_BLOCK_P, MAX_WARPS = 4, 16
@@ -344,7 +344,7 @@ def tile(probs: Tensor) -> dict[str, int]:
     if probs.device.type == "cpu":
         return {"BLOCK_C": classes, "BLOCK_P": max(1, INTERPRETED_BLOCK // classes)}
     block_p = max(MIN_BLOCK_P, min(256, BLOCK // classes))
-    num_warps = min(MAX_WARPS, max(2, 2 * classes * block_p // BLOCK))
+    num_warps = min(MAX_WARPS, max(4, 4 * classes * block_p // BLOCK))
     return {"BLOCK_C": classes, "BLOCK_P": block_p, "num_warps": num_warps}
 
 
