@@ -31,8 +31,7 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import on_device, pixels, steps_in_32_bits
 
-# Elements of a tile: 8 for each thread of 4 warps. With 16, more classes of a pixel share what leads
-# to its neighbours, but Triton 3.6 spills registers.
+# Elements of a tile: 8 for each thread of 4 warps, which leaves registers to hide loads behind.
 BLOCK = 1024
 # However many the classes, so many pixels, and warps for them.
 MIN_BLOCK_P, MAX_WARPS = 4, 16
@@ -55,12 +54,6 @@ def is_inside(h, w, H, W):
 @triton.jit
 def offsets(c, h, w, stride_c, stride_h, stride_w):
     return c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-
-
-@triton.jit
-def existing(c, h, C, H):
-    """The class and row, or the last one: what is there can be loaded without a mask."""
-    return tl.minimum(c, C - 1), tl.minimum(h, H - 1)
 
 
 @triton.jit
@@ -109,8 +102,7 @@ def step_kernel(
     pixel, h, w = pixel[None, :], h[None, :], w[None, :]
     mask = (c < C) & in_image
     gates_ptr += n * (4 * len(RATES)) * HW + pixel
-    c_in, h_in = existing(c, h, C, H)
-    p_ptrs = p_ptr + n * p_stride_n + offsets(c_in, h_in, w, p_stride_c, p_stride_h, p_stride_w)
+    p_ptrs = p_ptr + n * p_stride_n + offsets(c, h, w, p_stride_c, p_stride_h, p_stride_w)
 
     p = load(p_ptrs, mask)
     largest = tl.max(tl.where(c < C, p, -float("inf")), axis=0)[None, :]
@@ -120,12 +112,9 @@ def step_kernel(
         for direction in range(8):
             dy, dx = step_to(0 * n + direction, RATES[2 * k], RATES[2 * k + 1])
             gate = load(gates_ptr, in_image)
-            # Where no neighbour is, the gate is 0: the pixel itself will do, without a mask.
-            inside = in_image & is_inside(h + dy, w + dx, H, W)
-            step = tl.where(inside, dy * p_stride_h + dx * p_stride_w, 0)
-            y += gate * tl.load(p_ptrs + step).to(tl.float32)
+            there = mask & is_inside(h + dy, w + dx, H, W)
+            y += gate * load(p_ptrs + (dy * p_stride_h + dx * p_stride_w), there)
             gates_ptr += HW
-    y = tl.where(c < C, y, 0.0)
     total = tl.sum(y, axis=0)[None, :]
     total = tl.where(total == 0, float("inf"), total)
     store(total_ptr + n * HW + pixel, total, in_image)
@@ -176,9 +165,8 @@ def step_backward_kernel(
     mask = (c < C) & in_image
     gates_ptr += n * (4 * len(RATES)) * HW + pixel
     grad_gates_ptr += n * (4 * len(RATES)) * HW + pixel
-    c_in, h_in = existing(c, h, C, H)
-    p_ptrs = p_ptr + n * p_stride_n + offsets(c_in, h_in, w, p_stride_c, p_stride_h, p_stride_w)
-    offs = n * stride_n + offsets(c_in, h_in, w, stride_c, stride_h, stride_w)
+    p_ptrs = p_ptr + n * p_stride_n + offsets(c, h, w, p_stride_c, p_stride_h, p_stride_w)
+    offs = n * stride_n + offsets(c, h, w, stride_c, stride_h, stride_w)
 
     p, grad_y = load(p_ptrs, mask), load(grad_y_ptr + offs, mask)
     shown = tl.where(c < C, p, -float("inf"))
@@ -191,21 +179,19 @@ def step_backward_kernel(
         for direction in range(8):
             dy, dx = step_to(0 * n + direction, RATES[2 * k], RATES[2 * k + 1])
             if NEEDS_GATES:  # of this pixel, for its neighbour s
-                inside = in_image & is_inside(h + dy, w + dx, H, W)
-                step = tl.where(inside, dy * p_stride_h + dx * p_stride_w, 0)
-                p_s = tl.load(p_ptrs + step).to(tl.float32)
-                grad_gate = load(grad_gates_ptr, inside) + tl.sum(grad_y * p_s, axis=0)[None, :]
-                store(grad_gates_ptr, grad_gate, inside)
+                there = mask & is_inside(h + dy, w + dx, H, W)
+                p_s = load(p_ptrs + (dy * p_stride_h + dx * p_stride_w), there)
+                grad_gate = load(grad_gates_ptr, in_image) + tl.sum(grad_y * p_s, axis=0)[None, :]
+                store(grad_gates_ptr, grad_gate, in_image)
                 grad_gates_ptr += HW
             if NEEDS_P:  # from the pixel whose neighbour s this one is
                 inside = in_image & is_inside(h - dy, w - dx, H, W)
                 gate = load(gates_ptr - (dy * W + dx), inside)
-                back = tl.where(inside, dy * stride_h + dx * stride_w, 0)
-                grad_p += gate * tl.load(grad_y_ptr + offs - back)
+                back = dy * stride_h + dx * stride_w
+                grad_p += gate * load(grad_y_ptr + offs - back, mask & inside)
                 gates_ptr += HW
     if NEEDS_P:
         if not IS_FIRST:
-            grad_p = tl.where(c < C, grad_p, 0.0)
             grad_p = through_normalisation(grad_p, p, before_ptr + n * HW + pixel, in_image)
         store(out_ptr + offs, grad_p, mask)
 
