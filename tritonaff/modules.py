@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from tritonaff import checks
 from tritonaff.functional import (
     VARIANTS,
     WEIGHTINGS,
     affinity_field_loss,
+    affinity_field_terms,
     affinity_propagation,
     affinity_regression_loss,
+    affinity_regression_terms,
     dilated_affinity_loss,
+    neighbor_counts,
 )
 from tritonaff.rates import DIRECTIONS
 from tritonaff.statistics import NeighborStatistics
@@ -28,14 +32,15 @@ class AffinityFieldLoss(nn.Module):
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
             :func:`tritonaff.affinity_field_loss`.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W)
-        gives a scalar. ``progress`` in [0, 1], the fraction of training done, multiplies it by
-        10 ** -progress as the authors do. Under torch.compile pass a 0-d tensor: a Python float
-        that changes compiles a second time.
+        ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
+        target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
+        multiplies it by 10 ** -progress as the authors do. Under torch.compile pass a 0-d tensor: a
+        Python float that changes compiles a second time. ``normalizer``, (2, K), is that of
+        :func:`tritonaff.affinity_field_loss`.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -59,6 +64,7 @@ class AffinityFieldLoss(nn.Module):
         eps: float = 1e-4,
         ignore_index: int = 255,
         variant: str = "paper",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
@@ -69,18 +75,43 @@ class AffinityFieldLoss(nn.Module):
         self.ignore_index = checks.check_ignore_index(ignore_index)
         checks.check_option("variant", variant, VARIANTS)
         self.variant = variant
+        checks.check_process_group(process_group)
+        self.process_group = process_group
 
     def forward(
-        self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> Tensor:
-        return self._loss(logits, target, progress)
+        return self._loss(logits, target, progress, normalizer=normalizer)
+
+    def normalizer(self, target: Tensor, num_classes: int) -> Tensor:
+        """(2, K) int64: how many edge and non-edge entries labels (N, H, W) of C classes have.
+
+        It adds up over the parts of a batch, and ``forward`` of a part divides by it: gradients are
+        accumulated to those of the batch.
+        """
+        num_classes = checks.check_int("num_classes", num_classes, at_least=1)
+        checks.check_target(target)
+        n, height, width = target.shape
+        blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
+        terms = affinity_field_terms(
+            blank,
+            target,
+            self.kernel_sizes,
+            ignore_index=self.ignore_index,
+            variant=self.variant,
+        )
+        return torch.stack((terms.edge_count, terms.non_edge_count)).sum(dim=1)
 
     def _loss(
         self,
         logits: Tensor,
         target: Tensor,
         progress: float | Tensor | None,
-        **weights: Tensor | None,
+        **tensors: Tensor | None,
     ) -> Tensor:
         loss = affinity_field_loss(
             logits,
@@ -92,7 +123,8 @@ class AffinityFieldLoss(nn.Module):
             eps=self.eps,
             ignore_index=self.ignore_index,
             variant=self.variant,
-            **weights,
+            process_group=self.process_group,
+            **tensors,
         )
         return loss if progress is None else loss * _decay(progress, loss)
 
@@ -112,19 +144,20 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     the gradient of the weights is reversed inside, so one ordinary optimiser step does both. Give
     the weights no weight decay: :meth:`optimizer_group`.
 
-    The weights are parameters of this module: move it to the logits' device. With
-    DistributedDataParallel compute the loss inside the wrapped module, or the ranks' weights drift
-    apart.
+    The weights are parameters of this module: move it to the logits' device. With a process_group
+    their gradients are the same in all processes, inside a wrapped module or beside it. Without
+    one, compute the loss inside the module that DistributedDataParallel wraps, or the processes'
+    weights drift apart.
 
     Args:
         num_classes: C, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
             :func:`tritonaff.affinity_field_loss`.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have
-        C classes.
+        ``forward(logits, target, progress=None, normalizer=None)`` as :class:`AffinityFieldLoss`;
+        logits must have C classes.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -156,6 +189,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         eps: float = 1e-4,
         ignore_index: int = 255,
         variant: str = "paper",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             kernel_sizes,
@@ -165,6 +199,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             eps=eps,
             ignore_index=ignore_index,
             variant=variant,
+            process_group=process_group,
         )
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
         shape = self.num_classes, len(self.kernel_sizes)
@@ -195,8 +230,16 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         checks.check_number("lr", lr, at_least=0)
         return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
 
+    def normalizer(self, target: Tensor, num_classes: int | None = None) -> Tensor:
+        """See :meth:`AffinityFieldLoss.normalizer`."""
+        return super().normalizer(target, self.num_classes if num_classes is None else num_classes)
+
     def forward(
-        self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> Tensor:
         if isinstance(logits, Tensor) and logits.dim() == 4 and logits.shape[1] != self.num_classes:
             raise ValueError(
@@ -208,6 +251,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             progress,
             edge_weight=_adversarial_softmax(self.edge_scores),
             non_edge_weight=_adversarial_softmax(self.non_edge_scores),
+            normalizer=normalizer,
         )
 
     def extra_repr(self) -> str:
@@ -221,10 +265,11 @@ class AffinityRegressionLoss(nn.Module):
     cross-entropy alone has reached its peak.
 
     Args:
-        grid_sizes, ignore_index: see :func:`tritonaff.affinity_regression_loss`.
+        grid_sizes, ignore_index, process_group: see :func:`tritonaff.affinity_regression_loss`.
 
     Shapes:
-        ``forward(logits, target)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar.
+        ``forward(logits, target, normalizer=None)`` with logits (N, C, H, W) and target (N, H, W)
+        gives a scalar.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -238,15 +283,37 @@ class AffinityRegressionLoss(nn.Module):
         >>> (0.1 * loss_fn(logits, target)).backward()
     """
 
-    def __init__(self, grid_sizes: Sequence[int] | None = (12, 6), ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        grid_sizes: Sequence[int] | None = (12, 6),
+        ignore_index: int = 255,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         self.grid_sizes = checks.check_grid_sizes(grid_sizes)
         self.ignore_index = checks.check_ignore_index(ignore_index)
+        checks.check_process_group(process_group)
+        self.process_group = process_group
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
         return affinity_regression_loss(
-            logits, target, self.grid_sizes, ignore_index=self.ignore_index
+            logits,
+            target,
+            self.grid_sizes,
+            ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            process_group=self.process_group,
         )
+
+    def normalizer(self, target: Tensor) -> Tensor:
+        """int64 scalar: how many of the labels (N, H, W) have a point that counts. It adds up over
+        the parts of a batch, and ``forward`` of a part divides by it.
+        """
+        checks.check_target(target)
+        void = (target.to(torch.int64) == self.ignore_index).to(torch.int64)
+        blank = torch.zeros((), device=target.device).expand(void.shape)[:, None]
+        terms = affinity_regression_terms(blank, void, self.grid_sizes, ignore_index=1)
+        return (terms.pair_count > 0).sum()
 
     def extra_repr(self) -> str:
         return f"grid_sizes={self.grid_sizes}, ignore_index={self.ignore_index}"
@@ -298,12 +365,23 @@ class DilatedAffinityHead(nn.Conv2d):
         assert self.bias is not None
         nn.init.normal_(self.weight, std=0.01)
         frequency = torch.tensor(self.positive_frequency, dtype=torch.float64)
+        bias = frequency.logit().repeat_interleave(len(DIRECTIONS))
         with torch.no_grad():
-            self.bias.copy_(frequency.logit().repeat_interleave(len(DIRECTIONS)))
+            self.bias.copy_(_distributed_like(bias, self.bias))
 
     def extra_repr(self) -> str:
         frequency = ", ".join(f"{x:.4g}" for x in self.positive_frequency)
         return f"{self.in_channels}, rates={self.rates}, positive_frequency=({frequency})"
+
+
+def _distributed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The same tensor in all processes, as a DTensor where the parameter is one (FSDP)."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
@@ -331,13 +409,13 @@ class DilatedAffinityLoss(nn.Module):
     """:func:`tritonaff.dilated_affinity_loss` with fixed options.
 
     Args:
-        rates, weighting, statistics, gamma, beta, ignore_index: see
+        rates, weighting, statistics, gamma, beta, ignore_index, process_group: see
             :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
             buffers, which move with the module.
 
     Shapes:
-        ``forward(affinity_logits, target)`` with affinity_logits (N, 8 R, H, W) and target
-        (N, H, W) gives a scalar.
+        ``forward(affinity_logits, target, normalizer=None)`` with affinity_logits (N, 8 R, H, W)
+        and target (N, H, W) gives a scalar.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -364,6 +442,7 @@ class DilatedAffinityLoss(nn.Module):
         gamma: float = 2.0,
         beta: float = 1.0,
         ignore_index: int = 255,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.rates = checks.check_rates(rates)
@@ -372,11 +451,15 @@ class DilatedAffinityLoss(nn.Module):
         self.gamma = checks.check_number("gamma", gamma, at_least=0)
         self.beta = checks.check_number("beta", beta, at_least=0)
         self.ignore_index = checks.check_ignore_index(ignore_index)
+        checks.check_process_group(process_group)
+        self.process_group = process_group
         given = checks.check_statistics(statistics, self.rates, self.ignore_index)
         for name, count in zip(("pixel_count", "signal_count"), given or (None, None), strict=True):
             self.register_buffer(name, None if count is None else count.detach().clone())
 
-    def forward(self, affinity_logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, affinity_logits: Tensor, target: Tensor, normalizer: Tensor | None = None
+    ) -> Tensor:
         counts = self.pixel_count, self.signal_count
         return dilated_affinity_loss(
             affinity_logits,
@@ -387,7 +470,16 @@ class DilatedAffinityLoss(nn.Module):
             gamma=self.gamma,
             beta=self.beta,
             ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            process_group=self.process_group,
         )
+
+    def normalizer(self, target: Tensor) -> Tensor:
+        """(R, 9, 3) int64: how many pixels, and signals of different and of same labels, the labels
+        (N, H, W) have. It adds up over the parts of a batch, and ``forward`` of a part uses it.
+        """
+        counts = neighbor_counts(target, self.rates, ignore_index=self.ignore_index)
+        return torch.cat((counts.pixel_count[..., None], counts.signal_count), dim=-1)
 
     def extra_repr(self) -> str:
         return (
