@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 
 def run_processes(module, function, size, folder):
-    """What ``function(rank, size, folder)`` of a test module returns in each process."""
+    """What ``function(rank, size)`` of a test module returns in each process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, __file__, module, function, str(size), str(folder)]
     processes = [
@@ -32,7 +32,7 @@ def main(module, function, size, folder, rank):
     size, folder, rank = int(size), Path(folder), int(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-    result = getattr(importlib.import_module(module), function)(rank, size, folder)
+    result = getattr(importlib.import_module(module), function)(rank, size)
     torch.save(result, folder / f"{rank}.pt")
     dist.barrier()
     os._exit(0)  # an ordinary exit now and then aborts in gloo's threads

@@ -2,6 +2,8 @@
 one process computes of all of them.
 """
 
+import importlib.util
+
 import pytest
 import torch
 from processes import run_processes
@@ -9,17 +11,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tritonaff import (
-    AdaptiveAffinityFieldLoss,
-    AffinityFieldLoss,
-    AffinityRegressionLoss,
-    DilatedAffinityHead,
-    DilatedAffinityLoss,
-    NeighborStatistics,
-    affinity_field_loss,
-    affinity_regression_loss,
-    dilated_affinity_loss,
-)
+import tritonaff
+from tritonaff import DilatedAffinityHead, NeighborStatistics, affinity_field_loss
 from tritonaff.distributed import all_reduce
 
 RATES = [1, (2, 3)]
@@ -30,49 +23,14 @@ def size(request):
     return request.param
 
 
-def shares(size):
-    """Unequal parts of six images; the third process has none."""
-    return [slice(0, 4), slice(4, 6), slice(6, 6)][:size]
-
-
-# ------------------------------------------------------------------------------------ losses
-
-
-class Segmenter(nn.Module):
-    """A network with an affinity head, and a loss of what they say."""
-
-    def __init__(self, loss_fn):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.features = nn.Conv2d(3, 6, 3, padding=1)
-        self.classify = nn.Conv2d(6, 4, 1)
-        self.affinity = DilatedAffinityHead(6, RATES)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, generator=generator)
-        self.loss_fn = loss_fn
-
-    def forward(self, images, target):
-        features = self.features(images).relu()
-        head = self.affinity if isinstance(self.loss_fn, DilatedAffinityLoss) else self.classify
-        return self.loss_fn(head(features), target)
-
-
-def make_segmenters(group):
-    losses = {
-        "affinity field": AffinityFieldLoss((3, 5), process_group=group),
-        "adaptive": AdaptiveAffinityFieldLoss(4, (3, 7), process_group=group),
-        "authors": AffinityFieldLoss((3, 5), variant="authors", process_group=group),
-        "regression": AffinityRegressionLoss((4, 3), process_group=group),
-        "dilated": DilatedAffinityLoss(RATES, process_group=group),
-    }
-    # One optimiser step away from the start, where all sizes weigh the same.
-    for scores in losses["adaptive"].parameters():
-        nn.init.normal_(scores, generator=torch.Generator().manual_seed(1))
-    return {name: Segmenter(loss_fn).double() for name, loss_fn in losses.items()}
+def share(rank, size, *tensors):
+    """Unequal parts of six images; a third process has none."""
+    part = [slice(0, 4), slice(4, 6), slice(6, 6)][:size][rank]
+    return [tensor[part] for tensor in tensors]
 
 
 def make_batch():
-    """Images that differ in what counts: one of a single label, one of none, few pixels of one."""
+    """Images that differ in what counts: one has a single label, one nothing, one a few pixels."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(6, 3, 12, 14, dtype=torch.float64, generator=generator)
     target = torch.randint(0, 4, (6, 4, 7), generator=generator)
@@ -83,67 +41,238 @@ def make_batch():
     return images, target
 
 
-def plain(segmenter):
-    return segmenter
+def results_of(rank, size):
+    return losses_of(rank, size), facts_of(rank, size)
 
 
-def distributed_data_parallel(segmenter):
-    # A network with two heads and one loss: one of them gets no gradient.
-    return DistributedDataParallel(segmenter, find_unused_parameters=True)
+@pytest.fixture(scope="module")
+def results(size, tmp_path_factory):
+    """Of each process: losses and facts."""
+    return run_processes(__name__, "results_of", size, tmp_path_factory.mktemp("ranks"))
 
 
-def fully_sharded(segmenter):
+# ------------------------------------------------------------------------------------ losses
+
+LOSSES = {
+    "affinity field": lambda group: tritonaff.AffinityFieldLoss((3, 5), process_group=group),
+    "adaptive": lambda group: tritonaff.AdaptiveAffinityFieldLoss(4, (3, 7), process_group=group),
+    "authors": lambda group: tritonaff.AffinityFieldLoss(
+        (3, 5), variant="authors", process_group=group
+    ),
+    "regression": lambda group: tritonaff.AffinityRegressionLoss((4, 3), process_group=group),
+    "dilated": lambda group: tritonaff.DilatedAffinityLoss(RATES, process_group=group),
+}
+
+
+class Segmenter(nn.Module):
+    """A network with one of the losses; all parameters are random, the same in every process."""
+
+    def __init__(self, name, group=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.features = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = DilatedAffinityHead(6, RATES) if name == "dilated" else nn.Conv2d(6, 4, 1)
+        self.loss = LOSSES[name](group)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.double()
+
+    def forward(self, images, target):
+        return self.loss(self.head(self.features(images).relu()), target)
+
+
+def plain(module):
+    return module
+
+
+def fully_sharded(module):
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(segmenter, mesh=torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),)))
-    return segmenter
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    return fully_shard(module, mesh=mesh)
+
+
+WRAPPERS = {"plain": plain, "DDP": DistributedDataParallel, "FSDP2": fully_sharded}
 
 
 def step(module, images, target):
     """The loss, and the gradients of all parameters, averaged over the processes."""
-    module.zero_grad()
     loss = module(images, target)
     loss.backward()
     grads = {}
     for name, parameter in module.named_parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        grad = parameter.grad
         if hasattr(grad, "full_tensor"):
             grad = grad.full_tensor()
         elif dist.is_initialized() and not isinstance(module, DistributedDataParallel):
             dist.all_reduce(grad)
             grad /= dist.get_world_size()
-        grads[name.removeprefix("module.")] = grad.detach().clone()
+        grads[name.removeprefix("module.")] = grad
     return loss.detach(), grads
 
 
-def losses_of(rank, size, folder):
-    images, target = (part[shares(size)[rank]] for part in make_batch())
+def combinations(size):
+    """Of loss, wrapper and mode; compiling all of them would take minutes."""
+    for name in LOSSES:
+        for wrapper in WRAPPERS:
+            yield name, wrapper, "eager"
+            if (name == "adaptive" or wrapper == "plain") and size == 2:
+                yield name, wrapper, "compiled"
+
+
+def losses_of(rank, size):
+    images, target = share(rank, size, *make_batch())
     results = {}
-    for wrap in (plain, distributed_data_parallel, fully_sharded):
-        for name, segmenter in make_segmenters(dist.group.WORLD).items():
-            results[wrap.__name__, "eager", name] = step(wrap(segmenter), images, target)
+    for name, wrapper, mode in combinations(size):
+        module = Segmenter(name, dist.group.WORLD)
+        if mode == "compiled":
             torch.compiler.reset()
-            fast = make_segmenters(dist.group.WORLD)[name]
-            fast.compile(fullgraph=True, backend="aot_eager")
-            results[wrap.__name__, "compiled", name] = step(wrap(fast), images, target)
+            module.compile(fullgraph=True, backend="aot_eager")
+        results[name, wrapper, mode] = step(WRAPPERS[wrapper](module), images, target)
     return results
 
 
-@pytest.fixture(scope="module")
-def results(size, tmp_path_factory):
-    return run_processes(__name__, "losses_of", size, tmp_path_factory.mktemp("ranks"))
+def test_losses_and_their_gradients(results, size):
+    for combination in combinations(size):
+        loss, grads = step(Segmenter(combination[0]), *make_batch())
+        assert loss > 0.01
+        assert all(grad.abs().max() > 1e-5 for grad in grads.values())
+        for losses, _ in results:
+            value, averages = losses[combination]
+            torch.testing.assert_close(value, loss, rtol=1e-12, atol=0, msg=str(combination))
+            assert averages.keys() == grads.keys()
+            for key, grad in grads.items():
+                torch.testing.assert_close(averages[key], grad, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("wrap", ["plain", "distributed_data_parallel", "fully_sharded"])
-@pytest.mark.parametrize("name", list(make_segmenters(None)))
-def test_losses(results, name, wrap, mode):
-    loss, grads = step(make_segmenters(None)[name], *make_batch())
-    assert loss > 0.01
-    assert sum(grad.abs().max() > 1e-4 for grad in grads.values()) >= 4
-    for by_rank in results:
-        value, averages = by_rank[wrap, mode, name]
-        torch.testing.assert_close(value, loss, rtol=1e-12, atol=0)
-        assert averages.keys() == grads.keys()
-        for key, grad in grads.items():
-            torch.testing.assert_close(averages[key], grad, rtol=1e-9, atol=1e-14)
+# ----------------------------------------------------------------------- what surrounds a loss
+
+
+def facts_of(rank, size):
+    """What the tests below look at, by name."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    facts = {}
+    tables = torch.tensor([2**51 + rank, rank]), torch.tensor(0.5 + rank), torch.ones(1, 2, 1)
+    facts["tables"] = all_reduce(tables, dist.group.WORLD)
+
+    images, target = share(rank, size, *make_batch())
+    with CommDebugMode() as forward:
+        loss = Segmenter("adaptive", dist.group.WORLD)(images, target)
+    with CommDebugMode() as backward:
+        loss.backward()
+    facts["collectives"] = forward.get_total_counts(), backward.get_total_counts()
+
+    alone, _ = dist.new_subgroups(group_size=1)
+    logits = torch.randn(len(target), 4, 12, 14)
+    facts["alone"] = [affinity_field_loss(logits, target, process_group=g) for g in (alone, None)]
+
+    mesh = dist.init_device_mesh("cpu", (size,))
+    sharded = DTensor.from_local(logits, mesh, [Shard(0)])
+    facts["errors"] = []
+    for loss_fn in (affinity_field_loss, torch.compile(affinity_field_loss, backend="eager")):
+        try:
+            loss_fn(sharded, target)
+        except TypeError as error:
+            facts["errors"].append(str(error))
+    group = mesh.get_group()
+    facts["to_local"] = [
+        affinity_field_loss(x, target, process_group=group) for x in (sharded.to_local(), logits)
+    ]
+
+    with torch.device("meta"):
+        head = DilatedAffinityHead(6, RATES, [0.9, 0.7])
+    fully_sharded(head).to_empty(device="cpu")
+    head.reset_parameters()
+    facts["head"] = [x.detach().full_tensor() for x in (head.bias, head.weight)]
+
+    if importlib.util.find_spec("torchmetrics"):
+        facts["counts"] = counts_of(*share(rank, size, *predictions()))
+    return facts
+
+
+def predictions():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 16, 9, 11, generator=generator)
+    before, after, target = torch.randint(0, 2, (3, 6, 9, 11), generator=generator)
+    return logits, before, after, target.masked_fill(logits[:, 0] > 1, 255)
+
+
+def counts_of(*tensors):
+    """Of statistics and metrics, image by image: all their counts."""
+    from tritonaff.metrics import AffinityAccuracy, RefinementReport
+
+    statistics, accuracy = NeighborStatistics(RATES), AffinityAccuracy(RATES)
+    report = RefinementReport((1, 3))
+    for logits, before, after, target in zip(*tensors, strict=True):
+        statistics.update(target[None])
+        accuracy.update(logits[None], target[None])
+        report.update(before[None], after[None], target[None])
+    if dist.is_initialized():
+        statistics.all_reduce()
+    counts = statistics.pixel_count, statistics.signal_count
+    return [*counts, *accuracy.compute(), *report.compute()[1:]]
+
+
+@pytest.fixture
+def facts(results):
+    return [facts for _, facts in results]
+
+
+def test_counts_are_exact_and_tables_keep_shape_and_dtype(facts, size):
+    ranks = sum(range(size))
+    expected = (
+        torch.tensor([size * 2**51 + ranks, ranks]),
+        torch.tensor(0.5 * size + ranks),
+        torch.full((1, 2, 1), float(size)),
+    )
+    for by_rank in facts:
+        for table, total in zip(by_rank["tables"], expected, strict=True):
+            torch.testing.assert_close(table, total, rtol=0, atol=0)
+
+
+def test_one_collective_a_loss_and_none_for_its_gradient(facts):
+    for by_rank in facts:
+        assert by_rank["collectives"] == (1, 0)
+
+
+def test_a_group_of_one_process_changes_nothing(facts):
+    for by_rank in facts:
+        torch.testing.assert_close(*by_rank["alone"])
+
+
+def test_distributed_logits_are_refused_with_the_remedy(facts):
+    for by_rank in facts:
+        assert len(by_rank["errors"]) == 2
+        for message in by_rank["errors"]:
+            assert "logits must be a tensor of this process alone, got a DTensor" in message
+            assert "pass logits.to_local(), and process_group=" in message
+        torch.testing.assert_close(*by_rank["to_local"], rtol=0, atol=0)
+
+
+def test_a_sharded_head_starts_as_an_ordinary_one(facts):
+    expected = DilatedAffinityHead(6, RATES, [0.9, 0.7])
+    for by_rank in facts:
+        bias, weight = by_rank["head"]
+        torch.testing.assert_close(bias, expected.bias.detach(), rtol=0, atol=0)
+        assert weight.std().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_statistics_and_metrics(facts):
+    pytest.importorskip("torchmetrics")
+    expected = counts_of(*predictions())
+    for by_rank in facts:
+        for values, by_one in zip(by_rank["counts"], expected, strict=True):
+            torch.testing.assert_close(values, by_one, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("group", ["world", 3, object()])
+def test_what_is_no_group(group):
+    with pytest.raises(TypeError, match="process_group must be None or a"):
+        affinity_field_loss(
+            torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3).long(), process_group=group
+        )
+    for make_loss in LOSSES.values():
+        with pytest.raises(TypeError, match="process_group must be None or a"):
+            make_loss(group)
