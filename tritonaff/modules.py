@@ -546,22 +546,11 @@ class AffinityPropagation(nn.Module):
         )
 
 
-class _ReverseGradient(torch.autograd.Function):
-    """The identity, with the negated gradient: what the loss's minimiser does to it maximises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return -grad
-
-
 def _adversarial_softmax(scores: Tensor) -> Tensor:
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    reversed_scores: Tensor = _ReverseGradient.apply(scores)  # type: ignore[no-untyped-call]
-    return reversed_scores.to(dtype).softmax(dim=1)
+    """The softmax, with the negated gradient: what the loss's minimiser does to it maximises."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # Exactly the scores. An autograd.Function would lose its gradient in torch.export.
+    return (2 * scores.detach() - scores).softmax(dim=1)
 
 
 def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:
