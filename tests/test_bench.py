@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -252,3 +254,21 @@ assert count_instructions(amd, 4) == dict(memory=1, special=4, arithmetic=4, con
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def test_scaling(capsys, tmp_path):
+    path = tmp_path / "scaling.json"
+    assert main(["scaling", "--quick", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert set(content) == {"device", "versions", "rows"}
+    rows = {(row["op"], row["grows"]): row for row in content["rows"]}
+    assert {op for op, _ in rows} == {*CASES, "all_reduce"}
+    for (op, grows), row in rows.items():
+        assert all(ms > 0 for ms in row["ms"])
+        assert re.search(rf"{op} +{grows} {row['values'][0]} ", printed)
+        ratios = [large / small for small, large in pairwise(row["values"])]
+        assert set(ratios) == {2}
+        if grows in ("images", "rows") and op != "affinity_regression":
+            # Sums of several buffers, of which some are of a fixed size.
+            assert 3 < row["peak_bytes"][2] / row["peak_bytes"][0] < 5

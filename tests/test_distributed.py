@@ -61,6 +61,9 @@ LOSSES = {
     ),
     "regression": lambda group: tritonaff.AffinityRegressionLoss((4, 3), process_group=group),
     "dilated": lambda group: tritonaff.DilatedAffinityLoss(RATES, process_group=group),
+    "dilated, signal": lambda group: tritonaff.DilatedAffinityLoss(
+        RATES, weighting="signal", process_group=group
+    ),
 }
 
 
@@ -71,7 +74,7 @@ class Segmenter(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.features = nn.Conv2d(3, 6, 3, padding=1)
-        self.head = DilatedAffinityHead(6, RATES) if name == "dilated" else nn.Conv2d(6, 4, 1)
+        self.head = DilatedAffinityHead(6, RATES) if "dilated" in name else nn.Conv2d(6, 4, 1)
         self.loss = LOSSES[name](group)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)

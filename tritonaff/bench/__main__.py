@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     static = commands.add_parser("static", help="compile every tile for three GPUs, without one")
     static.set_defaults(command=_static)
     static.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+
+    scaling = commands.add_parser("scaling", help="how time and memory grow, on the CPU")
+    scaling.set_defaults(command=_scaling)
+    scaling.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    scaling.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
     return parser
 
 
@@ -279,6 +284,36 @@ def _static(args: argparse.Namespace) -> int:
         _print(op, columns, lines)
     if args.json:
         _write(args.json, {"device": "none: compiled", "versions": versions(), "kernels": kernels})
+    return 0
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from tritonaff.bench import scaling
+
+    rows = []
+    with _progress(sum(len(x.expected) for x in scaling.OPERATIONS.values()) + 1) as step:
+        for row in scaling.rows(args.quick):
+            step(f"{row.op} {row.grows}")
+            rows.append(row)
+    device = f"CPU {_cpu_name()}, 1 thread"
+    print(f"{device}, {_one_line(versions())}")
+    columns = ["op", "grows", "ms", "x time", "expected", "x memory", "peak MB"]
+    lines = [
+        [
+            row.op,
+            " ".join((row.grows, *map(str, row.values))),
+            " ".join(f"{ms:.2f}" for ms in row.ms),
+            f"{row.growth:.2f}",
+            row.expected,
+            f"{row.memory_growth:.2f}" if row.peak_bytes else "-",
+            " ".join(f"{count / 1e6:.1f}" for count in row.peak_bytes) or "-",
+        ]
+        for row in rows
+    ]
+    _print("by doubling, forward and backward", columns, lines)
+    if args.json:
+        content = {"device": device, "versions": versions()}
+        _write(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
 
 
