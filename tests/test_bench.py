@@ -261,9 +261,10 @@ def test_scaling(capsys, tmp_path):
     assert main(["scaling", "--quick", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads(path.read_text())
-    assert set(content) == {"device", "versions", "rows"}
+    assert set(content) == {"device", "versions", "all_reduce_ms", "rows"}
+    assert 0 < content["all_reduce_ms"] < 1000
     rows = {(row["op"], row["grows"]): row for row in content["rows"]}
-    assert {op for op, _ in rows} == {*CASES, "all_reduce"}
+    assert {op for op, _ in rows} == set(CASES)
     for (op, grows), row in rows.items():
         assert all(ms > 0 for ms in row["ms"])
         assert re.search(rf"{op} +{grows} {row['values'][0]} ", printed)

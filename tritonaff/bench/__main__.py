@@ -291,10 +291,11 @@ def _scaling(args: argparse.Namespace) -> int:
     from tritonaff.bench import scaling
 
     rows = []
-    with _progress(sum(len(x.expected) for x in scaling.OPERATIONS.values()) + 1) as step:
+    with _progress(sum(len(x.expected) for x in scaling.OPERATIONS.values())) as step:
         for row in scaling.rows(args.quick):
             step(f"{row.op} {row.grows}")
             rows.append(row)
+    all_reduce_ms = scaling.all_reduce_ms()
     device = f"CPU {_cpu_name()}, 1 thread"
     print(f"{device}, {_one_line(versions())}")
     columns = ["op", "grows", "ms", "x time", "expected", "x memory", "peak MB"]
@@ -305,14 +306,15 @@ def _scaling(args: argparse.Namespace) -> int:
             " ".join(f"{ms:.2f}" for ms in row.ms),
             f"{row.growth:.2f}",
             row.expected,
-            f"{row.memory_growth:.2f}" if row.peak_bytes else "-",
-            " ".join(f"{count / 1e6:.1f}" for count in row.peak_bytes) or "-",
+            f"{row.memory_growth:.2f}",
+            " ".join(f"{count / 1e6:.1f}" for count in row.peak_bytes),
         ]
         for row in rows
     ]
     _print("by doubling, forward and backward", columns, lines)
+    print(f"one all-reduce of a loss's tables, two gloo processes: {all_reduce_ms:.2f} ms")
     if args.json:
-        content = {"device": device, "versions": versions()}
+        content = {"device": device, "versions": versions(), "all_reduce_ms": all_reduce_ms}
         _write(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
 
