@@ -321,7 +321,9 @@ def test_a_batch_that_is_too_small_for_the_processes(script, monkeypatch, capsys
     assert capsys.readouterr() == ("", "error: a batch of 2 is too small for 3 processes\n")
 
 
-def test_a_killed_training_goes_on_to_the_same_losses(folder, tmp_path):
+def test_a_killed_training_goes_on_to_the_same_losses(
+    script, folder, tmp_path, monkeypatch, capsys
+):
     write_pairs(folder)
     arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 30]
     arguments += ["--batch-size", 2, "--size", 32, 48, "--loss", "ce+ar", "--save-every", 1]
@@ -340,12 +342,15 @@ def test_a_killed_training_goes_on_to_the_same_losses(folder, tmp_path):
     done = len(torch.load(checkpoint)["losses"])
     assert 1 <= done <= 30
 
+    whole = [*arguments, "--resume", "--output", tmp_path / "whole"]
     results = [
         run(*killed, "--resume", **AS_USERS),
-        run(*arguments, "--resume", "--output", tmp_path / "whole", **AS_USERS),
+        run(*whole, **AS_USERS),
+        run(*whole, **AS_USERS),  # of a training that is done already
     ]
     for result in results:
         assert result.returncode == 0, result.stderr
+    assert "goes on after step 30/30" in results[2].stdout
     assert f"cross-entropy + AR: goes on after step {done}/30" in results[0].stdout
     assert "goes on" not in results[1].stdout
     losses, expected = (
@@ -353,11 +358,13 @@ def test_a_killed_training_goes_on_to_the_same_losses(folder, tmp_path):
     )
     assert losses == expected
     heat_maps = [result.stdout.split("test split: ")[1].splitlines()[0] for result in results]
-    assert heat_maps[0] == heat_maps[1]
+    assert heat_maps[0] == heat_maps[1] == heat_maps[2]
 
-    refused = run(*killed, "--resume", "--seed", 1, **AS_USERS)
-    assert refused.returncode == 2
-    assert re.fullmatch("error: .*is of a training with seed 0, not 1: .*\n", refused.stderr)
+    other = [str(SCRIPT), *map(str, killed), "--resume", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", other)
+    assert script.main() == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch("error: .*is of a training with seed 0, not 1: .*\n", errors)
 
 
 def test_a_checkpoint_is_whole_or_not_there(script, tmp_path, monkeypatch):

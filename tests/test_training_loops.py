@@ -284,8 +284,10 @@ def test_export_of_a_network_with_propagation(batch):
     images, _ = batch
     network = Refined().eval()
     shape = {0: torch.export.Dim("batch")}
-    program = torch.export.export(network, (images,), dynamic_shapes={"images": shape})
+    with tritonaff.use_backend("portable"):  # interpreted tiles would take long
+        program = torch.export.export(network, (images,), dynamic_shapes={"images": shape})
     exported = saved_and_loaded(program).module()
-    torch.testing.assert_close(exported(images), network(images))
     more = torch.cat((images, images, images))
-    torch.testing.assert_close(exported(more), network(more))
+    with tritonaff.use_backend("portable"):
+        torch.testing.assert_close(exported(images), network(images))
+        torch.testing.assert_close(exported(more), network(more))
