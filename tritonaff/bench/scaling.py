@@ -26,6 +26,7 @@ from tritonaff.functional import (
     affinity_regression_loss,
     dilated_affinity_loss,
 )
+from tritonaff.ops.backend import use_backend
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _measure(operation: Operation, size: Size, quick: bool) -> tuple[float, int]
     logits.requires_grad_()
 
     def run(_: object = None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(operation.loss(logits, target, size.parts), logits)
+        with use_backend("portable"):  # not interpreted tiles
+            return torch.autograd.grad(operation.loss(logits, target, size.parts), logits)
 
     run()
     # Of the processor, on one thread, and the least of several: what else runs on the machine can
