@@ -33,7 +33,8 @@ def load(path: Path, training: Mapping[str, Any]) -> dict[str, Any] | None:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         before = content["training"]
     except Exception as error:  # of almost any kind, for a broken file
-        raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"cannot read {path}: {reason}") from error
     for name, value in training.items():
         if before.get(name) != value:
             raise CheckpointError(

@@ -290,7 +290,15 @@ class Display:
 
 REPORTS = 4  # how often a training looks at the validation split
 # What must be the same where a training goes on. The number of processes need not.
-RESUMED_WITH = ("steps", "batch_size", "size", "learning_rate", "seed", "affinity_at")
+RESUMED_WITH = (
+    "steps",
+    "batch_size",
+    "size",
+    "learning_rate",
+    "seed",
+    "ignore_index",
+    "affinity_at",
+)
 
 
 class Result(NamedTuple):
@@ -317,6 +325,7 @@ def train(
 
     path = options.output / f"{data.name}-{name}.pt"
     training = {key: getattr(options, key) for key in RESUMED_WITH}
+    training |= {"size": list(options.size), "classes": data.classes, "images": len(data.train)}
     saved = checkpoints.load(path, training) if options.resume else None
     losses, times, before = [], [], None
     if saved:
@@ -731,7 +740,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the checkpoints in the output folder, where there are any",
+        help="go on from the checkpoints in the output folder, where there are any; several "
+        "machines must share it",
     )
     parser.add_argument(
         "--no-compile",

@@ -115,12 +115,19 @@ def step(module, images, target):
 
 
 def combinations(size):
-    """Of loss, wrapper and mode; compiling all of them would take minutes."""
+    """Of loss, wrapper and mode; all of them would take minutes. What is wrapped has parameters of
+    its own, "adaptive", or none.
+    """
     for name in LOSSES:
+        yield name, "plain", "eager"
+    for name in ("adaptive", "dilated"):
+        yield name, "DDP", "eager"
+        yield name, "FSDP2", "eager"
+    if size == 2:
         for wrapper in WRAPPERS:
-            yield name, wrapper, "eager"
-            if (name == "adaptive" or wrapper == "plain") and size == 2:
-                yield name, wrapper, "compiled"
+            yield "adaptive", wrapper, "compiled"
+        yield "regression", "plain", "compiled"
+        yield "dilated", "plain", "compiled"
 
 
 def losses_of(rank, size):
@@ -167,6 +174,9 @@ def facts_of(rank, size):
         loss.backward()
     facts["collectives"] = forward.get_total_counts(), backward.get_total_counts()
 
+    facts["accumulated"] = accumulated(rank, size)
+    facts["copied"] = copies_of(images, target)
+
     alone, _ = dist.new_subgroups(group_size=1)
     logits = torch.randn(len(target), 4, 12, 14)
     facts["alone"] = [affinity_field_loss(logits, target, process_group=g) for g in (alone, None)]
@@ -193,6 +203,32 @@ def facts_of(rank, size):
     if importlib.util.find_spec("torchmetrics"):
         facts["counts"] = counts_of(*share(rank, size, *predictions()))
     return facts
+
+
+def accumulated(rank, size):
+    """Sums of the losses of two micro-batches, with the numbers that this process has counted."""
+    images, target = share(rank, size, *make_batch())
+    losses = []
+    for name in LOSSES:
+        module = Segmenter(name, dist.group.WORLD)
+        classes = () if name not in ("affinity field", "authors") else (4,)
+        normalizer = module.loss.normalizer(target, *classes).int()
+        logits = module.head(module.features(images).relu())
+        parts = [
+            module.loss(logits[part], target[part], normalizer=normalizer)
+            for part in (slice(0, 1), slice(1, None))
+        ]
+        losses.append(sum(parts).detach())
+    return losses
+
+
+def copies_of(images, target):
+    """The loss of a module, and of what averages its weights."""
+    module = Segmenter("adaptive", dist.group.WORLD)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    assert averaged.module.loss.process_group is dist.group.WORLD
+    assert averaged.module.loss.edge_scores is not module.loss.edge_scores
+    return [f(images, target).detach() for f in (module, averaged)]
 
 
 def predictions():
@@ -243,6 +279,18 @@ def test_one_collective_a_loss_and_none_for_its_gradient(facts):
         assert by_rank["collectives"] == (1, 0)
 
 
+def test_normalizers_of_several_processes(facts):
+    for by_rank in facts:
+        for name, value in zip(LOSSES, by_rank["accumulated"], strict=True):
+            loss = Segmenter(name)(*make_batch()).detach()
+            torch.testing.assert_close(value, loss, rtol=1e-12, atol=0, msg=name)
+
+
+def test_copies_share_the_group(facts):
+    for by_rank in facts:
+        torch.testing.assert_close(*by_rank["copied"], rtol=0, atol=0)
+
+
 def test_a_group_of_one_process_changes_nothing(facts):
     for by_rank in facts:
         torch.testing.assert_close(*by_rank["alone"])
@@ -253,7 +301,7 @@ def test_distributed_logits_are_refused_with_the_remedy(facts):
         assert len(by_rank["errors"]) == 2
         for message in by_rank["errors"]:
             assert "logits must be a tensor of this process alone, got a DTensor" in message
-            assert "pass logits.to_local(), and process_group=" in message
+            assert "pass logits.to_local(); a loss takes all processes" in message
         torch.testing.assert_close(*by_rank["to_local"], rtol=0, atol=0)
 
 

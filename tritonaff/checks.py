@@ -104,9 +104,12 @@ def check_statistics(
     return pixel_count, signal_count
 
 
-def check_normalizer(normalizer: Any, shape: tuple[int, ...], tables: Tensor) -> None:
+def check_normalizer(normalizer: Any, shape: tuple[int, ...], tables: Tensor) -> Tensor:
+    """As int64: the total over processes may not fit int32."""
     check_tensor("normalizer", normalizer, COUNT_DTYPES, shape)
     check_one_device("normalizer", normalizer, "logits", tables)
+    counts: Tensor = normalizer.to(torch.int64)
+    return counts
 
 
 def check_process_group(group: Any) -> None:
@@ -277,7 +280,7 @@ def check_tensor(
     if hasattr(value, "device_mesh"):
         raise TypeError(
             f"{name} must be a tensor of this process alone, got a DTensor: pass "
-            f"{name}.to_local(), and process_group= to take all processes' batches as one"
+            f"{name}.to_local(); a loss takes all processes' batches as one with process_group="
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")

@@ -206,8 +206,9 @@ def affinity_field_loss(
         variant=variant,
     )
     if normalizer is not None:
-        checks.check_normalizer(normalizer, (2, terms.edge_sum.shape[1]), terms.edge_sum)
-        terms = terms._replace(edge_count=normalizer[:1], non_edge_count=normalizer[1:])
+        shape = 2, terms.edge_sum.shape[1]
+        edge_count, non_edge_count = checks.check_normalizer(normalizer, shape, terms.edge_sum)
+        terms = terms._replace(edge_count=edge_count[None], non_edge_count=non_edge_count[None])
     terms = AffinityFieldTerms(*all_reduce(terms, process_group))
     edge = _weighted_mean("edge_weight", edge_weight, terms.edge_sum, terms.edge_count)
     non_edge = _weighted_mean(
@@ -357,8 +358,7 @@ def affinity_regression_loss(
     mean_square = squared_error * counted / pair_count.clamp(min=1)
     images = counted.sum()
     if normalizer is not None:
-        checks.check_normalizer(normalizer, (), squared_error)
-        images = normalizer
+        images = checks.check_normalizer(normalizer, (), squared_error)
     total, images = all_reduce((mean_square.sum(), images), process_group)
     return total / images.clamp(min=1)
 
@@ -720,14 +720,14 @@ def dilated_affinity_loss(
         affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
     )
     if normalizer is not None:
-        checks.check_normalizer(normalizer, (len(pairs), 9, 3), loss_sum)
-        pixel_count, signal_count = normalizer[..., 0], normalizer[..., 1:]
+        counts = checks.check_normalizer(normalizer, (len(pairs), 9, 3), loss_sum)
+        pixel_count, signal_count = counts[..., 0], counts[..., 1:]
     tables = loss_sum, signal_count, pixel_count
     loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
-    counts = given or (pixel_count, signal_count)
-    for count in counts:
+    weighed_by = given or (pixel_count, signal_count)
+    for count in weighed_by:
         checks.check_one_device("statistics", count, "affinity_logits", loss_sum)
-    weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in counts))
+    weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in weighed_by))
     total = (loss_sum * weight).sum(dim=(1, 2))
     counted = pixel_count.sum(dim=1)
     # The coefficient of a rate at which nothing counts is 0: see _weighted_mean.

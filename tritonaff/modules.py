@@ -4,6 +4,7 @@ place.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,25 @@ from tritonaff.rates import DIRECTIONS
 from tritonaff.statistics import NeighborStatistics
 
 
-class AffinityFieldLoss(nn.Module):
+class _Loss(nn.Module):
+    """What all losses have: a process_group, which copies of a module share, as those that average
+    weights are: a group is the processes themselves.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        checks.check_process_group(process_group)
+        self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        state = copy.deepcopy(self.__getstate__(), memo)  # type: ignore[no-untyped-call]
+        copied.__setstate__(state)  # type: ignore[no-untyped-call]
+        return copied
+
+
+class AffinityFieldLoss(_Loss):
     """:func:`tritonaff.affinity_field_loss` with fixed options and the papers' decay.
 
     Args:
@@ -66,7 +85,7 @@ class AffinityFieldLoss(nn.Module):
         variant: str = "paper",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
         self.edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
         self.non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
@@ -75,8 +94,6 @@ class AffinityFieldLoss(nn.Module):
         self.ignore_index = checks.check_ignore_index(ignore_index)
         checks.check_option("variant", variant, VARIANTS)
         self.variant = variant
-        checks.check_process_group(process_group)
-        self.process_group = process_group
 
     def forward(
         self,
@@ -258,7 +275,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         return f"num_classes={self.num_classes}, {super().extra_repr()}"
 
 
-class AffinityRegressionLoss(nn.Module):
+class AffinityRegressionLoss(_Loss):
     """:func:`tritonaff.affinity_regression_loss` with fixed options.
 
     The paper adds it to cross-entropy with the weight 0.1, for fine-tuning, when training with
@@ -289,11 +306,9 @@ class AffinityRegressionLoss(nn.Module):
         ignore_index: int = 255,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.grid_sizes = checks.check_grid_sizes(grid_sizes)
         self.ignore_index = checks.check_ignore_index(ignore_index)
-        checks.check_process_group(process_group)
-        self.process_group = process_group
 
     def forward(self, logits: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
         return affinity_regression_loss(
@@ -406,7 +421,7 @@ def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) ->
     return tuple(checks.check_number("positive_frequency", x, above=0, below=1) for x in value)
 
 
-class DilatedAffinityLoss(nn.Module):
+class DilatedAffinityLoss(_Loss):
     """:func:`tritonaff.dilated_affinity_loss` with fixed options.
 
     Args:
@@ -445,15 +460,13 @@ class DilatedAffinityLoss(nn.Module):
         ignore_index: int = 255,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.rates = checks.check_rates(rates)
         checks.check_option("weighting", weighting, WEIGHTINGS)
         self.weighting = weighting
         self.gamma = checks.check_number("gamma", gamma, at_least=0)
         self.beta = checks.check_number("beta", beta, at_least=0)
         self.ignore_index = checks.check_ignore_index(ignore_index)
-        checks.check_process_group(process_group)
-        self.process_group = process_group
         given = checks.check_statistics(statistics, self.rates, self.ignore_index)
         for name, count in zip(("pixel_count", "signal_count"), given or (None, None), strict=True):
             self.register_buffer(name, None if count is None else count.detach().clone())
