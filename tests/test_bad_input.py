@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.metrics import BoundaryScore
 
 LOGITS = torch.zeros(2, 3, 4, 5)
 NO_CLASSES = LOGITS[:, :0]
@@ -196,21 +195,6 @@ def test_progress(progress, error):
 def test_learning_rate():
     with pytest.raises(ValueError, match="lr must be in"):
         tritonaff.AdaptiveAffinityFieldLoss(3).optimizer_group(-1.0)
-
-
-def test_boundary_score():
-    with pytest.raises(ValueError, match="num_classes must be at least 1"):
-        BoundaryScore(0)
-    with pytest.raises(TypeError, match="tolerance must be an int, got float"):
-        BoundaryScore(3, tolerance=1.5)
-    with pytest.raises(ValueError, match="tolerance must be at least 0"):
-        BoundaryScore(3, tolerance=-1)
-    with pytest.raises(TypeError, match="prediction must have dtype"):
-        BoundaryScore(3).update(LOGITS[:, 0], TARGET)
-    with pytest.raises(ValueError, match=r"prediction must have shape \(2, 4, 5\)"):
-        BoundaryScore(3).update(TARGET[:1], TARGET)
-    with pytest.raises(ValueError, match="one device"):
-        BoundaryScore(3).update(TARGET.to("meta"), TARGET)
 
 
 def test_labels_outside_the_classes_are_ignored_by_the_authors_variant_and_under_compile():

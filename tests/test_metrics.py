@@ -1,6 +1,8 @@
 """Metrics against hand-made images and pixel-by-pixel definitions."""
 
 import itertools
+import math
+import pickle
 import subprocess
 import sys
 
@@ -9,44 +11,52 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tritonaff
-from tritonaff.metrics import AffinityAccuracy, BoundaryScore, RefinementReport
+pytest.importorskip("torchmetrics")
+pytest.importorskip("scipy")
+import torchmetrics
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
-try:
-    import torchmetrics
-except ImportError:
-    torchmetrics = None
-needs_torchmetrics = pytest.mark.skipif(torchmetrics is None, reason="needs torchmetrics")
+import tritonaff
+from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
+
+
+def boundary_pixels(label, target, c, ignore_index):
+    """(row, column) of the boundary pixels of class c in one image of labels or predictions."""
+    height, width = target.shape
+    found = []
+    for y, x in itertools.product(range(height), range(width)):
+        if label[y, x] != c or target[y, x] == ignore_index:
+            continue
+        for ny, nx in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+            if (
+                (0 <= ny < height and 0 <= nx < width)
+                and target[ny, nx] != ignore_index
+                and label[ny, nx] != c
+            ):
+                found.append((y, x))
+                break
+    return found
+
+
+def pixels_in_reach(pixels, others, tolerance):
+    """Which pairs of pixels are within the tolerance."""
+    return [[max(abs(y - v), abs(x - u)) <= tolerance for v, u in others] for y, x in pixels]
 
 
 def score_by_definition(predictions, targets, num_classes, tolerance, ignore_index):
     counts = torch.zeros(4, num_classes)
     for prediction, target in zip(predictions, targets, strict=True):
-        height, width = target.shape
-
-        def boundary(label, c, target=target, height=height, width=width):
-            found = set()
-            for y, x in itertools.product(range(height), range(width)):
-                if label[y, x] != c or target[y, x] == ignore_index:
-                    continue
-                for ny, nx in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                    if 0 <= ny < height and 0 <= nx < width:
-                        counts_too = target[ny, nx] != ignore_index
-                        if counts_too and label[ny, nx] != c:
-                            found.add((y, x))
-            return found
-
         for c in range(num_classes):
-            predicted, true = boundary(prediction, c), boundary(target, c)
-
-            def matched(pixels, others):
-                return sum(
-                    any(max(abs(y - v), abs(x - u)) <= tolerance for v, u in others)
-                    for y, x in pixels
-                )
-
+            predicted = boundary_pixels(prediction, target, c, ignore_index)
+            true = boundary_pixels(target, target, c, ignore_index)
             counts[:, c] += torch.tensor(
-                [len(predicted), matched(predicted, true), len(true), matched(true, predicted)]
+                [
+                    len(predicted),
+                    sum(map(any, pixels_in_reach(predicted, true, tolerance))),
+                    len(true),
+                    sum(map(any, pixels_in_reach(true, predicted, tolerance))),
+                ]
             )
     return counts
 
@@ -64,6 +74,56 @@ def test_counts_are_those_of_the_definition(shape, tolerance, seed):
     score.update(prediction, target)
     expected = score_by_definition(prediction, target, 3, tolerance, 255)
     assert torch.equal(score.counts.float(), expected)
+
+
+def largest_one_to_one_matching(prediction, target, c, tolerance, ignore_index):
+    predicted = boundary_pixels(prediction, target, c, ignore_index)
+    true = boundary_pixels(target, target, c, ignore_index)
+    if not predicted or not true:
+        return 0
+    graph = csr_array(pixels_in_reach(predicted, true, tolerance))
+    partners = maximum_bipartite_matching(graph, perm_type="column")
+    return int((partners >= 0).sum())
+
+
+@given(
+    st.tuples(st.integers(1, 10), st.integers(1, 10)),
+    st.integers(0, 2),
+    st.sampled_from([0.1, 0.5]),
+    st.integers(0, 2**16),
+)
+def test_one_to_one_matching_finds_no_more_and_not_much_less(shape, tolerance, density, seed):
+    """A pixel has at most (2 tolerance + 1)^2 others in reach: so many may share one partner."""
+    torch.manual_seed(seed)
+    prediction, target = (torch.rand((2, 1, *shape)) < density).long()
+    target[torch.rand((1, *shape)) < 0.1] = 255
+    score = BoundaryScore(2, tolerance)
+    score.update(prediction, target)
+    for c in range(2):
+        _, predicted_matched, _, true_matched = score.counts[:, c].tolist()
+        matched = largest_one_to_one_matching(prediction[0], target[0], c, tolerance, 255)
+        assert matched <= min(predicted_matched, true_matched)
+        assert max(predicted_matched, true_matched) <= (2 * tolerance + 1) ** 2 * matched
+
+
+def test_straight_boundaries_match_one_to_one():
+    prediction, target = two_halves(8), two_halves(10)
+    score = BoundaryScore(2, tolerance=2)
+    score.update(prediction, target)
+    for c in range(2):
+        matched = largest_one_to_one_matching(prediction[0], target[0], c, 2, 255)
+        assert score.counts[:, c].tolist() == [10, matched, 10, matched] == [10] * 4
+
+
+def test_tolerance_forgives_noise():
+    """What the docstring warns of: predictions drawn at random match any dense boundary."""
+    torch.manual_seed(0)
+    prediction, target = torch.randint(0, 2, (2, 1, 50, 50))
+    strict, lenient = BoundaryScore(2, tolerance=0), BoundaryScore(2, tolerance=1)
+    for score in (strict, lenient):
+        score.update(prediction, target)
+    assert strict.compute().f.max() < 0.6
+    assert lenient.compute().f.min() > 0.95
 
 
 def two_halves(column):
@@ -134,26 +194,197 @@ def test_batches_add_up_and_reset_forgets():
     assert not apart.counts.any()
 
 
+# Mean IoU over pixels and over instances
+
+
+@given(
+    st.integers(0, 2**16), st.sampled_from([255, 1]), st.sampled_from([torch.uint8, torch.int64])
+)
+def test_mean_iou_and_pixel_accuracy_are_those_of_torchmetrics(seed, ignore_index, dtype):
+    """That its classes, used as the module's docstring does, compute what the field reports:
+    classes that occur in neither truth nor prediction are left out of the mean.
+    """
+    torch.manual_seed(seed)
+    prediction = torch.randint(0, 4, (2, 3, 5)).to(dtype)
+    target = torch.randint(0, 3, (2, 3, 5)).to(dtype)
+    prediction[prediction == 2] = 0
+    target[torch.rand(target.shape) < 0.3] = ignore_index
+    pixels = [
+        (p, t)
+        for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True)
+        if t != ignore_index
+    ]
+    ious = []
+    for c in range(5):
+        union = [c in pixel for pixel in pixels].count(True)
+        if union and c != ignore_index:
+            ious.append(pixels.count((c, c)) / union)
+    options = {"num_classes": 5, "ignore_index": ignore_index}
+    iou = torchmetrics.classification.MulticlassJaccardIndex(**options)
+    accuracy = torchmetrics.classification.MulticlassAccuracy(average="micro", **options)
+    for i in range(2):
+        iou.update(prediction[i : i + 1], target[i : i + 1])
+        accuracy.update(prediction[i : i + 1], target[i : i + 1])
+    assert iou.compute().item() == pytest.approx(sum(ious) / len(ious))
+    right = sum(p == t for p, t in pixels)
+    assert accuracy.compute().item() == pytest.approx(right / len(pixels))
+
+
+def instance_mean_iou_by_definition(predictions, targets, ids, num_classes, ignore_index, variant):
+    """Values by class and their mean: images, classes, instances and pixels one after the other."""
+    weighted, count = [0.0] * num_classes, [0] * num_classes
+    for image in zip(predictions, targets, ids, strict=True):
+        pixels = list(zip(*(part.flatten().tolist() for part in image), strict=True))
+        counted = [(p, t, i) for p, t, i in pixels if t != ignore_index and t in range(num_classes)]
+        instances = [0] * num_classes
+        if variant == "paper":
+            for c in range(num_classes):
+                instances[c] = len({i for _, t, i in counted if t == c})
+        else:
+            for position, instance in enumerate(sorted({i for _, _, i in pixels})):
+                if position < 255:
+                    votes = [0] * num_classes
+                    for _, t, i in counted:
+                        votes[t] += i == instance
+                    instances[votes.index(max(votes))] += 1
+        for c in range(num_classes):
+            last = variant == "authors" and c == num_classes - 1
+            said = (c, num_classes) if last else (c,)  # what counts as a prediction of c
+            hits = sum(p == t == c for p, t, _ in counted)
+            missed = sum(p != c and t == c for p, t, _ in counted)
+            invented = sum(p in said and not p == t == c for p, t, _ in counted)
+            union = hits + missed + invented
+            if variant == "authors":
+                weighted[c] += instances[c] * hits / (union + 1e-12)
+            elif instances[c]:
+                weighted[c] += instances[c] * hits / union
+            count[c] += instances[c]
+    if variant == "authors":
+        values = [w / (n + 1e-12) for w, n in zip(weighted, count, strict=True)]
+        return values, sum(values) / num_classes
+    values = [w / n if n else math.nan for w, n in zip(weighted, count, strict=True)]
+    present = [v for v in values if not math.isnan(v)]
+    return values, sum(present) / len(present) if present else math.nan
+
+
+@given(
+    st.sampled_from(["paper", "authors"]),
+    st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 5)),
+    st.integers(1, 4),
+    st.sampled_from([(torch.uint8, 250), (torch.int32, 2**24), (torch.int64, 2**53)]),
+    st.sampled_from([0, 1, 255]),
+    st.integers(0, 2**16),
+)
+def test_instance_mean_iou_is_that_of_the_definition(
+    variant, shape, num_classes, id_type, ignore_index, seed
+):
+    """With ids that float32 or float64 does not tell apart, in batches, and for the authors'
+    variant with labels and predictions beyond the classes.
+    """
+    torch.manual_seed(seed)
+    dtype, first_id = id_type
+    target = torch.randint(0, num_classes + 2 * (variant == "authors"), shape)
+    target[torch.rand(shape) < 0.2] = ignore_index
+    guess = torch.randint(0, num_classes + 2, shape)
+    prediction = torch.where(torch.rand(shape) < 0.5, target, guess).to(torch.uint8)
+    ids = (torch.randint(0, 5, shape) + first_id).to(dtype)
+    metric = InstanceMeanIoU(num_classes, ignore_index, variant)
+    metric.update(prediction[:1], target[:1], ids[:1])
+    metric.update(prediction[1:], target[1:], ids[1:])
+    result = metric.compute()
+    by_class, mean = instance_mean_iou_by_definition(
+        prediction, target, ids, num_classes, ignore_index, variant
+    )
+    assert result.by_class.dtype == result.mean.dtype == torch.float64
+    found = result.by_class.reshape(num_classes).tolist()  # torchmetrics squeezes a single class
+    assert found == pytest.approx(by_class, abs=1e-14, nan_ok=True)
+    assert result.mean.item() == pytest.approx(mean, abs=1e-14, nan_ok=True)
+
+
+@pytest.mark.parametrize("num_ids", [255, 256, 300])
+def test_the_authors_variant_counts_255_ids_of_an_image(num_ids):
+    """Not those with other values than 255: background 0 is one of them."""
+    ids = torch.arange(300).clamp(max=num_ids - 1).view(1, 15, 20).to(torch.int32)
+    target = (ids >= 200).long()
+    counts = {}
+    for variant in ("paper", "authors"):
+        metric = InstanceMeanIoU(2, variant=variant)
+        metric.update(target, target, ids)
+        counts[variant] = metric.instance_count.tolist()
+    assert counts == {"paper": [200, num_ids - 200], "authors": [200, 55]}
+
+
+def test_the_variants_differ_where_one_id_has_two_classes():
+    """The paper's counts it in both; the authors' in the larger, in a tie in the lower."""
+    target = torch.tensor([[[0, 1, 1], [2, 1, 255], [255, 255, 9]]])
+    ids = torch.tensor([[[7, 7, 7], [8, 8, 8], [9, 9, 8]]])
+    counts = {}
+    for variant in ("paper", "authors"):
+        metric = InstanceMeanIoU(3, variant=variant)
+        labels = target.where(target != 9, 255) if variant == "paper" else target
+        metric.update(labels, labels, ids)
+        counts[variant] = metric.instance_count.tolist()
+    # Of the authors': 7 is of class 1, 8 of class 1 before 2, and 9, without a label, of class 0.
+    assert counts == {"paper": [1, 2, 1], "authors": [1, 2, 0]}
+
+
+def test_in_the_authors_variant_the_class_after_the_last_is_a_false_positive_of_the_last():
+    target = torch.tensor([[[0, 1, 1, 1]]])
+    prediction = torch.tensor([[[2, 2, 1, 3]]])
+    metric = InstanceMeanIoU(2, variant="authors")
+    metric.update(prediction, target, target)
+    # 1 found; 2 missed; of the 2 invented one lies on a missed one.
+    assert metric.compute().by_class.tolist() == pytest.approx([0, 1 / 5], abs=1e-12)
+
+
+def test_an_instance_counts_as_one_whatever_its_size():
+    """And a class that is invented in an image without it costs only the others."""
+    target = torch.zeros(2, 1, 10, dtype=torch.long)
+    target[0, 0, 5:] = 1
+    ids = target.clone()
+    ids[0, 0, 9] = 2  # two instances of class 1: 4 pixels, 1 pixel
+    prediction = target.clone()
+    prediction[0, 0, 5:7] = 0
+    prediction[1, 0, :4] = 1
+    metric = InstanceMeanIoU(3)
+    metric.update(prediction, target, ids)
+    result = metric.compute()
+    expected = [(5 / 7 + 6 / 10) / 2, 3 / 5]
+    assert result.by_class.tolist() == pytest.approx([*expected, math.nan], nan_ok=True)
+    assert result.mean.item() == pytest.approx(sum(expected) / 2)
+
+
+def test_without_instances():
+    """NaN, as a mean over nothing; the authors' script prints 0."""
+    nothing = torch.full((1, 3, 3), 255)
+    paper, authors = InstanceMeanIoU(2), InstanceMeanIoU(2, variant="authors")
+    for metric in (paper, authors):
+        metric.update(nothing, nothing, nothing)
+    assert paper.compute().by_class.isnan().all()
+    assert paper.compute().mean.isnan()
+    assert authors.compute().by_class.tolist() == [0, 0]
+    assert authors.compute().mean == 0
+
+
 # Affinity accuracy
 
 
 def test_without_torchmetrics_the_error_names_the_extra():
-    """And the boundary score does without."""
     script = """
 import sys
 sys.modules["torchmetrics"] = None  # an import of it fails
-from tritonaff.metrics import AffinityAccuracy, BoundaryScore, RefinementReport
-BoundaryScore(2)
-for metric, argument in ((AffinityAccuracy, [1]), (RefinementReport, (1,))):
+from tritonaff import metrics
+for name in ("AffinityAccuracy", "BoundaryScore", "InstanceMeanIoU", "RefinementReport"):
     try:
-        metric(argument, sync_on_compute=False)
+        getattr(metrics, name)(2, sync_on_compute=False)
     except ImportError as error:
         print(error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     expected = "needs torchmetrics: pip install tritonaff[metrics]"
     assert result.stdout.splitlines() == [
-        f"{name} {expected}" for name in ("AffinityAccuracy", "RefinementReport")
+        f"{name} {expected}"
+        for name in ("AffinityAccuracy", "BoundaryScore", "InstanceMeanIoU", "RefinementReport")
     ], result.stderr
 
 
@@ -162,7 +393,6 @@ def perfect_logits(target, rates):
     return (signals == 1).float() - 0.5
 
 
-@needs_torchmetrics
 def test_accuracy_by_rate_and_category(device):
     """All right at the first rate, all wrong at the second."""
     torch.manual_seed(0)
@@ -182,7 +412,6 @@ def test_accuracy_by_rate_and_category(device):
     assert result.overall.item() == pytest.approx((signals[0] / signals.sum()).item())
 
 
-@needs_torchmetrics
 def test_accuracy_adds_up_and_resets():
     torch.manual_seed(0)
     target = torch.randint(0, 2, (3, 9, 9))
@@ -199,7 +428,6 @@ def test_accuracy_adds_up_and_resets():
     assert apart.compute().overall.isnan()
 
 
-@needs_torchmetrics
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -232,9 +460,55 @@ def test_accuracy_adds_up_and_resets():
             TypeError,
             "after must have dtype uint8, int32, int64, got float32",
         ),
+        (lambda: BoundaryScore(0), ValueError, "num_classes must be at least 1"),
+        (lambda: BoundaryScore(3, tolerance=1.5), TypeError, "tolerance must be an int, got float"),
+        (lambda: BoundaryScore(3, tolerance=-1), ValueError, "tolerance must be at least 0"),
+        (lambda: BoundaryScore(3, ignore_index=2**63), ValueError, "ignore_index must fit 64 bits"),
+        (
+            lambda: BoundaryScore(3).update(two_halves(8) / 2, two_halves(8)),
+            TypeError,
+            "prediction must have dtype",
+        ),
+        (
+            lambda: BoundaryScore(3).update(two_halves(8)[:, 1:], two_halves(8)),
+            ValueError,
+            r"prediction must have shape \(1, 10, 20\), got \(1, 9, 20\)",
+        ),
+        (
+            lambda: BoundaryScore(3).update(two_halves(8).to("meta"), two_halves(8)),
+            ValueError,
+            "prediction and target must be on one device, got meta and cpu",
+        ),
+        (lambda: InstanceMeanIoU(0), ValueError, "num_classes must be at least 1"),
+        (lambda: InstanceMeanIoU(2, None), TypeError, "ignore_index must be an int, got NoneType"),
+        (
+            lambda: InstanceMeanIoU(2, variant="cityscapes"),
+            ValueError,
+            r"variant must be one of \('paper', 'authors'\), got 'cityscapes'",
+        ),
+        (
+            lambda: InstanceMeanIoU(2).update(*[two_halves(8)] * 2, two_halves(8)[0]),
+            ValueError,
+            r"instance_ids must have shape \(1, 10, 20\), got \(10, 20\)",
+        ),
+        (
+            lambda: InstanceMeanIoU(2).update(*[two_halves(8)] * 2, two_halves(8).short()),
+            TypeError,
+            "instance_ids must have dtype uint8, int32, int64, got int16",
+        ),
+        (
+            lambda: InstanceMeanIoU(2).update(*[two_halves(8)] * 2, two_halves(8).to("meta")),
+            ValueError,
+            "instance_ids and target must be on one device",
+        ),
+        (
+            lambda: InstanceMeanIoU(1).update(*[two_halves(8)] * 3),
+            ValueError,
+            r"target must hold classes in \[0, 1\) or ignore_index 255, got \[1\] at 120 pixels",
+        ),
     ],
 )
-def test_bad_input_of_the_torchmetrics(make, error, message):
+def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
@@ -262,7 +536,6 @@ def refinement_by_definition(before, after, target, distances, ignore_index):
     return counts
 
 
-@needs_torchmetrics
 @given(
     st.tuples(st.integers(0, 2), st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from([(1,), (1, 2, 4), (3, 20)]),
@@ -284,7 +557,6 @@ def test_refinement_is_that_of_the_definition(shape, distances, dtype, ignore_in
     assert torch.equal(result.changed, expected[1:].sum(dim=0))
 
 
-@needs_torchmetrics
 def test_an_ignored_band_does_not_hide_a_boundary():
     target = two_halves(8)
     target[:, :, 6:10] = 255
@@ -294,7 +566,6 @@ def test_an_ignored_band_does_not_hide_a_boundary():
     assert report.compute().pixel_count.tolist() == [0, 20, 140]
 
 
-@needs_torchmetrics
 def test_fractions_and_table():
     target = two_halves(8)
     before, after = target.clone(), target.clone()
@@ -321,17 +592,22 @@ def test_fractions_and_table():
     assert len(lines[0]) <= 80
 
 
-@needs_torchmetrics
-def test_the_torchmetrics_move_collect_and_pickle(device):
-    """As others do: in a collection, with their states on the device, and saved."""
-    import pickle
-
-    collection = torchmetrics.MetricCollection({"affinity": AffinityAccuracy([1])}).to(device)
+def test_they_move_collect_and_pickle(device):
+    """As torchmetrics do: in a collection, with their states on the device, and saved."""
+    metrics = [AffinityAccuracy([1]), BoundaryScore(2), InstanceMeanIoU(2), RefinementReport()]
+    collection = torchmetrics.MetricCollection(metrics, compute_groups=False).to(device)
     target = two_halves(8).to(device)
-    collection.update(perfect_logits(target, [1]), target)
-    assert collection["affinity"].correct_count.device.type == device.type
-    again = pickle.loads(pickle.dumps(collection["affinity"]))
-    assert again.compute().overall == 1
+    logits = perfect_logits(target, [1])
+    inputs = dict.fromkeys(("prediction", "instance_ids", "before", "after", "target"), target)
+    collection.update(affinity_logits=logits, **inputs)
+    for metric in collection.values():
+        for name in metric.metric_state:
+            assert getattr(metric, name).device.type == device.type
+    again = pickle.loads(pickle.dumps(collection)).compute()
+    assert again["AffinityAccuracy"].overall == 1
+    assert again["BoundaryScore"].f.tolist() == [1, 1]
+    assert again["InstanceMeanIoU"].mean == 1
+    assert again["RefinementReport"].pixel_count.sum() == 200
     report = RefinementReport().to(device)
     forward = report(target, target, target)
     assert torch.equal(forward.pixel_count, report.compute().pixel_count)
@@ -347,13 +623,11 @@ def test_an_ignore_index_that_the_target_cannot_hold_ignores_nothing(dtype, labe
     score = BoundaryScore(200, tolerance=0, ignore_index=ignore_index)
     score.update(target, target)
     assert score.compute().recall[[label, 3]].tolist() == [1, 1]
-    pytest.importorskip("torchmetrics")
     report = RefinementReport((1,), ignore_index=ignore_index)
     report.update(target, target, target)
     assert report.compute().pixel_count.tolist() == [4, 8]
 
 
-@needs_torchmetrics
 def test_boundaries_between_labels_that_float32_does_not_tell_apart():
     target = torch.tensor([[[2**24, 2**24, 2**24, 2**24 + 1, 2**24 + 1]]])
     report = RefinementReport((1, 2**40))

@@ -1,9 +1,27 @@
-"""Metrics that show what structured losses are for. Counts stay on the tensors' device until
-``compute()``.
-
-:class:`AffinityAccuracy` and :class:`RefinementReport` are torchmetrics: they need the extra
+"""Metrics that show what structured losses are for, as torchmetrics: they need the extra
 ``metrics``, add up over the processes of a distributed run, and are moved to the tensors' device
-with ``.to(device)``.
+with ``.to(device)``. What they count stays there until ``compute()``.
+
+Mean IoU and pixel accuracy are torchmetrics' own:
+
+    >>> import torch
+    >>> from torchmetrics import MetricCollection
+    >>> from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+    >>> metrics = MetricCollection(
+    ...     {
+    ...         "mIoU": MulticlassJaccardIndex(4, ignore_index=255),
+    ...         "IoU": MulticlassJaccardIndex(4, average="none", ignore_index=255),
+    ...         "pixel accuracy": MulticlassAccuracy(4, average="micro", ignore_index=255),
+    ...     }
+    ... )
+    >>> prediction = torch.tensor([[[0, 1, 1, 2]]])
+    >>> target = torch.tensor([[[0, 0, 1, 255]]])
+    >>> {name: value.tolist() for name, value in metrics(prediction, target).items()}
+    {'IoU': [0.5, 0.5, 0.0, 0.0], 'mIoU': 0.5, 'pixel accuracy': 0.6666666865348816}
+
+docs/metrics.md says what to know about these, and what each metric is and is not. A collection of
+this module's metrics needs the option ``compute_groups=False``: torchmetrics would take two whose
+counts agree on the first batch for one.
 """
 
 from __future__ import annotations
@@ -16,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonaff import checks
-from tritonaff.functional import dilated_affinity_terms
+from tritonaff.functional import VARIANTS, dilated_affinity_terms
 
 try:
     from torchmetrics import Metric
@@ -32,15 +50,17 @@ except ImportError:
 
 
 class BoundaryScores(NamedTuple):
-    """Each (C,) float64 on the CPU: a value per class, NaN for a class without any boundary."""
+    """Each (C,) float64 on the CPU: a value per class, NaN for a class without any boundary. If C
+    is 1, torchmetrics makes them scalars.
+    """
 
     precision: Tensor
     recall: Tensor
     f: Tensor
 
 
-class BoundaryScore:
-    """Precision, recall and F of the boundaries of each class, accumulated over a data set.
+class BoundaryScore(Metric):
+    """Precision, recall and F of the boundaries of each class, with a tolerance in pixels.
 
     A boundary pixel of class c has label c and, among its 4 neighbours, a pixel that counts and has
     another one. Precision is the fraction of the prediction's boundary pixels with a boundary pixel
@@ -48,15 +68,20 @@ class BoundaryScore:
     the same with the two exchanged; F is their harmonic mean. Ignored pixels belong to no boundary.
     All images count into one precision and one recall.
 
-    This is not the contour benchmark of BSDS, which matches boundaries one to one and averages over
-    annotators: here one boundary pixel may stand for several.
+    This is not the contour benchmark of BSDS, which the papers use: that one thins boundaries,
+    matches them one to one and combines several annotators. Here one boundary pixel may stand for
+    several, so that precision and recall are at least those of the largest one-to-one matching, and
+    equal to them at tolerance 0. A tolerance forgives what is closer than it: where boundaries are
+    dense, as in textures, even tolerance 1 forgives nearly everything; docs/metrics.md has figures.
 
     Args:
         num_classes: C, at least 1.
         tolerance: in pixels, at least 0.
         ignore_index: label of the pixels of the truth to leave out.
+        kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
+        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
             device.
 
@@ -74,29 +99,31 @@ class BoundaryScore:
         [0.875, 0.875]
     """
 
-    def __init__(self, num_classes: int, tolerance: int = 1, ignore_index: int = 255) -> None:
+    full_state_update = False
+    higher_is_better = True
+    counts: Tensor
+
+    def __init__(
+        self, num_classes: int, tolerance: int = 1, ignore_index: int = 255, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
         self.tolerance = checks.check_int("tolerance", tolerance, at_least=0)
         self.ignore_index = checks.check_ignore_index(ignore_index)
-        self.reset()
-
-    def reset(self) -> None:
         # Rows: boundary pixels predicted, of these matched, boundary pixels true, of these matched.
-        self.counts = torch.zeros(4, self.num_classes, dtype=torch.int64)
+        counts = torch.zeros(4, self.num_classes, dtype=torch.int64)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Adds a batch: predicted classes and labels, both (N, H, W) of uint8, int32 or int64."""
-        checks.check_tensor("target", target, checks.TARGET_DTYPES, ("N", "H", "W"))
-        checks.check_tensor("prediction", prediction, checks.TARGET_DTYPES, tuple(target.shape))
-        checks.check_one_device("prediction", prediction, "target", target)
+        checks.check_target(target)
+        _check_like_target("prediction", prediction, target)
         # As int64: the index must not wrap around in a narrower target.
         counted = target.to(torch.int64) != self.ignore_index
         predicted = self._boundaries(prediction, counted)
         true = self._boundaries(target, counted)
         rows = (predicted, predicted & self._near(true), true, true & self._near(predicted))
-        self.counts = self.counts.to(target.device) + torch.stack(
-            [row.sum(dim=(0, 2, 3)) for row in rows]
-        )
+        self.counts += torch.stack([row.sum(dim=(0, 2, 3)) for row in rows])
 
     def compute(self) -> BoundaryScores:
         """The scores of all batches since the start or the last ``reset``."""
@@ -120,8 +147,140 @@ class BoundaryScore:
         return (label[:, None] == classes) & differs[:, None]
 
     def _near(self, boundary: Tensor) -> Tensor:
-        size = 2 * self.tolerance + 1
-        return F.max_pool2d(boundary.float(), size, stride=1, padding=self.tolerance) > 0
+        return _dilate(boundary.float(), self.tolerance) > 0
+
+
+class InstanceIoUs(NamedTuple):
+    """Float64 on the CPU."""
+
+    by_class: Tensor
+    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. Of a class without instances NaN,
+    with the variant "authors" 0.
+    """
+    mean: Tensor
+    """Over the classes with instances, a scalar, NaN if there is none; with the variant "authors"
+    over all C.
+    """
+
+
+class InstanceMeanIoU(Metric):
+    """AAF's instance-wise mean IoU: each image counts as often as it has instances of the class.
+
+        U_c = sum_m n_mc IoU_mc / sum_m n_mc
+
+    over images m, with IoU_mc the intersection over union of all of class c in the image, and n_mc
+    the number of instances of class c in it: of distinct ids among the pixels that have label c. A
+    prediction of c in an image without it changes nothing but the IoU of other classes.
+
+    This is not Cityscapes' iIoU, which weighs pixels by the size of their instance: here the size
+    of an instance never enters.
+
+    Args:
+        num_classes: C, at least 1.
+        ignore_index: label of the pixels to leave out.
+        variant: ``"paper"``, the equation above; ``"authors"``, the published script:
+
+            - an id is one instance, of the class that most of its pixels have, the lower one in a
+              tie; if all its pixels are left out, it is an instance of class 0;
+            - of the distinct ids of an image, in ascending order, only the first 255 count: the
+              script leaves out one by its position among them and not by its value, so that ids of
+              background and void are instances;
+            - labels outside [0, C) are left out as ``ignore_index`` is;
+            - a predicted value C is a false positive of class C - 1, other values outside [0, C)
+              of no class;
+            - IoU = intersection / (union + 1e-12), U_c = sum / (sum_m n_mc + 1e-12); a class
+              without instances is 0 and counts in the mean.
+        kwargs: options of ``torchmetrics.Metric``.
+
+    Raises:
+        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
+            device, and on a CPU, with the variant "paper", a label that is neither a class nor
+            ``ignore_index``: elsewhere such pixels are left out.
+
+    Paper: Ke et al., "Adaptive Affinity Fields for Semantic Segmentation", section 5.2, Tables 6
+    and 7.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.metrics import InstanceMeanIoU
+        >>> target = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 1]]])
+        >>> instance_ids = torch.tensor([[[0, 0, 1, 2]], [[0, 0, 0, 1]]])
+        >>> prediction = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]])
+        >>> metric = InstanceMeanIoU(num_classes=2)
+        >>> metric.update(prediction, target, instance_ids)
+        >>> metric.compute().by_class.tolist()  # (1 + 3 / 4) / 2 and (2 * 1 + 1 * 0) / 3
+        [0.875, 0.6666666666666666]
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    weighted_iou: Tensor
+    instance_count: Tensor
+
+    def __init__(
+        self, num_classes: int, ignore_index: int = 255, variant: str = "paper", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+        checks.check_option("variant", variant, VARIANTS)
+        self.variant = variant
+        zeros = torch.zeros(self.num_classes, dtype=torch.float64)
+        self.add_state("weighted_iou", zeros, dist_reduce_fx="sum")
+        self.add_state("instance_count", zeros.long(), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor, instance_ids: Tensor) -> None:
+        """Adds a batch: predicted classes, labels, and ids that tell the instances of an image
+        apart, each (N, H, W) of uint8, int32 or int64.
+        """
+        checks.check_target(target)
+        _check_like_target("prediction", prediction, target)
+        _check_like_target("instance_ids", instance_ids, target)
+        if self.variant == "paper":
+            checks.check_label_values(target, self.num_classes, self.ignore_index)
+        for images in zip(prediction.long(), target.long(), instance_ids, strict=True):
+            predicted, true, ids = (image.flatten() for image in images)
+            counted = (true != self.ignore_index) & (true >= 0) & (true < self.num_classes)
+            iou = self._iou(predicted[counted], true[counted])
+            count = self._instance_count(true, counted, ids)
+            self.weighted_iou += count * iou
+            self.instance_count += count
+
+    def compute(self) -> InstanceIoUs:
+        """The values of all batches since the start or the last ``reset``."""
+        weighted_iou, count = self.weighted_iou.cpu(), self.instance_count.cpu().double()
+        if self.variant == "authors":
+            by_class = weighted_iou / (count + 1e-12)
+            return InstanceIoUs(by_class, by_class.mean())
+        by_class = weighted_iou / count
+        return InstanceIoUs(by_class, by_class.nanmean())
+
+    def _iou(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """(C,): of the pixels that count in one image, 0 for a class that none of them has."""
+        hits = self._pixels(true[predicted == true])
+        if self.variant == "authors":
+            predicted = predicted.where(predicted != self.num_classes, self.num_classes - 1)
+        is_class = (predicted >= 0) & (predicted < self.num_classes)
+        union = self._pixels(true) + self._pixels(predicted[is_class]) - hits
+        if self.variant == "authors":
+            return hits / (union + 1e-12)
+        return hits / union.clamp(min=1)
+
+    def _pixels(self, classes: Tensor) -> Tensor:
+        """(C,) float64: how many there are of each class."""
+        return torch.bincount(classes, minlength=self.num_classes).double()
+
+    def _instance_count(self, true: Tensor, counted: Tensor, ids: Tensor) -> Tensor:
+        """(C,): the instances of each class in one image."""
+        distinct, number = torch.unique(ids, return_inverse=True)
+        # Pixels by instance and class.
+        cells = number[counted] * self.num_classes + true[counted]
+        table = torch.bincount(cells, minlength=len(distinct) * self.num_classes)
+        table = table.view(-1, self.num_classes)
+        if self.variant == "authors":
+            return torch.bincount(table[:255].argmax(dim=1), minlength=self.num_classes)
+        return (table > 0).sum(dim=0)
 
 
 class AffinityAccuracies(NamedTuple):
@@ -302,9 +461,8 @@ class RefinementReport(Metric):
         int32 or int64.
         """
         checks.check_target(target)
-        for name, prediction in (("before", before), ("after", after)):
-            checks.check_tensor(name, prediction, checks.TARGET_DTYPES, tuple(target.shape))
-            checks.check_one_device(name, prediction, "target", target)
+        _check_like_target("before", before, target)
+        _check_like_target("after", after, target)
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
         counted = target.to(torch.int64) != self.ignore_index
@@ -334,8 +492,13 @@ class RefinementReport(Metric):
             yield counted & (highest != lowest)[:, 0]
 
 
+def _check_like_target(name: str, value: Any, target: Tensor) -> None:
+    checks.check_tensor(name, value, checks.TARGET_DTYPES, tuple(target.shape))
+    checks.check_one_device(name, value, "target", target)
+
+
 def _dilate(image: Tensor, distance: int) -> Tensor:
-    """(N, 1, H, W): the maximum within the distance, in rows and columns."""
+    """(N, K, H, W): the maximum within the distance, in rows and columns."""
     distance = min(distance, max(image.shape[2:]))
     for size in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
         padding = size[0] // 2, size[1] // 2
