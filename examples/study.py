@@ -44,9 +44,19 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from study_losses import LOSSES, Batch, CrossEntropy, Facts, Output, boundary_distance
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_segmentation import DataError, Pair, confusion, load_folder, mean_iou
+from scipy import ndimage
+from train_segmentation import ITERATIONS, DataError, Pair, confusion, load_folder, mean_iou
 
-from tritonaff import DilatedAffinityHead, NeighborStatistics, affinity_regression_loss
+from tritonaff import (
+    DilatedAffinityHead,
+    NeighborStatistics,
+    affinity_propagation,
+    affinity_regression_loss,
+    dilated_affinity_target,
+    label_affinity,
+    square_root_affinity,
+)
+from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU
 from tritonaff.version import __version__
 
 STRIDE = 4  # pixels of the image for one of the logits
@@ -213,6 +223,7 @@ class ImageFolder:
         (self.size,) = sizes
         self.features: dict[str, list[np.ndarray]] = {}
         self.kept: dict[tuple[Item, bool, int], Pair] = {}
+        self.parts: dict[Item, np.ndarray] = {}
 
     def extract(self, backbone: nn.Module, cache: Path, say: Callable[[str], None]) -> None:
         """Fills ``features``: of each split, by level, (images or twice as many, h, w, channels) in
@@ -265,6 +276,19 @@ class ImageFolder:
             np.pad(image, [*missing, (0, 0)], constant_values=GRAY),
             np.pad(labels, missing, constant_values=self.ignore_index),
         )
+
+    def instances(self, item: Item) -> np.ndarray:
+        """(H, W) int32: a number for each connected part of a class, in place of the instances that
+        these data sets do not tell apart.
+        """
+        if item not in self.parts:
+            labels = self.pairs[item[0]][item[1]][1]
+            ids = np.zeros(labels.shape, np.int32)
+            for label in range(len(self.classes)):
+                parts, _ = ndimage.label(labels == label, np.ones((3, 3)))
+                ids = np.where(labels == label, parts + ids.max(), ids)
+            self.parts[item] = ids.astype(np.int32)
+        return self.parts[item]
 
     def target(self, item: Item, mirrored: bool, stride: int) -> Pair:
         """Labels at a resolution and their distances to the boundary, kept once computed."""
@@ -430,6 +454,7 @@ class Network(nn.Module):
 # ---------------------------------------------------------------------------------- training
 
 LOOKS = 3  # at the validation split, evenly: ce+ar changes its loss right after the second
+TOLERANCE = 1  # of boundaries, in pixels of the image
 CURVE = 20  # steps for a point of the curve
 
 
@@ -575,6 +600,119 @@ def look(network: Network, data: Data, device: torch.device) -> dict[str, float]
         regression += loss.item() * len(items)
         images += len(items)
     return {"miou": round(mean_iou(table).item(), 5), "ar": round(regression / images, 5)}
+
+
+
+class Score:
+    """All metrics of a split, on full images."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.folder = folder
+        num_classes, ignore_index = len(folder.classes), folder.ignore_index
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.boundary = BoundaryScore(num_classes, TOLERANCE, ignore_index)
+        self.instance = InstanceMeanIoU(num_classes, ignore_index)
+
+    def update(self, prediction: Tensor, items: list[Item]) -> None:
+        """Adds predicted classes (N, H, W)."""
+        folder, prediction = self.folder, prediction.cpu()
+        labels = np.stack([folder.pairs[split][index][1] for split, index in items])
+        ids = np.stack([folder.instances(item) for item in items])
+        target = torch.from_numpy(labels)
+        self.confusion += confusion(
+            prediction, labels, len(folder.classes), folder.ignore_index
+        )
+        self.boundary.update(prediction, target)
+        self.instance.update(prediction, target, torch.from_numpy(ids))
+
+    def compute(self) -> dict[str, Any]:
+        boundary = self.boundary.compute()
+        return {
+            "confusion": self.confusion.tolist(),
+            "instance_iou": rounded(self.instance.compute().by_class),
+            "boundary_precision": rounded(boundary.precision),
+            "boundary_recall": rounded(boundary.recall),
+            "boundary_f": rounded(boundary.f),
+        }
+
+
+def classes_of(logits: Tensor, folder: ImageFolder) -> Tensor:
+    """(N, H, W): logits enlarged to the image, and the largest."""
+    height, width = folder.size
+    logits = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")
+    return logits[..., :height, :width].argmax(dim=1)
+
+
+def score(run: Run, network: Network, data: Data, device: torch.device) -> dict[str, Any]:
+    """Metrics on validation and test split, and what else the report shows of the loss."""
+    folder, result = data.folder, {}
+    for split in ("val", "test"):
+        whole = Score(folder)
+        for items, output in outputs(network, data, getattr(data, split), device):
+            whole.update(classes_of(output.logits, folder), items)
+        result[split] = whole.compute()
+    if run.loss in ("ce", "ce+ar"):
+        result["affinity"] = mean_affinity(network, data, device)
+    if run.loss == "ce+dilated":
+        result |= propagation(run, network, data, device)
+    return result
+
+
+GRID = 6  # of the points in the heat maps of affinity regression
+
+
+def mean_affinity(network: Network, data: Data, device: torch.device) -> dict[str, Any]:
+    """Of the network and of the labels, over the test images in which both points count."""
+    folder, points = data.folder, GRID**2
+    sums, counts = torch.zeros(2, points, points), torch.zeros(points, points)
+    for items, output in outputs(network, data, data.test, device):
+        target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
+        predicted = square_root_affinity(output.logits, (GRID,)).cpu()
+        true, valid = label_affinity(
+            torch.from_numpy(target), (GRID,), ignore_index=folder.ignore_index
+        )
+        both = valid[:, :, None] & valid[:, None, :]
+        for total, matrix in zip(sums, (predicted, true), strict=True):
+            total += (matrix * both).sum(dim=0)
+        counts += both.sum(dim=0)
+    predicted, true = (rounded(total / counts) for total in sums)
+    return {"predicted": predicted, "true": true}
+
+
+def propagation(run: Run, network: Network, data: Data, device: torch.device) -> dict[str, Any]:
+    """Of the test split: all metrics after the last of ITERATIONS along the predicted affinity,
+    mean IoU after each of them, also along the true one, and how much affinity is right.
+    """
+    folder, num_classes, rates = data.folder, len(data.folder.classes), network.affinity.rates
+    whole, accuracy = Score(folder), AffinityAccuracy(rates, folder.ignore_index)
+    tables = torch.zeros(2, len(ITERATIONS), num_classes, num_classes, dtype=torch.int64)
+    for items, output in outputs(network, data, data.test, device):
+        labels = np.stack([folder.pairs[split][index][1] for split, index in items])
+        target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
+        target = torch.from_numpy(target).to(device)
+        accuracy.update(output.affinity.cpu(), target.cpu())
+        truth = dilated_affinity_target(target, rates, ignore_index=folder.ignore_index) == 1
+        for row, source in zip(tables, (output.affinity, truth.float()), strict=True):
+            probs, done = output.logits.softmax(dim=1), 0
+            for table, iterations in zip(row, ITERATIONS, strict=True):
+                probs = affinity_propagation(
+                    probs,
+                    source,
+                    rates,
+                    iterations=iterations - done,
+                    from_logits=source is output.affinity,
+                )
+                done = iterations
+                # Logarithms: as they came, before the first iteration.
+                prediction = classes_of(probs.log(), folder).cpu()
+                table += confusion(prediction, labels, num_classes, folder.ignore_index)
+            if source is output.affinity:
+                whole.update(prediction, items)
+    return {
+        "propagated": whole.compute(),
+        "propagation": rounded(mean_iou(tables)),
+        "affinity_accuracy": rounded(accuracy.compute().by_category),
+    }
 
 
 # ------------------------------------------------------------------------------ command line

