@@ -41,10 +41,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from study_losses import LOSSES, Batch, CrossEntropy, Facts, Output, boundary_distance
+from scipy import ndimage
+from study_losses import (
+    LOSSES,
+    REGRESSION_FROM,
+    Batch,
+    CrossEntropy,
+    Facts,
+    Output,
+    boundary_distance,
+)
+from study_report import TITLE, Report
 from torch import Tensor, nn
 from torch.nn import functional as F
-from scipy import ndimage
 from train_segmentation import ITERATIONS, DataError, Pair, confusion, load_folder, mean_iou
 
 from tritonaff import (
@@ -56,6 +65,7 @@ from tritonaff import (
     label_affinity,
     square_root_affinity,
 )
+from tritonaff.bench.measure import peak_bytes
 from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU
 from tritonaff.version import __version__
 
@@ -455,6 +465,7 @@ class Network(nn.Module):
 
 LOOKS = 3  # at the validation split, evenly: ce+ar changes its loss right after the second
 TOLERANCE = 1  # of boundaries, in pixels of the image
+COST_ROUNDS = 20  # steps of each loss that are timed
 CURVE = 20  # steps for a point of the curve
 
 
@@ -560,11 +571,11 @@ def machine(device: torch.device, compiled: bool) -> dict[str, Any]:
     }
 
 
-def rounded(values: Tensor) -> Any:
-    """For JSON: four digits, and null for NaN."""
+def rounded(values: Tensor, digits: int = 4) -> Any:
+    """For JSON, null for NaN."""
     if values.dim():
-        return [rounded(row) for row in values]
-    return None if values.isnan() else round(values.item(), 4)
+        return [rounded(row, digits) for row in values]
+    return None if values.isnan() else round(values.item(), digits)
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -602,7 +613,6 @@ def look(network: Network, data: Data, device: torch.device) -> dict[str, float]
     return {"miou": round(mean_iou(table).item(), 5), "ar": round(regression / images, 5)}
 
 
-
 class Score:
     """All metrics of a split, on full images."""
 
@@ -619,9 +629,7 @@ class Score:
         labels = np.stack([folder.pairs[split][index][1] for split, index in items])
         ids = np.stack([folder.instances(item) for item in items])
         target = torch.from_numpy(labels)
-        self.confusion += confusion(
-            prediction, labels, len(folder.classes), folder.ignore_index
-        )
+        self.confusion += confusion(prediction, labels, len(folder.classes), folder.ignore_index)
         self.boundary.update(prediction, target)
         self.instance.update(prediction, target, torch.from_numpy(ids))
 
@@ -643,18 +651,18 @@ def classes_of(logits: Tensor, folder: ImageFolder) -> Tensor:
     return logits[..., :height, :width].argmax(dim=1)
 
 
-def score(run: Run, network: Network, data: Data, device: torch.device) -> dict[str, Any]:
-    """Metrics on validation and test split, and what else the report shows of the loss."""
-    folder, result = data.folder, {}
-    for split in ("val", "test"):
-        whole = Score(folder)
-        for items, output in outputs(network, data, getattr(data, split), device):
-            whole.update(classes_of(output.logits, folder), items)
-        result[split] = whole.compute()
-    if run.loss in ("ce", "ce+ar"):
+def score(
+    run: Run, network: Network, data: Data, device: torch.device, maps: bool
+) -> dict[str, Any]:
+    """Metrics on the test split, and what else the report shows of the loss."""
+    whole = Score(data.folder)
+    for items, output in outputs(network, data, data.test, device):
+        whole.update(classes_of(output.logits, data.folder), items)
+    result = {"test": whole.compute()}
+    if maps:
         result["affinity"] = mean_affinity(network, data, device)
     if run.loss == "ce+dilated":
-        result |= propagation(run, network, data, device)
+        result |= propagation(network, data, device)
     return result
 
 
@@ -675,11 +683,11 @@ def mean_affinity(network: Network, data: Data, device: torch.device) -> dict[st
         for total, matrix in zip(sums, (predicted, true), strict=True):
             total += (matrix * both).sum(dim=0)
         counts += both.sum(dim=0)
-    predicted, true = (rounded(total / counts) for total in sums)
+    predicted, true = (rounded(total / counts, 2) for total in sums)
     return {"predicted": predicted, "true": true}
 
 
-def propagation(run: Run, network: Network, data: Data, device: torch.device) -> dict[str, Any]:
+def propagation(network: Network, data: Data, device: torch.device) -> dict[str, Any]:
     """Of the test split: all metrics after the last of ITERATIONS along the predicted affinity,
     mean IoU after each of them, also along the true one, and how much affinity is right.
     """
@@ -744,14 +752,13 @@ class Study:
     def results(self) -> Results:
         return {path.stem: json.loads(path.read_text()) for path in self.output.glob("*seed?.json")}
 
-    def runs(self) -> list[Run]:
-        """What is to be trained, as far as it is known, every run once."""
-        tables = plan(list(self.folders), self.results(), self.options.finetune)
-        return list(dict.fromkeys(run for runs in tables.values() for run in runs))
+    def tables(self) -> Plan:
+        return plan(list(self.folders), self.results(), self.options.finetune)
 
     def train(self) -> None:
         while True:
-            runs, done = self.runs(), self.results()
+            tables, done = self.tables(), self.results()
+            runs = list(dict.fromkeys(run for runs in tables.values() for run in runs))
             missing = [run for run in runs if run.name not in done]
             self.bars.update(self.task, total=len(runs), completed=len(runs) - len(missing))
             if not missing:
@@ -772,6 +779,48 @@ class Study:
                 line = f"{run.name}: {result['seconds']} s, val mIoU {result['val'][-1]['miou']}"
                 self.bars.console.print(line, highlight=False, soft_wrap=True)
 
+    def score(self) -> None:
+        """What is trained and not yet scored; then all that the report needs, in one file."""
+        tables, results = self.tables(), self.results()
+        runs = [run for name, runs in tables.items() if not is_choice(name) for run in runs]
+        runs = [run for run in dict.fromkeys(runs) if run.name in results]
+        for k, run in enumerate(runs):
+            self.bars.update(self.task, description=run.name, total=len(runs), completed=k)
+            path = self.output / f"{run.name}.scores.json"
+            if not path.exists():
+                data = self.data(run.data)
+                network, _ = make(run, data, self.backbone, self.device)
+                weights = self.output / f"{run.name}.pt"
+                network.load_state_dict(torch.load(weights, map_location=self.device))
+                # Heat maps are large: of one seed.
+                maps = run in tables.get("camvid", ()) and run.seed == SEEDS[0]
+                maps = maps and run.loss in ("ce", "ce+ar")
+                write(path, score(run, network, data, self.device, maps))
+            results[run.name]["scores"] = json.loads(path.read_text())
+        write(
+            self.output / "study.json",
+            {
+                "tolerance": TOLERANCE,
+                "data": {name: self.description(name) for name in self.folders},
+                "tables": {
+                    name: [run.name for run in runs if run.name in results]
+                    for name, runs in tables.items()
+                },
+                "runs": results,
+            },
+        )
+
+    def description(self, name: str) -> dict[str, Any]:
+        folder = self.folders[name]
+        images = {split: len(pairs) for split, pairs in folder.pairs.items()}
+        height, width = folder.size
+        return {"classes": folder.classes, "images": images, "height": height, "width": width}
+
+
+def is_choice(table: str) -> bool:
+    """Whether its runs choose a setting, on the validation split alone."""
+    return table.endswith(("learning rate", "weights"))
+
 
 def write(path: Path, content: Any) -> None:
     """All of it or nothing."""
@@ -780,8 +829,52 @@ def write(path: Path, content: Any) -> None:
     part.replace(path)
 
 
+def cost(study: Study) -> None:
+    """Time and memory of a step with each loss, in one run, the losses in turn."""
+    name = next(iter(study.folders))
+    data, base, device = study.data(name), FULL[name], study.device
+    steps, x, batch = {}, *next(batches(data, base, device))
+    progress = torch.tensor(REGRESSION_FROM, device=device)  # from where every loss is at work
+    forward = compiled_objective() if study.options.compile else objective
+    for loss in LOSSES:
+        run = replace(base, loss=loss)
+        network, criterion = make(run, data, study.backbone, device)
+        optimizer = make_optimizer(network, criterion, run)
+        network.train()
+
+        def step(_: Any = None, network=network, criterion=criterion, optimizer=optimizer) -> float:
+            value = forward(network, criterion, x, batch, progress)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            return value.item()  # waits for the device
+
+        steps[loss] = step
+    times: dict[str, list[float]] = {loss: [] for loss in steps}
+    for k in range(COST_ROUNDS + 2):
+        study.say(f"round {k + 1}/{COST_ROUNDS + 2}")
+        for loss, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if k >= 2:  # the first compile and warm up
+                times[loss].append(time.perf_counter() - start)
+    losses = {
+        loss: {
+            "ms": round(1000 * statistics.median(times[loss]), 2),
+            "peak_bytes": peak_bytes(step, device),
+        }
+        for loss, step in steps.items()
+    }
+    facts = {"data": name, "batch_size": base.batch_size}
+    facts |= {"machine": machine(device, study.options.compile), "losses": losses}
+    write(study.output / "cost.json", facts)
+
+
 def main() -> int:
     options = parse_arguments()
+    if options.command == "report":
+        print(Report(options.results, options.docs).write())
+        return 0
     console = Console()
     bars = Progress(
         TextColumn("{task.description}"),
@@ -794,7 +887,7 @@ def main() -> int:
     try:
         with bars:
             study = Study(options, bars)
-            study.train()
+            {"train": Study.train, "score": Study.score, "cost": cost}[options.command](study)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -803,13 +896,57 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("train", "score", "report", "cost"))
-    parser.add_argument("--camvid", type=Path, metavar="FOLDER")
-    parser.add_argument("--isbi", type=Path, metavar="FOLDER")
-    parser.add_argument("--finetune", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), metavar="FOLDER")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
-    return parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train what is not yet trained"),
+        ("score", "score what is trained, and write study.json"),
+        ("cost", "measure a step with each loss, and write cost.json"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        for data, ignore_index in IGNORE_INDEX.items():
+            command.add_argument(
+                f"--{data}",
+                type=Path,
+                metavar="FOLDER",
+                help=f"{TITLE[data]}, laid out as docs/real-data.md says; void is {ignore_index}",
+            )
+        command.add_argument(
+            "--output",
+            type=Path,
+            default=Path("runs/study"),
+            metavar="FOLDER",
+            help="where all of it goes (default: %(default)s)",
+        )
+        command.add_argument(
+            "--finetune",
+            action="store_true",
+            help="train the backbone too, on mirrored and resized images; for a GPU",
+        )
+        command.add_argument(
+            "--no-compile",
+            dest="compile",
+            action="store_false",
+            help="train in eager mode, without torch.compile",
+        )
+    command = commands.add_parser("report", help="write study.md and its plots")
+    command.add_argument(
+        "--results",
+        type=Path,
+        default=Path("docs/results/study"),
+        metavar="FOLDER",
+        help="where study.json and cost.json are (default: %(default)s)",
+    )
+    command.add_argument(
+        "--docs",
+        type=Path,
+        default=Path("docs"),
+        metavar="FOLDER",
+        help="where the page and its plots go (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    if options.command != "report" and options.camvid is None and options.isbi is None:
+        parser.error("--camvid or --isbi, or both")
+    return options
 
 
 if __name__ == "__main__":

@@ -160,8 +160,9 @@ def contrastive_loss(
     sums = [features.new_zeros(()) for _ in range(4)]
     # d is symmetric: half of the 8 directions gives the same means.
     for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        here = np.s_[..., : height - down, max(-right, 0) : width - max(right, 0)]
-        there = np.s_[..., down:, max(right, 0) : width - max(-right, 0)]
+        left, right = max(-right, 0), max(right, 0)
+        here = ..., slice(height - down), slice(left, width - right)
+        there = ..., slice(down, height), slice(right, width - left)
         d = (f[here] - f[there]).square().sum(dim=1)
         valid, same = counted[here] & counted[there], target[here] == target[there]
         alike, apart = valid & same, valid & ~same
