@@ -652,17 +652,17 @@ def classes_of(logits: Tensor, folder: ImageFolder) -> Tensor:
 
 
 def score(
-    run: Run, network: Network, data: Data, device: torch.device, maps: bool
+    run: Run, network: Network, data: Data, device: torch.device, whole: bool
 ) -> dict[str, Any]:
-    """Metrics on the test split, and what else the report shows of the loss."""
-    whole = Score(data.folder)
+    """All metrics of the test split; and, of ``whole``, what else the report shows of a loss."""
+    plain = Score(data.folder)
     for items, output in outputs(network, data, data.test, device):
-        whole.update(classes_of(output.logits, data.folder), items)
-    result = {"test": whole.compute()}
-    if maps:
-        result["affinity"] = mean_affinity(network, data, device)
+        plain.update(classes_of(output.logits, data.folder), items)
+    result = {"test": plain.compute()}
     if run.loss == "ce+dilated":
-        result |= propagation(network, data, device)
+        result |= propagation(network, data, device, whole)
+    elif whole and run.seed == SEEDS[0] and run.loss in ("ce", "ce+ar"):
+        result["affinity"] = mean_affinity(network, data, device)
     return result
 
 
@@ -687,22 +687,23 @@ def mean_affinity(network: Network, data: Data, device: torch.device) -> dict[st
     return {"predicted": predicted, "true": true}
 
 
-def propagation(network: Network, data: Data, device: torch.device) -> dict[str, Any]:
-    """Of the test split: all metrics after the last of ITERATIONS along the predicted affinity,
-    mean IoU after each of them, also along the true one, and how much affinity is right.
+def propagation(network: Network, data: Data, device: torch.device, whole: bool) -> dict[str, Any]:
+    """Of the test split: all metrics after the last of ITERATIONS along the predicted affinity, and
+    how much of it is right. If ``whole``, mean IoU after each, also along the true affinity.
     """
     folder, num_classes, rates = data.folder, len(data.folder.classes), network.affinity.rates
-    whole, accuracy = Score(folder), AffinityAccuracy(rates, folder.ignore_index)
-    tables = torch.zeros(2, len(ITERATIONS), num_classes, num_classes, dtype=torch.int64)
+    last, accuracy = Score(folder), AffinityAccuracy(rates, folder.ignore_index)
+    steps, sources = (ITERATIONS, 2) if whole else (ITERATIONS[-1:], 1)
+    tables = torch.zeros(sources, len(steps), num_classes, num_classes, dtype=torch.int64)
     for items, output in outputs(network, data, data.test, device):
         labels = np.stack([folder.pairs[split][index][1] for split, index in items])
         target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
         target = torch.from_numpy(target).to(device)
         accuracy.update(output.affinity.cpu(), target.cpu())
         truth = dilated_affinity_target(target, rates, ignore_index=folder.ignore_index) == 1
-        for row, source in zip(tables, (output.affinity, truth.float()), strict=True):
+        for row, source in zip(tables, (output.affinity, truth.float()), strict=False):
             probs, done = output.logits.softmax(dim=1), 0
-            for table, iterations in zip(row, ITERATIONS, strict=True):
+            for table, iterations in zip(row, steps, strict=True):
                 probs = affinity_propagation(
                     probs,
                     source,
@@ -711,16 +712,17 @@ def propagation(network: Network, data: Data, device: torch.device) -> dict[str,
                     from_logits=source is output.affinity,
                 )
                 done = iterations
-                # Logarithms: as they came, before the first iteration.
-                prediction = classes_of(probs.log(), folder).cpu()
+                # Logarithms: before the first iteration, the logits but for a constant.
+                logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+                prediction = classes_of(logits, folder).cpu()
                 table += confusion(prediction, labels, num_classes, folder.ignore_index)
             if source is output.affinity:
-                whole.update(prediction, items)
-    return {
-        "propagated": whole.compute(),
-        "propagation": rounded(mean_iou(tables)),
+                last.update(prediction, items)
+    result = {
+        "propagated": last.compute(),
         "affinity_accuracy": rounded(accuracy.compute().by_category),
     }
+    return result | ({"propagation": rounded(mean_iou(tables))} if whole else {})
 
 
 # ------------------------------------------------------------------------------ command line
@@ -735,13 +737,12 @@ class Study:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.output: Path = options.output
         self.output.mkdir(parents=True, exist_ok=True)
+        paths = {name: getattr(options, name) for name in FULL}
+        self.folders = {k: ImageFolder(k, path) for k, path in paths.items() if path is not None}
         self.backbone = EfficientNetLite0().to(self.device)
-        self.folders: dict[str, ImageFolder] = {}
-        for name in FULL:
-            if (path := getattr(options, name)) is not None:
-                folder = self.folders[name] = ImageFolder(name, path)
-                if not options.finetune:
-                    folder.extract(self.backbone, self.output / "features", self.say)
+        if not options.finetune:
+            for folder in self.folders.values():
+                folder.extract(self.backbone, self.output / "features", self.say)
 
     def say(self, status: str) -> None:
         self.bars.update(self.task, status=status)
@@ -792,10 +793,8 @@ class Study:
                 network, _ = make(run, data, self.backbone, self.device)
                 weights = self.output / f"{run.name}.pt"
                 network.load_state_dict(torch.load(weights, map_location=self.device))
-                # Heat maps are large: of one seed.
-                maps = run in tables.get("camvid", ()) and run.seed == SEEDS[0]
-                maps = maps and run.loss in ("ce", "ce+ar")
-                write(path, score(run, network, data, self.device, maps))
+                whole = any(run in tables.get(name, ()) for name in FULL)
+                write(path, score(run, network, data, self.device, whole))
             results[run.name]["scores"] = json.loads(path.read_text())
         write(
             self.output / "study.json",

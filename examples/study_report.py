@@ -260,6 +260,10 @@ class Report:
         boundary = {k: v for k, v in METRICS.items() if k.startswith("boundary ")}
         main = metrics | {"boundary F": METRICS["boundary F"]}
         self.say(value_table(rows, main), difference_table(rows, main))
+        self.say(
+            "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range "
+            "of cross-entropy over seeds: a bar within it is no difference."
+        )
         val: dict[str, list[float]] = {}
         for result in self.named(data):
             miou = 100 * result["val"][-1]["miou"]
@@ -356,8 +360,8 @@ class Report:
         self.say(
             "## Affinity regression before and after",
             "The AR loss on the validation split after two thirds of the steps, when `ce+ar` "
-            " adds it, and at the end. Up to there the two are one training. The paper "
-            "fine-tunes from the peak of cross-entropy and reports 0.187 before, 0.165 after "
+            "adds it, and at the end. Up to there the two are one training. The paper fine-tunes "
+            "from the peak of cross-entropy and reports 0.187 before, 0.165 after "
             "(-12 %); training on with cross-entropy alone, which it does not report, is the other "
             "row.",
             table(["", "before", "after", "change"], parts),
@@ -517,8 +521,8 @@ class Report:
         self.say(
             "## Where it fails",
             "How much of the pixels of CamVid's thin classes is found, percent, all seeds, and "
-            "what cross-entropy takes most of the others for. A loss that thickens a class finds more "
-            "and takes pixels from its neighbours: the IoU above counts both.",
+            "what cross-entropy takes most of the others for. A loss that thickens a class finds "
+            "more and takes pixels from its neighbours: the IoU above counts both.",
             table(["class", *(NAMES[loss] for loss in rows), "cross-entropy: taken for"], lines),
         )
 
@@ -587,14 +591,13 @@ LIMITS = """\
 
 
 def draw_differences(rows: Rows, metrics: dict[str, Metric], path: Path) -> None:
-    """A dot for each seed, a bar for their mean; a gray band, the range of cross-entropy."""
+    """A dot for each seed, a bar for their mean, a gray band of cross-entropy's own spread."""
     losses = [loss for loss in rows if loss != "ce"]
     figure = Figure((2.6 * len(metrics) + 1.6, 0.36 * len(losses) + 1.1), layout="constrained")
     axes = figure.subplots(1, len(metrics), sharey=True)
     for axis, (title, metric) in zip(axes, metrics.items(), strict=True):
         base = np.array([metric(scores) for scores in rows["ce"]])
-        half = np.ptp(base) / 2
-        axis.axvspan(-half, half, color="0.9")
+        axis.axvspan(-np.ptp(base), np.ptp(base), color="0.9")
         axis.axvline(0, color="0.5", linewidth=0.8)
         for k, loss in enumerate(losses):
             each = np.array([metric(scores) for scores in rows[loss]]) - base
