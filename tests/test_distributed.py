@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("torchmetrics")
 from tritonaff import NeighborStatistics
-from tritonaff.metrics import AffinityAccuracy, RefinementReport
+from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
 
 RATES = [1, (2, 3)]
 SCRIPT = """
@@ -18,21 +18,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tritonaff import NeighborStatistics
-from tritonaff.metrics import AffinityAccuracy, RefinementReport
+from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
 logits, before, after, target = (x[rank::2] for x in torch.load(folder / "inputs.pt"))
 statistics, accuracy = NeighborStatistics(RATES), AffinityAccuracy(RATES)
-report = RefinementReport((1, 3))
+report, boundary, instances = RefinementReport((1, 3)), BoundaryScore(2), InstanceMeanIoU(2)
 for i in range(len(target)):
     images = slice(i, i + 1)
     statistics.update(target[images])
     accuracy.update(logits[images], target[images])
     report.update(before[images], after[images], target[images])
+    boundary.update(before[images], target[images])
+    instances.update(before[images], target[images], after[images])
 statistics.all_reduce()
-result = statistics.state_dict(), tuple(accuracy.compute()), tuple(report.compute())
+metrics = accuracy, report, boundary, instances
+result = statistics.state_dict(), *(tuple(metric.compute()) for metric in metrics)
 torch.save(result, folder / f"{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
@@ -55,7 +58,7 @@ def rank(request):
 
 @pytest.fixture(scope="module")
 def results(inputs, tmp_path_factory):
-    """Of each rank: a state dict of the statistics, accuracies, refinement."""
+    """Of each rank: a state dict of the statistics, accuracies, refinement, scores, IoUs."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(inputs, folder / "inputs.pt")
     command = [sys.executable, "-c", SCRIPT.replace("RATES", str(RATES))]
@@ -93,3 +96,19 @@ def test_refinement_report(inputs, results, rank):
     assert distances == expected_distances
     for values, by_one in zip(counts, expected, strict=True):
         assert torch.equal(values, by_one)
+
+
+def test_boundary_score(inputs, results, rank):
+    one = BoundaryScore(2)
+    one.update(inputs[1], inputs[-1])
+    for values, expected in zip(results[rank][3], one.compute(), strict=True):
+        assert torch.equal(values, expected)
+
+
+def test_instance_mean_iou(inputs, results, rank):
+    """Rounding aside: IoUs are added up in another order."""
+    _, prediction, ids, target = inputs
+    one = InstanceMeanIoU(2)
+    one.update(prediction, target, ids)
+    for values, expected in zip(results[rank][4], one.compute(), strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-15, atol=0)
