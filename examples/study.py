@@ -232,8 +232,8 @@ class ImageFolder:
             raise DataError(f"{folder} has images of {w1}x{h1} and of {w2}x{h2}, not of one size")
         (self.size,) = sizes
         self.features: dict[str, list[np.ndarray]] = {}
-        self.kept: dict[tuple[Item, bool, int], Pair] = {}
         self.parts: dict[Item, np.ndarray] = {}
+        self.distances: dict[tuple[Item, bool, int], np.ndarray] = {}
 
     def extract(self, backbone: nn.Module, cache: Path, say: Callable[[str], None]) -> None:
         """Fills ``features``: of each split, by level, (images or twice as many, h, w, channels) in
@@ -266,15 +266,17 @@ class ImageFolder:
             self.features[split] = [np.load(path, mmap_mode="r") for path in paths]
 
     def features_of(self, views: Sequence[View], device: torch.device) -> list[Tensor]:
-        """By level, (N, channels, h, w), in memory as channels_last; views of one split."""
-        split = views[0][0][0]
-        if split == "train":
-            rows = [2 * index + mirrored for (_, index), mirrored in views]
-        else:
-            rows = [index for (_, index), _ in views]
+        """By level, (N, channels, h, w), in memory as channels_last."""
+        rows = [
+            (split, 2 * index + mirrored if split == "train" else index)
+            for (split, index), mirrored in views
+        ]
+        levels = zip(
+            *([level[k] for level in self.features[split]] for split, k in rows), strict=True
+        )
         return [
-            torch.from_numpy(level[rows]).to(device).float().permute(0, 3, 1, 2)
-            for level in self.features[split]
+            torch.from_numpy(np.stack(level)).to(device).float().permute(0, 3, 1, 2)
+            for level in levels
         ]
 
     def padded(self, item: Item, mirrored: bool) -> Pair:
@@ -300,13 +302,17 @@ class ImageFolder:
             self.parts[item] = ids.astype(np.int32)
         return self.parts[item]
 
-    def target(self, item: Item, mirrored: bool, stride: int) -> Pair:
-        """Labels at a resolution and their distances to the boundary, kept once computed."""
+    def target(self, item: Item, mirrored: bool, stride: int) -> np.ndarray:
+        """Labels at a resolution."""
+        return sampled(self.padded(item, mirrored)[1], stride)
+
+    def distance(self, item: Item, mirrored: bool, stride: int) -> np.ndarray:
+        """Their distance to the boundary, kept once computed."""
         key = item, mirrored, stride
-        if key not in self.kept:
-            target = sampled(self.padded(item, mirrored)[1], stride)
-            self.kept[key] = target, boundary_distance(target, self.ignore_index)
-        return self.kept[key]
+        if key not in self.distances:
+            target = self.target(*key)
+            self.distances[key] = boundary_distance(target, self.ignore_index)
+        return self.distances[key]
 
 
 class Data:
@@ -330,7 +336,8 @@ def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, B
     then all again in another order. The same for every loss.
     """
     rng = np.random.default_rng(run.seed)
-    folder, queue = data.folder, []
+    folder, stride, queue = data.folder, run.stride, []
+    far = LOSSES[run.loss].needs_distance
     while True:
         views, targets, distances = [], [], []
         for _ in range(run.batch_size):
@@ -338,16 +345,17 @@ def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, B
             view = data.train[queue.pop()], bool(rng.integers(2))
             if run.finetune:
                 view = resized(*folder.padded(*view), folder.ignore_index, rng)
-                target = sampled(view[1], run.stride)
-                distance = boundary_distance(target, folder.ignore_index)
+                targets.append(sampled(view[1], stride))
+                if far:
+                    distances.append(boundary_distance(targets[-1], folder.ignore_index))
             else:
-                target, distance = folder.target(*view, run.stride)
+                targets.append(folder.target(*view, stride))
+                if far:
+                    distances.append(folder.distance(*view, stride))
             views.append(view)
-            targets.append(target)
-            distances.append(distance)
         x = images_of(views, device) if run.finetune else folder.features_of(views, device)
-        target, distance = (torch.from_numpy(np.stack(x)).to(device) for x in (targets, distances))
-        yield x, Batch(target.long(), distance)
+        target = torch.from_numpy(np.stack(targets)).to(device, torch.int64)
+        yield x, Batch(target, torch.from_numpy(np.stack(distances)).to(device) if far else None)
 
 
 def sampled(labels: np.ndarray, stride: int) -> np.ndarray:
@@ -474,7 +482,7 @@ def make(
 ) -> tuple[Network, CrossEntropy]:
     """Network and loss as a run starts."""
     folder = data.folder
-    targets = [folder.target(item, False, run.stride)[0] for item in data.train]
+    targets = [folder.target(item, False, run.stride) for item in data.train]
     facts = Facts(len(folder.classes), folder.ignore_index, run.stride, targets)
     criterion = LOSSES[run.loss](facts, run.weight, **dict(run.options))
     torch.manual_seed(run.seed)
@@ -602,7 +610,7 @@ def look(network: Network, data: Data, device: torch.device) -> dict[str, float]
     folder, num_classes = data.folder, len(data.folder.classes)
     table, regression, images = torch.zeros(num_classes, num_classes, dtype=torch.int64), 0.0, 0
     for items, output in outputs(network, data, data.val, device):
-        target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
+        target = np.stack([folder.target(item, False, STRIDE) for item in items])
         prediction = output.logits.argmax(dim=1).cpu()
         table += confusion(prediction, target, num_classes, folder.ignore_index)
         loss = affinity_regression_loss(
@@ -674,7 +682,7 @@ def mean_affinity(network: Network, data: Data, device: torch.device) -> dict[st
     folder, points = data.folder, GRID**2
     sums, counts = torch.zeros(2, points, points), torch.zeros(points, points)
     for items, output in outputs(network, data, data.test, device):
-        target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
+        target = np.stack([folder.target(item, False, STRIDE) for item in items])
         predicted = square_root_affinity(output.logits, (GRID,)).cpu()
         true, valid = label_affinity(
             torch.from_numpy(target), (GRID,), ignore_index=folder.ignore_index
@@ -697,7 +705,7 @@ def propagation(network: Network, data: Data, device: torch.device, whole: bool)
     tables = torch.zeros(sources, len(steps), num_classes, num_classes, dtype=torch.int64)
     for items, output in outputs(network, data, data.test, device):
         labels = np.stack([folder.pairs[split][index][1] for split, index in items])
-        target = np.stack([folder.target(item, False, STRIDE)[0] for item in items])
+        target = np.stack([folder.target(item, False, STRIDE) for item in items])
         target = torch.from_numpy(target).to(device)
         accuracy.update(output.affinity.cpu(), target.cpu())
         truth = dilated_affinity_target(target, rates, ignore_index=folder.ignore_index) == 1

@@ -33,7 +33,7 @@ class Output(NamedTuple):
 
 class Batch(NamedTuple):
     target: Tensor  # (N, H, W)
-    distance: Tensor  # (N, H, W), to the nearest pixel with another label, see boundary_distance
+    distance: Tensor | None  # (N, H, W), see boundary_distance; None if the loss does not need it
 
 
 class Facts(NamedTuple):
@@ -47,6 +47,7 @@ class Facts(NamedTuple):
 
 class CrossEntropy(nn.Module):
     neighbors: NeighborStatistics | None = None  # what a head for affinity starts from: no head
+    needs_distance = False  # in its batches
 
     def __init__(self, facts: Facts, weight: float = 1.0) -> None:
         super().__init__()
@@ -182,6 +183,8 @@ class BoundaryWeights(CrossEntropy):
     distance to the nearest, the pixel's own, is 0. Its weights that balance classes are left out,
     as no other loss here has any.
     """
+
+    needs_distance = True
 
     def __init__(self, facts: Facts, weight: float) -> None:
         super().__init__(facts, weight)

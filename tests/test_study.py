@@ -209,7 +209,8 @@ def test_all_losses_start_alike_and_each_learns(study, losses, folder, run):
         for name, weight in first["ce"].items():
             assert torch.equal(weight, first[loss][name])
         for (x1, b1), (x2, b2) in zip(inputs["ce"], inputs[loss], strict=True):
-            assert all(map(torch.equal, (*x1, *b1), (*x2, *b2)))
+            assert all(map(torch.equal, (*x1, b1.target), (*x2, b2.target)))
+            assert (b2.distance is not None) == (loss == "unet")
         if loss != "ce":
             assert not torch.equal(ends[loss]["classify.weight"], ends["ce"]["classify.weight"])
     other, _ = study.make(replace(run, seed=1), data, Backbone(), CPU)
@@ -299,11 +300,12 @@ def test_features_are_those_of_the_padded_image_and_its_mirror(study, folder):
         expected = backbone(torch.from_numpy(padded)[None])
         for level, other in zip(folder.features_of([(item, mirrored)], CPU), expected, strict=True):
             torch.testing.assert_close(level, other, atol=1e-3, rtol=1e-3)  # kept as float16
-        target, distance = folder.target(item, mirrored, 4)
+        target = folder.target(item, mirrored, 4)
         wide = np.full((64, 96), 11, np.uint8)
         wide[:60, :80] = labels[:, ::step]
         assert (target == wide[2::4, 2::4]).all()
-        assert distance.shape == target.shape
+        distance = folder.distance(item, mirrored, 4)
+        assert (distance[target != 11] >= 1).all()
 
 
 def test_features_are_kept(study, camvid, folder, tmp_path):
@@ -323,6 +325,11 @@ def test_daylight_trains_without_the_dusk_clip_and_is_tested_on_it(study, folder
     data = study.Data("daylight", folder)
     assert data.train == [("train", 2), ("train", 3), ("train", 4)]
     assert data.test == [("train", 0), ("train", 1), ("test", 0)]
+    # Two splits in one batch.
+    together = folder.features_of([(item, False) for item in data.test], CPU)
+    for k, item in enumerate(data.test):
+        alone = folder.features_of([(item, False)], CPU)
+        assert all(torch.equal(x[k], y[0]) for x, y in zip(together, alone, strict=True))
     whole = study.Data("camvid", folder)
     assert (len(whole.train), len(whole.test)) == (5, 3)
 
