@@ -170,35 +170,36 @@ def seeded(runs: Sequence[Run]) -> list[Run]:
 
 
 def ablations(chosen: dict[str, Run]) -> Plan:
-    """Of the losses as chosen on CamVid."""
-    aaf, dilated = chosen["ce+aaf"], chosen["ce+dilated"]
-    sizes = [replace(aaf, options=(("kernel_sizes", sizes),)) for sizes in ((3,), (3, 5))]
-    # One seed and fewer steps: these are many.
-    short = replace(dilated, steps=dilated.steps // 2)
+    """On CamVid, shorter: these are many. Several of them are runs that chose a weight."""
+    short = {loss: replace(run, steps=SHORT["camvid"]) for loss, run in chosen.items()}
+    sizes = [
+        replace(short["ce+aaf"], options=() if sizes == (3, 5, 7) else (("kernel_sizes", sizes),))
+        for sizes in ((3,), (3, 5), (3, 5, 7))
+    ]
+    daylight = [replace(short[x], data="daylight") for x in ("ce", "ce+affinity", "ce+aaf")]
     weightings = [
-        replace(short, options=(("weighting", weighting),), weight=beta)
+        replace(
+            short["ce+dilated"],
+            options=() if weighting == "sqrt" else (("weighting", weighting),),
+            weight=beta,
+        )
         for weighting in ("none", "signal", "neighbor", "sqrt")
-        for beta in (0.1, 0.5, 1.5)
+        for beta in WEIGHTS["ce+dilated"][:2]
     ]
     rates = [
-        replace(short, options=(("rates", rates),))
-        for rates in ((8, 16), (8, 16, 32), (8, (12, 24), 16), (16, 32))
+        replace(short["ce+dilated"], options=() if rates == (8, 16) else (("rates", rates),))
+        for rates in ((8, 16), (8, 16, 32), (8, (12, 24), 16))
     ]
-    transfer = [
-        replace(chosen[loss], data="daylight", steps=chosen[loss].steps // 2)
-        for loss in ("ce", "ce+affinity", "ce+aaf")
-    ]
-    image = [
-        replace(chosen[loss], resolution=resolution, steps=chosen[loss].steps // 5)
+    resolution = [
+        replace(short["ce+affinity"], resolution=resolution, steps=SHORT["camvid"] // 2)
         for resolution in ("logits", "image")
-        for loss in ("ce", "ce+affinity")
     ]
     return {
-        "sizes": seeded([*sizes, aaf]),
-        "transfer": seeded(transfer),
-        "resolution": image,
-        "weightings": [replace(chosen["ce"], steps=short.steps), *weightings],
+        "sizes": seeded([short["ce"], *sizes]),
+        "transfer": seeded(daylight),
+        "weightings": [short["ce"], *weightings],
         "rates": rates,
+        "resolution": resolution,
     }
 
 
@@ -840,7 +841,7 @@ def cost(study: Study) -> None:
     """Time and memory of a step with each loss, in one run, the losses in turn."""
     name = next(iter(study.folders))
     data, base, device = study.data(name), FULL[name], study.device
-    steps, x, batch = {}, *next(batches(data, base, device))
+    steps, x, batch = {}, *next(batches(data, replace(base, loss="unet"), device))
     progress = torch.tensor(REGRESSION_FROM, device=device)  # from where every loss is at work
     forward = compiled_objective() if study.options.compile else objective
     for loss in LOSSES:

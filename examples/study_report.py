@@ -199,12 +199,12 @@ class Report:
         runs = (self.study["runs"][run] for run in self.study["tables"].get(name, ()))
         return [run for run in runs if "scores" in run]
 
-    def rows(self, name: str) -> Rows:
-        """By loss, and only with the seeds that every loss has."""
+    def rows(self, name: str, label: Callable[[dict[str, Any]], str] | None = None) -> Rows:
+        """By loss, or by what ``label`` calls a run, and only with the seeds that all have."""
         rows: dict[str, dict[int, Scores]] = {}
         for result in self.named(name):
             run, scores = result["run"], result["scores"]
-            rows.setdefault(run["loss"], {})[run["seed"]] = scores["test"]
+            rows.setdefault(label(run) if label else run["loss"], {})[run["seed"]] = scores["test"]
             if "propagated" in scores:
                 rows.setdefault(PROPAGATED, {})[run["seed"]] = scores["propagated"]
         seeds = set.intersection(*(set(by_seed) for by_seed in rows.values())) if rows else set()
@@ -419,18 +419,16 @@ class Report:
             classes = self.study["data"]["camvid"]["classes"]
             text = "Learned weights of the sizes 3, 5 and 7 by class"
             draw_sizes(weights, (3, 5, 7), classes, self.picture("sizes", text))
-        rows: Rows = {}
-        for result in self.named("sizes"):
-            options = dict(map(tuple, result["run"]["options"]))
-            sizes = options.get("kernel_sizes", (3, 5, 7))
-            name = "{" + ", ".join(map(str, sizes)) + "}"
-            rows.setdefault(name, []).append(result["scores"]["test"])
-        if len(rows) > 1 and len({len(seeds) for seeds in rows.values()}) == 1:
-            base = next(iter(rows))
+        rows = self.rows("sizes", sizes_of)
+        if len(rows) > 1:
+            runs = [run["run"] for run in self.named("sizes")]
+            weight = next(run["weight"] for run in runs if run["loss"] == "ce+aaf")
             self.say(
-                "Combinations of sizes on CamVid, all with the weight of AAF (Table 10):",
+                f"Combinations of sizes on CamVid, {runs[0]['steps']} steps, all with the weight "
+                f"{weight:g} (Table 10). The size 3 alone has nothing to adapt: it is the affinity "
+                "loss with that weight.",
                 value_table(rows, SHORT),
-                difference_table(rows, SHORT, base),
+                difference_table(rows, SHORT),
             )
 
     def dilated(self) -> None:
@@ -439,14 +437,11 @@ class Report:
             lines = []
             for result in weightings:
                 run, scores = result["run"], result["scores"]
-                options = dict(map(tuple, run["options"]))
-                name = options.get("weighting", "cross-entropy alone")
-                beta = f"{run['weight']:g}" if options else ""
-                accuracy = scores.get("affinity_accuracy")
-                cells = ["", ""]
-                if accuracy:
-                    by_category = np.nanmean(100 * np.array(accuracy, float), axis=0)
-                    cells = [f"{by_category[:5].mean():.1f}", f"{by_category[5:].mean():.1f}"]
+                name, beta, cells = NAMES["ce"], "", ["", ""]
+                if run["loss"] != "ce":
+                    name, beta = option(run, "weighting", "sqrt"), f"{run['weight']:g}"
+                    accuracy = 100 * np.array(scores["affinity_accuracy"], float)
+                    cells = [f"{np.nanmean(x):.1f}" for x in (accuracy[:, :5], accuracy[:, 5:])]
                 values = [f"{metric(scores['test']):.1f}" for metric in SHORT.values()]
                 lines.append([name, beta, *values, *cells])
             self.say(
@@ -460,14 +455,14 @@ class Report:
         if rates:
             lines = []
             for result in rates:
-                options = dict(map(tuple, result["run"]["options"]))
-                words = [
-                    str(r) if isinstance(r, int) else f"({r[0]}, {r[1]})" for r in options["rates"]
+                run, scores = result["run"], result["scores"]
+                names = [
+                    str(r).replace("[", "(").replace("]", ")")
+                    for r in option(run, "rates", (8, 16))
                 ]
-                scores = result["scores"]
                 values = [f"{metric(scores['test']):.1f}" for metric in SHORT.values()]
                 propagated = f"{METRICS['mIoU'](scores['propagated']):.1f}"
-                lines.append(["{" + ", ".join(words) + "}", *values, propagated])
+                lines.append(["{" + ", ".join(names) + "}", *values, propagated])
             self.say(
                 f'Rates, in pixels of the image, "sqrt", β = {rates[0]["run"]["weight"]:g} '
                 "(Table 2):",
@@ -552,6 +547,17 @@ class Report:
             + ". Times of training are those of a shared machine.",
             LIMITS,
         )
+
+
+def option(run: dict[str, Any], name: str, default: Any) -> Any:
+    """What a loss was told."""
+    return dict(map(tuple, run["options"])).get(name, default)
+
+
+def sizes_of(run: dict[str, Any]) -> str:
+    if run["loss"] != "ce+aaf":
+        return run["loss"]
+    return "{" + ", ".join(map(str, option(run, "kernel_sizes", (3, 5, 7)))) + "}"
 
 
 TITLE = {"camvid": "CamVid", "isbi": "ISBI 2012"}
