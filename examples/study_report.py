@@ -221,17 +221,19 @@ class Report:
     # The sections.
 
     def opening(self) -> None:
+        runs = [run["run"] for data in self.study["data"] for run in self.named(data)]
+        seeds = len({run["seed"] for run in runs})
         self.say(
             "# Does it help? A controlled study",
             "The same small network, trained on real images with each loss: the same initial "
-            "weights, the same batches in the same order, the same number of steps, three seeds. "
+            f"weights, the same batches in the same order, the same number of steps, {seeds} seeds. "
             "Everything on this page, words on what helps included, is written by "
             "`examples/study.py report` from [its results](results/study/study.json).",
             "**How to read it.** Numbers are percent, of the test split if nothing else is said: "
             "the mean over seeds and, in brackets, the smallest and the largest. A difference is "
             "that to cross-entropy with the same seed: the mean and, in brackets, each seed's. It "
             "is called a difference, and printed bold, only where the mean exceeds the spread over "
-            "seeds: the larger one of the two ranges, of this loss and of cross-entropy. Three "
+            "seeds: the larger one of the two ranges, of this loss and of cross-entropy. So few "
             "seeds allow no finer judgement, and one seed none at all.",
         )
         lines = []
@@ -532,7 +534,7 @@ class Report:
                 run = scored[0]["run"]
                 lines.append(
                     f"- {TITLE[data]}: {run['steps']} steps, batch {run['batch_size']}, learning "
-                    f"rate {run['learning_rate']:g}."
+                    f"rate {run['learning_rate']:g}; {scored[0]['parameters']} weights are trained."
                 )
         self.say(
             "## Settings",
@@ -584,8 +586,7 @@ LIMITS = """\
 ## What this does not say
 
 - The backbone is frozen and small, the training short: far from the papers' networks, and from
-  their scores. A loss that helps a decoder of some ten thousand weights need not help a network
-  that is trained whole; `--finetune` trains it so, where there is a GPU.
+  their scores. A loss that helps a small decoder need not help a network that is trained whole; `--finetune` trains it so, where there is a GPU.
 - CamVid's validation split is one clip of near-identical frames; a choice by it is a weak one. Its
   test split holds a clip that training holds another part of. Images are JPEG copies of the usual
   PNGs. ISBI's 30 slices are one stack: neighbouring slices are alike across the splits, and with
