@@ -226,8 +226,8 @@ class Report:
         self.say(
             "# Does it help? A controlled study",
             "The same small network, trained on real images with each loss: the same initial "
-            f"weights, the same batches in the same order, the same number of steps, {seeds} seeds. "
-            "Everything on this page, words on what helps included, is written by "
+            "weights, the same batches in the same order, the same number of steps, with "
+            f"{seeds} seeds. Everything on this page, words on what helps included, is written by "
             "`examples/study.py report` from [its results](results/study/study.json).",
             "**How to read it.** Numbers are percent, of the test split if nothing else is said: "
             "the mean over seeds and, in brackets, the smallest and the largest. A difference is "
@@ -586,7 +586,8 @@ LIMITS = """\
 ## What this does not say
 
 - The backbone is frozen and small, the training short: far from the papers' networks, and from
-  their scores. A loss that helps a small decoder need not help a network that is trained whole; `--finetune` trains it so, where there is a GPU.
+  their scores. What helps a small decoder need not help a network that is trained whole;
+  `--finetune` trains it so, where there is a GPU.
 - CamVid's validation split is one clip of near-identical frames; a choice by it is a weak one. Its
   test split holds a clip that training holds another part of. Images are JPEG copies of the usual
   PNGs. ISBI's 30 slices are one stack: neighbouring slices are alike across the splits, and with
