@@ -124,6 +124,8 @@ WEIGHTS: dict[str, tuple[float, ...]] = {
     "unet": (1.0, 3.0, 10.0),
 }
 
+PUBLISHED = {"ce+affinity": 1.0, "ce+aaf": 1.0, "ce+ar": 0.1, "ce+dilated": 1.5}
+
 Results = dict[str, dict[str, Any]]  # by a run's name, what its file holds
 Plan = dict[str, list[Run]]  # by the table of the report
 
@@ -170,7 +172,7 @@ def seeded(runs: Sequence[Run]) -> list[Run]:
 
 
 def ablations(chosen: dict[str, Run]) -> Plan:
-    """On CamVid, shorter: these are many. Several of them are runs that chose a weight."""
+    """On CamVid, most of them shorter: these are many. Some are runs that chose a weight."""
     short = {loss: replace(run, steps=SHORT["camvid"]) for loss, run in chosen.items()}
     sizes = [
         replace(short["ce+aaf"], options=() if sizes == (3, 5, 7) else (("kernel_sizes", sizes),))
@@ -194,7 +196,9 @@ def ablations(chosen: dict[str, Run]) -> Plan:
         replace(short["ce+affinity"], resolution=resolution, steps=SHORT["camvid"] // 2)
         for resolution in ("logits", "image")
     ]
+    published = [replace(chosen[loss], weight=weight) for loss, weight in PUBLISHED.items()]
     return {
+        "published": seeded([chosen["ce"], *published]),
         "sizes": seeded([short["ce"], *sizes]),
         "transfer": seeded(daylight),
         "weightings": [short["ce"], *weightings],

@@ -175,6 +175,7 @@ class Report:
         for data in self.study["data"]:
             if self.named(data):
                 self.comparison(data)
+        self.published()
         self.step_cost()
         self.regression()
         self.propagation()
@@ -307,6 +308,18 @@ class Report:
             "try, not the best there are.",
             table(["loss", "weight", "mIoU on validation by weight"], rows),
         )
+
+    def published(self) -> None:
+        rows = self.rows("published")
+        if len(rows) > 1:
+            runs = {run["run"]["loss"]: run["run"] for run in self.named("published")}
+            words = [f"{NAMES[k]} {run['weight']:g}" for k, run in runs.items() if k != "ce"]
+            self.say(
+                "## With the papers' own weights",
+                f"CamVid, as above, but for the weights: {', '.join(words)}.",
+                value_table(rows, SHORT),
+                difference_table(rows, SHORT),
+            )
 
     def step_cost(self) -> None:
         if self.cost is None:
