@@ -313,7 +313,7 @@ class Report:
         rows = self.rows("published")
         if len(rows) > 1:
             runs = {run["run"]["loss"]: run["run"] for run in self.named("published")}
-            words = [f"{NAMES[k]} {run['weight']:g}" for k, run in runs.items() if k != "ce"]
+            words = [f'"{NAMES[k]}" {run["weight"]:g}' for k, run in runs.items() if k != "ce"]
             self.say(
                 "## With the papers' own weights",
                 f"CamVid, as above, but for the weights: {', '.join(words)}.",
