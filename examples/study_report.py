@@ -145,8 +145,9 @@ def verdict(rows: Rows, loss: str, metrics: dict[str, Metric], base: str = "ce")
     found: dict[str, list[str]] = {"raises": [], "lowers": []}
     for title, metric in metrics.items():
         values, others = ([metric(scores) for scores in rows[name]] for name in (loss, base))
-        if differs(values, others):
-            change = np.mean(values) - np.mean(others)
+        change = np.mean(values) - np.mean(others)
+        # What is 0.0 in the tables is not worth a word.
+        if differs(values, others) and abs(change) >= 0.05:
             word = "raises" if change > 0 else "lowers"
             found[word].append(f"{title} by {abs(change):.1f}")
     words = [f"{word} {listed(changes)}" for word, changes in found.items() if changes]
@@ -234,8 +235,10 @@ class Report:
             "the mean over seeds and, in brackets, the smallest and the largest. A difference is "
             "that to cross-entropy with the same seed: the mean and, in brackets, each seed's. It "
             "is called a difference, and printed bold, only where the mean exceeds the spread over "
-            "seeds: the larger one of the two ranges, of this loss and of cross-entropy. So few "
-            "seeds allow no finer judgement, and one seed none at all.",
+            "seeds: the larger one of the two ranges, of this loss and of cross-entropy. With "
+            "three seeds, normally spread, and no effect, this would still happen one time in "
+            "twenty, and there are many cells below: look at single ones with that in mind. One "
+            "seed allows no judgement at all.",
         )
         lines = []
         for data in self.study["data"]:
@@ -263,9 +266,12 @@ class Report:
         boundary = {k: v for k, v in METRICS.items() if k.startswith("boundary ")}
         main = metrics | {"boundary F": METRICS["boundary F"]}
         self.say(value_table(rows, main), difference_table(rows, main))
+        drawn = {loss: seeds for loss, seeds in rows.items() if loss != PROPAGATED}
+        draw_differences(drawn, main, self.picture(data, f"Differences to cross-entropy, {data}"))
         self.say(
             "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range "
-            "of cross-entropy over seeds: a bar within it is no difference."
+            "of cross-entropy over seeds: a bar within it is no difference. Propagation is left "
+            "out: it would set the scale."
         )
         val: dict[str, list[float]] = {}
         for result in self.named(data):
@@ -273,7 +279,6 @@ class Report:
             val.setdefault(NAMES[result["run"]["loss"]], []).append(miou)
         words = "; ".join(f"{name} {value_cell(values)}" for name, values in val.items())
         self.say(f"mIoU on the validation split, at the logits' resolution: {words}.")
-        draw_differences(rows, main, self.picture(data, f"Differences to cross-entropy, {data}"))
         self.say("Boundaries:", difference_table(rows, boundary))
         thin = class_metrics(facts["classes"], THIN)
         self.say("IoU of thin classes:", value_table(rows, thin))
