@@ -24,7 +24,6 @@ import copy
 import hashlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -65,6 +64,7 @@ from tritonaff import (
     label_affinity,
     square_root_affinity,
 )
+from tritonaff.bench.__main__ import describe
 from tritonaff.bench.measure import peak_bytes
 from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU
 from tritonaff.version import __version__
@@ -574,10 +574,8 @@ def chunks(values: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def machine(device: torch.device, compiled: bool) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "device": f"{device.type}, {name}",
-        "threads": torch.get_num_threads(),
+        "device": describe(device),
         "torch": torch.__version__,
         "tritonaff": __version__,
         "compiled": compiled,

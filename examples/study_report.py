@@ -344,7 +344,7 @@ class Report:
         self.say(
             "## What a step costs",
             f"Forward, backward and optimiser of the decoder, batch {self.cost['batch_size']}, "
-            f"on {facts['device']}, {facts['threads']} thread, "
+            f"on {facts['device']}, "
             f"{'compiled' if facts['compiled'] else 'eager'}: median, all losses in turn. Memory "
             "is the most that the step held beyond weights, optimiser and batch. The decoder is "
             "small: with a backbone that is trained too, the same loss is a smaller part.",
@@ -560,8 +560,7 @@ class Report:
             "\n".join(lines),
             f"{len(runs)} trainings, {hours:.1f} hours of them, on: "
             + "; ".join(
-                f"{k['device']}, {k['threads']} thread, torch {k['torch']}, "
-                f"{'compiled' if k['compiled'] else 'eager'}"
+                f"{k['device']}, torch {k['torch']}, {'compiled' if k['compiled'] else 'eager'}"
                 for k in map(json.loads, kinds)
             )
             + ". Times of training are those of a shared machine.",

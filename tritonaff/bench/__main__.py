@@ -261,11 +261,11 @@ def _static(args: argparse.Namespace) -> int:
                 step(f"{tile.kernel.__name__} {target}")
                 kernels.append(static.analyse(tile, target))
     print(f"instructions per element (class of a pixel), triton {versions()['triton']}")
-    columns = ["kernel", "target", "regs", "spills", "shared", *static.KINDS, "all"]
+    columns = ["kernel", "target", "regs", "spill", "shared", *SHORT_KINDS, "all"]
     for op in dict.fromkeys(row["op"] for row in kernels):
         lines = [
             [
-                row["kernel"].removesuffix("_kernel"),
+                _short(row["kernel"]),
                 row["target"],
                 *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
                 *(
@@ -277,9 +277,47 @@ def _static(args: argparse.Namespace) -> int:
             if row["op"] == op
         ]
         _print(op, columns, lines)
+    implied = static.implied_times(kernels)
+    print(
+        "\nleast time, by bytes / bandwidth or instructions / rate, forward and backward:\n"
+        f"{' x '.join(map(str, static.IMAGES))}, 19 classes, {static.NUM_OFFSETS} neighbours, "
+        f"{static.ITERATIONS} iterations, float32"
+    )
+    columns = ["", "runs", "bytes", "ps", "bound", "%copy", "ms", "x CE"]
+    for gpu in static.GPUS.values():
+        _print(gpu.name, columns, _implied_lines(implied, gpu.name))
     if args.json:
-        _write(args.json, {"device": "none: compiled", "versions": versions(), "kernels": kernels})
+        head = {"device": "none: compiled", "versions": versions()}
+        yardsticks = {gpu.name: static.cross_entropy_ms(gpu.name) for gpu in static.GPUS.values()}
+        content = {"kernels": kernels, "implied": implied, "cross_entropy_ms": yardsticks}
+        _write(args.json, {**head, **content})
     return 0
+
+
+def _implied_lines(implied: list[dict[str, Any]], gpu: str) -> list[list[str]]:
+    """A line for every operation, with its ratio to cross-entropy, and one for each kernel."""
+    from tritonaff.bench import static
+
+    yardstick = static.cross_entropy_ms(gpu)
+    lines = [["cross_entropy (CE)", "", "", "", "bytes", "", f"{yardstick:.2f}", "1.0"]]
+    for op in dict.fromkeys(row["op"] for row in implied):
+        rows = [row for row in implied if (row["op"], row["gpu"]) == (op, gpu)]
+        total = sum(row["ms"] for row in rows)
+        lines.append([op, *[""] * 5, f"{total:.2f}", f"{total / yardstick:.1f}"])
+        for row in rows:
+            numbers = [f"{row['bytes_per_element']:.0f}", f"{row['ps_per_element']:.0f}"]
+            share = f"{row['percent_of_copy']}"
+            bound = row["bound"].removeprefix("one ").replace("instructions", "instr.")
+            line = [f"  {_short(row['kernel'])}", str(row["launches"]), *numbers, bound]
+            lines.append([*line, share, f"{row['ms']:.2f}", ""])
+    return lines
+
+
+SHORT_KINDS = ("mem", "shfl", "spec", "arith", "ctrl")
+
+
+def _short(kernel: str) -> str:
+    return kernel.removesuffix("_kernel").replace("backward", "bwd")
 
 
 def describe(device: torch.device) -> str:
@@ -377,7 +415,8 @@ def _print(title: str, columns: list[str], lines: list[list[str]]) -> None:
 
 
 def _numeric(lines: list[list[str]], column: int) -> bool:
-    return all(line[column].replace(".", "", 1).isdigit() or line[column] == "-" for line in lines)
+    cells = (line[column].replace(".", "", 1) for line in lines)
+    return all(cell.isdigit() or cell in ("-", "") for cell in cells)
 
 
 def _has_rich() -> bool:

@@ -171,11 +171,11 @@ def peak_bytes(
     return peak
 
 
-def copy_gb_per_s(device: torch.device) -> float:
-    """Bandwidth of copying 1 GiB, read plus write: what a kernel can hope for."""
-    source = torch.empty(1 << 28, dtype=torch.float32, device=device)
+def copy_gb_per_s(device: torch.device, quick: bool = False) -> float:
+    """Bandwidth of copying 1 GiB (16 MiB if quick), read plus write: what a kernel can hope for."""
+    source = torch.empty(1 << (22 if quick else 28), dtype=torch.float32, device=device)
     sink = torch.empty_like(source)
-    ms = median_ms(lambda _: sink.copy_(source), device, quick=False)
+    ms = median_ms(lambda _: sink.copy_(source), device, quick)
     return 2 * source.nbytes / ms / 1e6
 
 

@@ -1,9 +1,14 @@
 """What the compiler makes of every tile, for three GPUs, without a GPU: exact, repeatable
-figures.
+figures, and the time that they imply.
+
+A kernel takes at least as long as its bytes take at the GPU's bandwidth, and as long as its
+instructions take to issue. The larger of the two is the time implied: a bound from below that
+assumes a GPU full of programs and caches that serve every second read.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -35,6 +40,34 @@ KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What the time of a kernel follows from."""
+
+    name: str
+    bytes_per_s: float
+    """A copy's, read plus write."""
+    multiprocessors: int
+    clock: float
+
+    @property
+    def instructions_per_s(self) -> float:
+        """Of threads: every multiprocessor has 4 schedulers, which issue to 32 lanes a clock."""
+        return self.multiprocessors * 4 * 32 * self.clock
+
+
+GPUS = {
+    "sm_80": Gpu("A100", 2.0e12, multiprocessors=108, clock=1.41e9),
+    "sm_90": Gpu("H200", 4.3e12, multiprocessors=132, clock=1.98e9),
+}
+# What time is implied for: images, rows, columns.
+IMAGES = (8, 512, 512)
+# F.cross_entropy on float32 logits of 19 classes, forward and backward. log_softmax reads and
+# writes, its backward reads two tensors and writes one. That nll_loss's backward fills a tensor
+# with zeros first is left out: the yardstick should not be slower than it is.
+CROSS_ENTROPY_BYTES = 5 * 4
+
+
+@dataclass(frozen=True)
 class Tile:
     """A kernel as its launcher calls it: 19 classes, 3 sizes or 4 rates, float32, contiguous."""
 
@@ -42,11 +75,21 @@ class Tile:
     kernel: Any
     blocks: dict[str, Any]
     elements: int
-    """Elements, a class of a pixel each, that one program works on."""
-    trips: int = 1
-    """How often its loops run."""
+    """Elements, a class of a pixel (or of a point of grids) each, that one program works on."""
+    moved: float
+    """Bytes per element that it has to move: what it reads and writes, each once."""
+    trips: int | tuple[int, ...] = 1
+    """How often its loops run, from the outermost to the innermost."""
+    per_pixel: float = 19
+    """Elements in a pixel of the image."""
+    launches: int = 1
+    """In one forward and backward pass of a loss."""
 
 
+# Bytes per element, 19 of which make up a pixel, of float32 and int64.
+LOGIT = GRAD = GATE = 4
+FLOAT_OF_PIXEL = 4 / 19
+LABEL = 8 / 19
 # On no device: the launchers then give a GPU's blocks, not those that the interpreter likes.
 LOGITS = torch.empty(1, 19, 256, 512, device="meta")
 PATCH: dict[str, Any] = {"RADII": (1, 2, 3), **affinity_field.patch_blocks(LOGITS)}
@@ -54,6 +97,7 @@ PATCH_ELEMENTS = PATCH["BLOCK_C"] * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 PIXELS = affinity_field.pixel_blocks(LOGITS)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
 GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
+POINTS_PER_PIXEL = 19 * 180 / (IMAGES[1] * IMAGES[2])
 PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
 PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
 GRAM = affinity_regression.gram_blocks(LOGITS)
@@ -67,82 +111,149 @@ NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
 SUM = {"RATES": RATES, **ALL_CLASSES}
 SUM_ELEMENTS = 19 * ALL_CLASSES["BLOCK_P"]
 OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
+NUM_OFFSETS = len(OFFSETS) // 2
+ITERATIONS = 10
 SIGNALS: dict[str, Any] = dilated_affinity.blocks(LOGITS, OFFSETS, group_size=8)
-NUM_SIGNALS = len(OFFSETS) // 2 * SIGNALS["BLOCK_P"]
+NUM_SIGNALS = NUM_OFFSETS * SIGNALS["BLOCK_P"]
 TILES = (
-    Tile("affinity_field", affinity_field.statistics_kernel, PIXELS, PIXEL_ELEMENTS),
-    Tile("affinity_field", affinity_field.tables_kernel, PATCH, PATCH_ELEMENTS, trips=4),
-    Tile("affinity_field", affinity_field.gradient_kernel, PATCH, PATCH_ELEMENTS, trips=8),
-    Tile("affinity_field", affinity_field.softmax_backward_kernel, PIXELS, PIXEL_ELEMENTS),
+    Tile(
+        "affinity_field",
+        affinity_field.statistics_kernel,
+        PIXELS,
+        PIXEL_ELEMENTS,
+        moved=LOGIT + 2 * FLOAT_OF_PIXEL,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.tables_kernel,
+        PATCH,
+        PATCH_ELEMENTS,
+        moved=LOGIT + 2 * FLOAT_OF_PIXEL + LABEL,
+        trips=4,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.gradient_kernel,
+        PATCH,
+        PATCH_ELEMENTS,
+        moved=LOGIT + 2 * FLOAT_OF_PIXEL + LABEL + GRAD,
+        trips=8,
+    ),
+    Tile(
+        "affinity_field",
+        affinity_field.softmax_backward_kernel,
+        PIXELS,
+        PIXEL_ELEMENTS,
+        moved=LOGIT + 2 * FLOAT_OF_PIXEL + 2 * GRAD,
+    ),
     Tile(
         "affinity_regression",
         affinity_regression.pairs_kernel,
         GRIDS | PAIRS,
-        19 * 180,
-        trips=PAIRS["STEPS_I"] * PAIRS["STEPS_J"],
+        19 * min(180, PAIRS["BLOCK_I"] * PAIRS["STEPS_I"]),
+        moved=LOGIT + LABEL,
+        trips=(PAIRS["STEPS_I"], PAIRS["STEPS_J"], PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
+        per_pixel=POINTS_PER_PIXEL,
     ),
     Tile(
         "affinity_regression",
         affinity_regression.pairs_gradient_kernel,
         GRIDS | PAIRS_GRADIENT,
         19 * PAIRS_GRADIENT["BLOCK_I"],
-        trips=PAIRS_GRADIENT["STEPS_J"],
+        moved=LOGIT + LABEL + GRAD,
+        trips=(
+            PAIRS_GRADIENT["STEPS_J"],
+            PAIRS_GRADIENT["BLOCK_C"] // PAIRS_GRADIENT["BLOCK_A"],
+        ),
+        per_pixel=POINTS_PER_PIXEL,
     ),
     Tile(
-        "affinity_regression",
+        "affinity_regression_every_pixel",
         affinity_regression.gram_kernel,
         GRAM,
         19 * GRAM["BLOCK_P"] * GRAM["STEPS"],
+        moved=LOGIT + LABEL,
         trips=GRAM["STEPS"],
     ),
     Tile(
-        "affinity_regression",
+        "affinity_regression_every_pixel",
         affinity_regression.gradient_kernel,
         GRADIENT,
         19 * GRADIENT["BLOCK_P"],
+        moved=LOGIT + LABEL + GRAD,
+        trips=GRADIENT["BLOCK_C"] // GRADIENT["BLOCK_A"],
     ),
     Tile(
-        "affinity_regression",
+        "square_root_affinity",
         affinity_regression.matrix_kernel,
         GRIDS | MATRIX,
         19 * 2 * MATRIX["BLOCK_I"],
+        moved=LOGIT + 4 * MATRIX["BLOCK_I"] / (19 * 2),
         trips=MATRIX["BLOCK_C"] // MATRIX["BLOCK_A"],
+        launches=0,
     ),
     Tile(
         "affinity_propagation",
         affinity_propagation.gates_kernel,
         {"RATES": RATES, **GATES},
         GATE_ELEMENTS,
+        moved=LOGIT + GATE,
+        per_pixel=NUM_OFFSETS,
+        launches=2,
     ),
-    Tile("affinity_propagation", affinity_propagation.step_kernel, SUM, SUM_ELEMENTS, trips=8),
+    Tile(
+        "affinity_propagation",
+        affinity_propagation.step_kernel,
+        SUM,
+        SUM_ELEMENTS,
+        moved=4 + NUM_OFFSETS / 19 * GATE + FLOAT_OF_PIXEL + 4,
+        trips=8,
+        launches=2 * ITERATIONS,
+    ),
     Tile(
         "affinity_propagation",
         affinity_propagation.normalise_backward_kernel,
         ALL_CLASSES,
         SUM_ELEMENTS,
+        moved=GRAD + 4 + FLOAT_OF_PIXEL + GRAD,
     ),
     Tile(
         "affinity_propagation",
         affinity_propagation.step_backward_kernel,
         {**NOT_FIRST, **SUM},
         SUM_ELEMENTS,
+        # The gates' gradient is read and written.
+        moved=GRAD + 4 + NUM_OFFSETS / 19 * 3 * GATE + FLOAT_OF_PIXEL + GRAD,
         trips=8,
+        launches=ITERATIONS,
     ),
     Tile(
         "affinity_propagation",
         affinity_propagation.gates_backward_kernel,
         {"NUM_RATES": len(RATES) // 2, **GATES},
         GATE_ELEMENTS,
+        moved=3 * GATE,
         trips=4,
+        per_pixel=NUM_OFFSETS,
     ),
     Tile(
         "dilated_affinity",
         dilated_affinity.tables_kernel,
         {**SIGNALS, "BLOCK_K": 16},
         NUM_SIGNALS,
+        moved=LOGIT + 8 / NUM_OFFSETS,
         trips=8,
+        per_pixel=NUM_OFFSETS,
     ),
-    Tile("dilated_affinity", dilated_affinity.gradient_kernel, SIGNALS, NUM_SIGNALS, trips=8),
+    Tile(
+        "dilated_affinity",
+        dilated_affinity.gradient_kernel,
+        SIGNALS,
+        NUM_SIGNALS,
+        moved=LOGIT + 8 / NUM_OFFSETS + GRAD,
+        trips=8,
+        per_pixel=NUM_OFFSETS,
+    ),
 )
 
 
@@ -163,7 +274,8 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
     else:
         registers, spills, assembly = _amd(compiled.asm["amdgcn"])
     threads = num_warps * TARGETS[target].warp_size
-    counts = count_instructions(assembly, tile.trips)
+    trips = tile.trips if isinstance(tile.trips, tuple) else (tile.trips,)
+    counts = count_instructions(assembly, *trips)
     per_element = {kind: round(counts[kind] * threads / tile.elements, 1) for kind in KINDS}
     return {
         "kernel": tile.kernel.__name__,
@@ -173,7 +285,65 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
         "instructions_per_element": {**per_element, "all": round(sum(per_element.values()), 1)},
+        "instructions_per_thread": sum(counts.values()),
+        "bytes_per_element": round(tile.moved, 2),
+        "elements_per_pixel": round(tile.per_pixel, 4),
+        "launches": tile.launches,
     }
+
+
+def implied_times(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the rows of the static table imply for each GPU, a row for a kernel: picoseconds per
+    element, and milliseconds of all its launches in one forward and backward pass.
+    """
+    rows = []
+    for row in kernels:
+        if row["target"] not in GPUS or not row["launches"]:
+            continue
+        gpu = GPUS[row["target"]]
+        instructions = row["instructions_per_element"]["all"]
+        one_program = row["instructions_per_thread"] / gpu.clock
+        rows.append(_implied(gpu, row, row["bytes_per_element"], instructions, one_program))
+        if row["kernel"] == "pairs_gradient_kernel":
+            zeros = {**row, "kernel": "zeros", "launches": 1, "elements_per_pixel": 19}
+            rows.append(_implied(gpu, zeros, GRAD))
+    return rows
+
+
+def _implied(
+    gpu: Gpu,
+    row: dict[str, Any],
+    bytes_per_element: float,
+    instructions: float = 0,
+    one_program: float = 0,
+) -> dict[str, Any]:
+    images, height, width = IMAGES
+    elements = images * height * width * row["elements_per_pixel"]
+    # A warp issues one instruction a clock at most: no launch is over before its programs are.
+    seconds = {
+        "bytes": elements * bytes_per_element / gpu.bytes_per_s,
+        "instructions": elements * instructions / gpu.instructions_per_s,
+        "one program": one_program,
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    return {
+        "op": row["op"],
+        "kernel": row["kernel"],
+        "gpu": gpu.name,
+        "launches": row["launches"],
+        "bytes_per_element": bytes_per_element,
+        "ps_per_element": round(1e12 * seconds[bound] / elements, 2),
+        "bound": bound,
+        "percent_of_copy": round(100 * seconds["bytes"] / seconds[bound]),
+        "ms": round(1e3 * seconds[bound] * row["launches"], 4),
+    }
+
+
+def cross_entropy_ms(gpu: str) -> float:
+    """What the yardstick's bytes take for the same images, 19 classes."""
+    images, height, width = IMAGES
+    (bytes_per_s,) = (each.bytes_per_s for each in GPUS.values() if each.name == gpu)
+    return 1e3 * CROSS_ENTROPY_BYTES * 19 * images * height * width / bytes_per_s
 
 
 # Every other number is an int.
@@ -229,31 +399,92 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def count_instructions(assembly: str, trips: int) -> Counter[str]:
-    """Instructions that a thread executes, by kind; a loop's count ``trips`` times."""
-    instructions: list[str] = []
+def count_instructions(assembly: str, *trips: int) -> Counter[str]:
+    """Instructions that a thread executes, by kind; those in loops as often as these run, the
+    outermost first.
+
+    What the entry does not reach is left out: padding, and subroutines for operands that do not
+    occur. So is the way round for a warp whose lanes have parted.
+    """
+    names: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    jumps: dict[int, tuple[str, bool]] = {}
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(instructions)
+            labels[label[1]] = len(names)
         instruction = INSTRUCTION.match(line)
-        if not instruction or instruction[1] in ("NOP", "s_nop"):
+        if not instruction or instruction["name"] in ("NOP", "s_nop"):
             continue
-        jump = re.search(r"(\.L\w+)", line)
-        # A jump to itself is the padding after the program's end.
-        if jump and labels.get(jump[1], len(instructions)) < len(instructions):
-            loops.append((labels[jump[1]], len(instructions)))
-        instructions.append(instruction[1])
+        name, rest = instruction["name"], instruction["rest"]
+        label = re.search(r"(\.L\w+)", rest)
+        if label and JUMPS(name) and not rest.startswith(".DIV"):
+            always = name in ("BRA", "s_branch") and not instruction["predicate"]
+            jumps[len(names)] = label[1], always
+        elif name in ENDS and not instruction["predicate"]:
+            jumps[len(names)] = "", True
+        names.append(name)
+
+    def after(i: int) -> list[int]:
+        label, always = jumps.get(i, ("", False))
+        return [*([labels[label]] if label else []), *([] if always else [i + 1])]
+
+    # Straight pieces: from an entry to before the next one.
+    entries = sorted({0, *(j for i in jumps for j in (*after(i), i + 1) if j < len(names))})
+    pieces = [range(i, j) for i, j in zip(entries, [*entries[1:], len(names)], strict=True)]
+    index = {piece.start: i for i, piece in enumerate(pieces)}
+    successors = {
+        i: {index[j] for j in after(piece[-1]) if j in index} for i, piece in enumerate(pieces)
+    }
+    times = [n for n in trips if n > 1]
     counts: Counter[str] = Counter()
-    for i, name in enumerate(instructions):
-        in_loop = any(first <= i <= last for first, last in loops)
-        counts[kind_of(name)] += trips if in_loop else 1
+    for i, depth in loop_depths(successors).items():
+        if depth > len(times):
+            raise ValueError(f"the code has {depth} loops in one another, told are {trips}")
+        for name in pieces[i]:
+            counts[kind_of(names[name])] += math.prod(times[:depth])
     return counts
 
 
 # A line of nvdisasm, "/*0010*/ @!P0 IMAD.MOV R1, ...;", or of AMD's assembly, "v_add_f32 v1, ...".
-INSTRUCTION = re.compile(r"\s+(?:/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?)?([A-Za-z][A-Za-z0-9_]*)")
+INSTRUCTION = re.compile(
+    r"\s+(?:/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@\S+\s+)?)?"
+    r"(?P<name>[A-Za-z][A-Za-z0-9_]*)(?P<rest>.*)"
+)
+# A call of a label within the code is a jump far away.
+JUMPS = re.compile(r"BRA|CALL|s_c?branch.*").fullmatch
+ENDS = ("EXIT", "RET", "s_endpgm")
+
+
+def loop_depths(successors: dict[int, set[int]], entry: int = 0) -> dict[int, int]:
+    """In how many loops everything that the entry reaches is.
+
+    A jump backwards need not close a loop: compilers put what is rarely run at the end, from where
+    it jumps back to where it came from. A loop is a set of nodes that reach each other.
+    """
+    depths = dict.fromkeys(_reached(successors, entry) | {entry}, 0)
+    reached = {i: _reached(successors, i) for i in depths}
+    done: set[int] = set()
+    for i in depths:
+        if i in reached[i] and i not in done:
+            loop = {j for j in reached[i] if i in reached[j]}
+            done |= loop
+            heads = {k for j in depths if j not in loop for k in successors[j] & loop} or {entry}
+            head = min(heads)
+            # Without the way back to its head a loop is open; what then still is one is inside it.
+            inside = {j: (successors[j] & loop) - {head} for j in loop}
+            for j, depth in loop_depths(inside, head).items():
+                depths[j] = depth + 1
+    return depths
+
+
+def _reached(successors: dict[int, set[int]], start: int) -> set[int]:
+    reached: set[int] = set()
+    waiting = [start]
+    while waiting:
+        new = successors[waiting.pop()] - reached
+        reached |= new
+        waiting += new
+    return reached
 
 
 def kind_of(name: str) -> str:

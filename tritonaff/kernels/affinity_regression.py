@@ -289,46 +289,50 @@ def gram_kernel(
     ignore_index,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    # Partial matrices: (splits, N, 3, C, C).
+    # Partial matrices: (splits, N, 2, C, C). Labels by class: (splits, N, C).
     split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
     tiles = tl.cdiv(C, BLOCK_A)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
+    c = tl.arange(0, BLOCK_C)[:, None]
     row = (tl.program_id(1) // tiles) * BLOCK_A + tl.arange(0, BLOCK_A)
     column = (tl.program_id(1) % tiles) * BLOCK_A + tl.arange(0, BLOCK_A)
-    # The three cancel where the predictions of a label are nearly the same.
+    # The matrices cancel where the predictions of a label are nearly the same.
     dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
     dm = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
-    mm = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
-    count = tl.zeros((1,), tl.int32)
+    count = tl.zeros((BLOCK_A, BLOCK_P), tl.int32)
     for step in range(STEPS):
         first = (split.to(tl.int64) * STEPS + step) * BLOCK_P
         h, w = rows_and_columns(first, W, BLOCK_P)
         h, w = h[None, :], w[None, :]
-        label, top, scale, own_s, own_q = load_statistics(
-            logits_ptr, target_ptr, h, w, H, W, C,
-            stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
-        )  # fmt: skip
-        _s_a, d_a, m_a = load_roots(
-            logits_ptr, row[:, None], h, w, C, stride_c, stride_h, stride_w,
-            label, top, scale, own_s, own_q,
-        )  # fmt: skip
-        _s_b, d_b, m_b = load_roots(
-            logits_ptr, column[:, None], h, w, C, stride_c, stride_h, stride_w,
-            label, top, scale, own_s, own_q,
-        )  # fmt: skip
+        label = load_label(
+            target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
+        )
+        x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
+        top, scale, own_s, own_q = statistics(x, c, label)
+        if BLOCK_A == BLOCK_C:
+            _s, d_a, m_b = roots(x, c, label, top, scale, own_s, own_q)
+            d_b = d_a
+        else:
+            _s_a, d_a, _m_a = load_roots(
+                logits_ptr, row[:, None], h, w, C, stride_c, stride_h, stride_w,
+                label, top, scale, own_s, own_q,
+            )  # fmt: skip
+            _s_b, d_b, m_b = load_roots(
+                logits_ptr, column[:, None], h, w, C, stride_c, stride_h, stride_w,
+                label, top, scale, own_s, own_q,
+            )  # fmt: skip
         dd += tl.dot(d_a, tl.trans(d_b), input_precision="ieee").to(tl.float64)
         dm += tl.dot(d_a, tl.trans(m_b), input_precision="ieee").to(tl.float64)
-        mm += tl.dot(m_a, tl.trans(m_b), input_precision="ieee").to(tl.float64)
-        count += tl.sum((label >= 0).to(tl.int32), axis=1)
-    matrix = tl.program_id(0).to(tl.int64) * 3 * C * C
+        count += (label == row[:, None]).to(tl.int32)
+    matrix = tl.program_id(0).to(tl.int64) * 2 * C * C
     offs = matrix + row[:, None] * C + column[None, :]
     mask = (row < C)[:, None] & (column < C)[None, :]
     tl.store(gram_ptr + offs, dd, mask=mask)
     tl.store(gram_ptr + C * C + offs, dm, mask=mask)
-    tl.store(gram_ptr + 2 * C * C + offs, mm, mask=mask)
-    if tl.program_id(1) == 0:
-        tl.store(count_ptr + tl.program_id(0) + tl.arange(0, 1), count)
+    if tl.program_id(1) % tiles == 0:
+        labels = tl.program_id(0).to(tl.int64) * C + row
+        tl.store(count_ptr + labels, tl.sum(count, axis=1), mask=row < C)
 
 
 @triton.jit
@@ -349,26 +353,25 @@ def gradient_kernel(
     h, w = rows_and_columns(first, W, BLOCK_P)
     h, w = h[None, :], w[None, :]
     c = tl.arange(0, BLOCK_C)[:, None]
-    label, top, scale, own_s, own_q = load_statistics(
-        logits_ptr, target_ptr, h, w, H, W, C,
-        stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
-    )  # fmt: skip
-    grad_s = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    label = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
+    x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
+    top, scale, own_s, own_q = statistics(x, c, label)
+    s, d, _m = roots(x, c, label, top, scale, own_s, own_q)
+    # The product with Y is a column of its matrix.
+    labelled = (c < C) & (label >= 0)
+    grad_s = tl.load(factor_ptr + c * 2 * C + C + label, mask=labelled, other=0.0)
     for start in range(0, BLOCK_C, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)
-        _s, d, m = load_roots(
-            logits_ptr, a[:, None], h, w, C, stride_c, stride_h, stride_w,
-            label, top, scale, own_s, own_q,
-        )  # fmt: skip
-        offs = c * 2 * C + a[None, :]
+        if BLOCK_A == BLOCK_C:
+            d_a = d
+        else:
+            _s_a, d_a, _m_a = load_roots(
+                logits_ptr, a[:, None], h, w, C, stride_c, stride_h, stride_w,
+                label, top, scale, own_s, own_q,
+            )  # fmt: skip
         mask = (c < C) & (a < C)[None, :]
-        of_d = tl.load(factor_ptr + offs, mask=mask, other=0.0)
-        of_m = tl.load(factor_ptr + C + offs, mask=mask, other=0.0)
-        grad_s += tl.dot(of_d, d, input_precision="ieee")
-        grad_s += tl.dot(of_m, m, input_precision="ieee")
-    s, _d, _m = load_roots(
-        logits_ptr, c, h, w, C, stride_c, stride_h, stride_w, label, top, scale, own_s, own_q
-    )
+        factor = tl.load(factor_ptr + c * 2 * C + a[None, :], mask=mask, other=0.0)
+        grad_s += tl.dot(factor, d_a, input_precision="ieee")
     grad = through_softmax(grad_s, s, c, label, own_s, own_q)
     offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
     offs = offs + h.to(tl.int64) * grad_stride_h + w.to(tl.int64) * grad_stride_w
@@ -431,8 +434,8 @@ def forward(
 
     blocks = gram_blocks(logits)
     splits = triton.cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
-    partial = logits.new_empty(splits, n, 3, num_classes, num_classes, dtype=torch.float64)
-    count = logits.new_empty(splits, n, dtype=torch.int32)
+    partial = logits.new_empty(splits, n, 2, num_classes, num_classes, dtype=torch.float64)
+    count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
     if n > 0:
         tiles = triton.cdiv(num_classes, blocks["BLOCK_A"])
         with on_device(logits):
@@ -440,9 +443,12 @@ def forward(
                 logits, target, partial, count, num_classes, height, width, n,
                 *logits.stride(), *target.stride(), ignore_index, **blocks,
             )  # fmt: skip
-    gram = partial.sum(dim=0)
-    points_counted = count.sum(dim=0)
-    return squared_error_of(gram).float(), points_counted * points_counted, gram
+    dd, dm = partial.sum(dim=0).unbind(1)
+    labels = count.sum(dim=0)
+    # M = D + 2 Y, and Y Y^T is diagonal.
+    mm = dm + dm.mT - dd + torch.diag_embed(4 * labels.double())
+    gram = torch.stack((dd, dm, mm), dim=1)
+    return squared_error_of(gram).float(), labels.sum(dim=1).square(), gram
 
 
 def backward(
@@ -469,7 +475,9 @@ def backward(
         return grad
 
     grad = torch.empty_like(logits)
-    factor = factors(gram, grad_squared_error).float()
+    # Of D and M; M = D + 2 Y.
+    of_d, of_m = factors(gram, grad_squared_error).chunk(2, dim=2)
+    factor = torch.cat((of_d + of_m, 2 * of_m), dim=2).float()
     blocks = gradient_blocks(logits)
     if n > 0:
         with on_device(logits):

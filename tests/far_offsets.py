@@ -1,0 +1,223 @@
+"""Tensors whose elements are more than 2^31 apart, for tests/test_offsets.py, which runs this file:
+an offset that overflows 32 bits ends in a segmentation fault or in another result.
+
+The address space is reserved, the pages are not: only those that are touched take memory. Every
+case runs in a process of its own. What each of them came to goes to the standard output, as JSON.
+"""
+
+import json
+import mmap
+import os
+import signal
+import sys
+import traceback
+
+import torch
+
+import tritonaff
+from tritonaff import checks
+
+# Twice this is beyond 32 bits.
+FAR = (1 << 30) + 8
+
+
+def sparse(shape, stride, dtype):
+    """Zeros that take address space alone."""
+    if 0 in shape:
+        return torch.zeros(shape, dtype=dtype)
+    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, span * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, stride)
+
+
+def stretched(tensor):
+    """The same values, FAR apart along every dimension."""
+    steps = [FAR + 8**place for place in reversed(range(tensor.dim()))]  # no two at one place
+    return sparse(tensor.shape, steps, tensor.dtype).copy_(tensor)
+
+
+def far_apart(tensor):
+    return sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def allocate_sparsely():
+    """What the launchers allocate has the layout of what it is like, is 0, and takes memory only
+    where it is written.
+    """
+
+    def like(tensor, *, dtype=None):
+        stride = tensor.stride()
+        if 0 in stride or far_apart(tensor) < FAR:
+            stride = torch.empty(tensor.shape, device="meta").stride()
+        return sparse(tensor.shape, stride, dtype or tensor.dtype)
+
+    def new(tensor, *shape, dtype=None, device=None):
+        shape = tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape
+        stride = torch.empty(shape, device="meta").stride()
+        return sparse(shape, stride, dtype or tensor.dtype)
+
+    torch.empty_like = torch.zeros_like = like
+    torch.Tensor.new_empty = new
+
+
+def interpret_the_last_program_alone():
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    set_dim, set_idx, run = builder.set_grid_dim, builder.set_grid_idx, interpreter.GridExecutor
+    call = run.__call__
+
+    def run_last(executor, *args, **kwargs):
+        grid = executor.grid
+        last = [size - 1 for size in grid] + [0] * (3 - len(grid))
+        builder.set_grid_dim = lambda *_: set_dim(*(place + 1 for place in last))
+        builder.set_grid_idx = lambda *_: set_idx(*last)
+        executor.grid = (1,) * len(grid)
+        return call(executor, *args, **kwargs)
+
+    run.__call__ = run_last
+
+
+def tables(terms):
+    return [table for table in terms if table.is_floating_point()]
+
+
+RATES = ((1, 1), (2, 1))
+# Every operation: its channels, whether it takes a target, and what it computes.
+OPS = {
+    "affinity_field": (
+        3,
+        lambda logits, target: tables(tritonaff.affinity_field_terms(logits, target, (3, 5))),
+    ),
+    "affinity_regression": (
+        3,
+        lambda logits, target: tables(tritonaff.affinity_regression_terms(logits, target, (4, 2))),
+    ),
+    "affinity_regression_every_pixel": (
+        3,
+        lambda logits, target: tables(tritonaff.affinity_regression_terms(logits, target, None)),
+    ),
+    "dilated_affinity": (
+        16,
+        lambda logits, target: tables(tritonaff.dilated_affinity_terms(logits, target, RATES)),
+    ),
+    "affinity_propagation": (
+        3,
+        lambda probs, affinity: [
+            tritonaff.affinity_propagation(probs, affinity, RATES, iterations=2)
+        ],
+    ),
+    "square_root_affinity": (
+        3,
+        lambda logits: [tritonaff.square_root_affinity(logits, None)],
+    ),
+}
+
+
+def inputs(op, n, height, width):
+    """By name. Their values depend on columns and, in a small image, on rows."""
+    generator = torch.Generator().manual_seed(0)
+    channels, _ = OPS[op]
+    logits = torch.randn(n, channels, height, width, generator=generator)
+    if op == "affinity_propagation":
+        affinity = torch.randn(n, 8 * len(RATES), height, width, generator=generator)
+        return {"probs": logits.softmax(dim=1), "affinity": affinity}
+    if op == "square_root_affinity":
+        return {"logits": logits}
+    target = torch.randint(0, 3, (n, height, width), generator=generator, dtype=torch.uint8)
+    return {"logits": logits, "target": target}
+
+
+def evaluate(op, arguments):
+    """What the operation returns, and its gradients."""
+    _, function = OPS[op]
+    leaves = [x.requires_grad_() for x in arguments.values() if x.is_floating_point()]
+    results = function(*arguments.values())
+    if op == "square_root_affinity":  # its gradient is no tile's
+        return results, []
+    ones = [torch.ones((), dtype=x.dtype).expand_as(x) for x in results]
+    return results, torch.autograd.grad(results, leaves, ones)
+
+
+def far_strides(op):
+    near = inputs(op, 3, 5, 6)
+    far = {name: stretched(tensor) for name, tensor in near.items()}
+    expected = evaluate(op, near)
+    allocate_sparsely()
+    for result, exact in zip(evaluate(op, far), expected, strict=True):
+        torch.testing.assert_close(list(result), list(exact))
+
+
+def far_pixels(op):
+    """2^28 pixels in more than 8 channels, and more than 2^31 pixels (or matrix elements), of which
+    the last programs compute theirs, as they do in a small image that ends alike.
+    """
+    interpret_the_last_program_alone()
+    allocate_sparsely()
+    checks.check_label_values = checks.check_matrices_fit = lambda *_: None
+    width = 1 if op == "square_root_affinity" else 8
+    rows = 1 << 12
+
+    def result(more):
+        height = more + rows + 100
+        row = inputs(op, 1, 1, width)
+        far = {name: x.expand(*x.shape[:-2], height, width) for name, x in row.items()}
+        results, grads = evaluate(op, {name: x.detach() for name, x in far.items()})
+        assert more == 0 or sum(x.numel() for x in (*results, *grads)) > FAR >> 1
+        if op == "square_root_affinity":
+            results = [x[:, -100:, -100:] for x in results]
+        elif op == "affinity_propagation":
+            results = [x[..., -rows:, :] for x in results]
+        assert all(bool(x.any()) for x in results)
+        return [*results, *(x[..., -rows:, :] for x in grads)]
+
+    near = result(0)
+    # Whole blocks more.
+    for more in (45 * 1024,) if width == 1 else (1 << 25, 1 << 28):
+        torch.testing.assert_close(result(more), near)
+
+
+def cases():
+    for op in OPS:
+        yield f"{op}-strides", far_strides, op
+        # Points of grids are few, however many pixels there are.
+        if op != "affinity_regression":
+            yield f"{op}-pixels", far_pixels, op
+
+
+def in_a_process_of_its_own(function, op):
+    """ "right", or what went wrong."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            function(op)
+        except BaseException:
+            os.write(writer, traceback.format_exc()[-4000:].encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        error = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return signal.Signals(os.WTERMSIG(status)).name
+    return error or "right"
+
+
+def main(wanted):
+    torch.set_num_threads(1)
+    with tritonaff.use_backend("triton"):
+        for op in wanted or OPS:
+            evaluate(op, inputs(op, 1, 2, 2))  # what Python loads on first use
+        results = {
+            name: in_a_process_of_its_own(function, op)
+            for name, function, op in cases()
+            if op in (wanted or OPS)
+        }
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""Offsets of more than 2^31 elements: no tile multiplies strides or counts pixels in 32 bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tritonaff
+from tritonaff import affinity_propagation
+from tritonaff.bench.cases import AFFINITY_RATES, CASES, differentiable
+
+FAR_OFFSETS = Path(__file__).parent / "far_offsets.py"
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Of every case, in processes of their own: a wrong offset may be a segmentation fault."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, str(FAR_OFFSETS)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves address space as Linux does")
+@pytest.mark.parametrize("far", ["strides", "pixels"])
+@pytest.mark.parametrize("op", [*CASES, "square_root_affinity"])
+def test_the_tiles_interpreted(results, op, far):
+    """Elements 2^31 apart, and the last programs of 2^31 pixels."""
+    if (op, far) == ("affinity_regression", "pixels"):
+        pytest.skip("points of grids are few, however many pixels there are")
+    assert results[f"{op}-{far}"] == "right"
+
+
+def test_tables_of_many_programs():
+    """Where a program stores its part of a table is its number times a size: not in 32 bits."""
+    pytest.importorskip("triton")
+    script = """
+import re
+from tritonaff.bench import static
+for tile in static.TILES:
+    ir = static.compile_tile(tile, "sm_90").asm["ttir"]
+    for name in re.findall(r"(%\\S+) = tt.get_program_id x", ir):
+        products = re.findall(rf"arith.muli .*{name}\\b.* : i32", ir)
+        assert not products, (tile.kernel.__name__, products)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("op", CASES)
+def test_more_elements_than_2_to_the_31(op):
+    """The last image of a large batch has the gradients that it has alone."""
+    case = CASES[op]
+    n, c, height, width = 2, 32 if op == "dilated_affinity" else 19, 256, 512
+    images = (1 << 31) // (c * height * width) + 2
+    # Inputs, gradients and what lies between them; propagation holds iterates and gates in float32.
+    needed = images * c * height * width * (64 if op == "affinity_propagation" else 24)
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB, free are {free / 1e9:.0f}")
+
+    def gradients(inputs):
+        leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+        with tritonaff.use_backend("triton"):
+            if op == "affinity_propagation":
+                logits, _, affinity = leaves
+                results = [affinity_propagation(logits, affinity, AFFINITY_RATES, iterations=2)]
+            else:
+                results = [x for x in case.tables(*leaves) if x.is_floating_point()]
+            ones = [torch.ones((), dtype=x.dtype, device=x.device).expand_as(x) for x in results]
+            return torch.autograd.grad(results, differentiable(leaves), ones)
+
+    two = case.make_inputs((n, c, height, width), torch.float16, "cuda")
+    batch = tuple(torch.cat((x[:1].expand(images - 1, *x.shape[1:]), x[1:])) for x in two)
+    for of_batch, alone in zip(gradients(batch), gradients(x[1:] for x in two), strict=True):
+        assert of_batch.numel() > 1 << 31
+        torch.testing.assert_close(of_batch[-1:], alone)

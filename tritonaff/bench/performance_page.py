@@ -1,0 +1,223 @@
+"""docs/performance.md, written from docs/results/: which of the figures aimed at hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A figure aimed at: what it is, the rows and the value it is judged by."""
+
+    title: str
+    row: str
+    value: str
+    least: float
+    aim: float
+    dtype: str | None = None
+    """Of the rows that count; all, if none is given."""
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.aim > self.least
+
+    def holds(self, value: float) -> str:
+        """ "aim", "yes" or "no"."""
+        sign = 1 if self.more_is_better else -1
+        if sign * value >= sign * self.aim:
+            return "aim"
+        return "yes" if sign * value >= sign * self.least else "no"
+
+    def bound(self, value: float) -> str:
+        return f"{'≥' if self.more_is_better else '≤'} {value:g}"
+
+
+CRITERIA = (
+    Criterion("affinity field, times as fast as eager", "field_against_eager", "ratio", 50, 200),
+    Criterion("... as torch.compile", "field_against_compiled", "ratio", 8, 30),
+    Criterion("cross-entropy + affinity field in one op, times cross-entropy, float32",
+              "field_fused", "ratio", 2.5, 1.0, "float32"),
+    Criterion("... bfloat16, against autocast", "field_fused", "ratio", 1.5, 0.8, "bfloat16"),
+    Criterion("affinity field, extra peak memory, times the gradient",
+              "field_memory", "ratio", 1.30, 1.05),
+    Criterion("... launches, compiled, 60 x 60", "field_launches", "compiled_launches", 8, 4),
+    Criterion("affinity regression 12 / 6, launches, compiled",
+              "grids_launches", "compiled_launches", 4, 3),
+    Criterion("... times cross-entropy", "grids", "ratio", 1.0, 0.3),
+    Criterion("affinity regression, every pixel, times cross-entropy",
+              "every_pixel", "ratio", 3.0, 1.2),
+    Criterion("dilated affinity, forward, % of copy bandwidth", "dilated", "fwd_percent", 60, 85),
+    Criterion("... backward", "dilated", "bwd_percent", 60, 85),
+    Criterion("propagation, times as fast as eager", "propagation", "ratio", 10, 40),
+    Criterion("seconds that the loss adds to compiling a step",
+              "compile_seconds", "seconds", 5, 1),
+)  # fmt: skip
+
+HEAD = """# Performance
+
+Written from `docs/results/` by `python -m tritonaff.bench.gpu_suite report`: not by hand.
+
+What is aimed at, at five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
+4 x 19 x 512 x 1024, 4 x 150 x 512 x 512), float32 and bfloat16, forward and backward. The yardstick
+is `F.cross_entropy` on the same logits in the same run. "holds" says whether every row reaches the
+least ("yes") or the aim; the figure is the worst of the rows.
+"""
+
+
+def write_page(results: Path, page: Path) -> None:
+    content = {path.name: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    lines = [HEAD]
+    suites = {
+        name: suite for name, suite in content.items() if suite.get("suite") and not suite["quick"]
+    }
+    for name, suite in suites.items():
+        lines += [*_measured(name, suite), ""]
+    if not any(_is_gpu(suite) for suite in suites.values()):
+        lines += [
+            "No GPU has been measured yet: `python -m tritonaff.bench.gpu_suite` does it.",
+            "",
+        ]
+    if "static.json" in content:
+        lines += [*_implied(content["static.json"]), ""]
+    if "cpu.json" in content:
+        lines += [*_cpu(content["cpu.json"]), ""]
+    page.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _is_gpu(suite: dict[str, Any]) -> bool:
+    return not suite["device"].startswith("CPU")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def judged(suite: dict[str, Any]) -> Iterator[tuple[Criterion, list[tuple[str, dict[str, Any]]]]]:
+    """Every criterion with the rows that it is judged by."""
+    for criterion in CRITERIA:
+        yield (
+            criterion,
+            [
+                (key.partition(" ")[2], row)
+                for key, row in suite["rows"].items()
+                if key.split()[0] == criterion.row
+                and (criterion.dtype is None or key.split()[1] == criterion.dtype)
+            ],
+        )
+
+
+def _measured(name: str, suite: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{what} {version}" for what, version in suite["versions"].items())
+    lines = [f"## Measured: {suite['device']}", "", f"{versions} ([{name}](results/{name})).", ""]
+    verdicts = []
+    for criterion, rows in judged(suite):
+        values = {key: row[criterion.value] for key, row in rows if row["status"] == "ok"}
+        missing = [f"{key}: {row['status']}" for key, row in rows if row["status"] != "ok"]
+        worst, where, holds = "", "", "not measured"
+        if values:
+            best_last = sorted(
+                values, key=lambda key: values[key], reverse=not criterion.more_is_better
+            )
+            where = best_last[0]
+            worst, holds = f"{values[where]:.3g}", criterion.holds(values[where])
+        if any(row["status"] == "failed" for _, row in rows):
+            holds = f"no ({'; '.join(missing)})"
+        verdict = [criterion.title, worst, where, criterion.bound(criterion.least)]
+        verdicts.append([*verdict, criterion.bound(criterion.aim), holds])
+    lines += table(["", "measured", "at", "at least", "aim", "holds"], verdicts)
+    lines += ["", "Every row:", ""]
+    cells = [
+        [key, row["status"], "; ".join(_values(row)) or row.get("error", "").splitlines()[0]]
+        for key, row in suite["rows"].items()
+    ]
+    return [*lines, *table(["row", "", "values"], cells)]
+
+
+def _values(row: dict[str, Any]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in row.items()
+            if isinstance(value, (int, float)) and name != "took_s"]  # fmt: skip
+
+
+# What the static table implies of a criterion: the operation and kernels it is read from.
+IMPLIED = {
+    "field_fused": ("affinity_field_cross_entropy", None),
+    "grids": ("affinity_regression", None),
+    "every_pixel": ("affinity_regression_every_pixel", None),
+    "fwd_percent": ("dilated_affinity", "tables_kernel"),
+    "bwd_percent": ("dilated_affinity", "gradient_kernel"),
+}
+
+
+def _implied(static: dict[str, Any]) -> list[str]:
+    """Figures of a compiler, named as such."""
+    versions = static["versions"]
+    lines = [
+        "## Implied by the compiled kernels",
+        "",
+        f"Least times, from [static.json](results/static.json) (Triton {versions['triton']}): the "
+        "larger of bytes / bandwidth",
+        "and instructions / rate, of float32 at 8 x 19 x 512 x 512 (32 neighbours, 10 iterations), "
+        "with caches that",
+        "serve every second read. Nothing of this has been measured. Cross-entropy is taken as 5 "
+        "passes over the logits.",
+        "",
+    ]
+    yardsticks = static["cross_entropy_ms"]
+    rows = []
+    for op in dict.fromkeys(row["op"] for row in static["implied"]):
+        cells = [op]
+        for gpu, yardstick in yardsticks.items():
+            ms = _implied_ms(static, op, gpu)
+            cells += [f"{ms:.2f}", f"{ms / yardstick:.2f}"]
+        rows.append(cells)
+    columns = [f"{gpu}{unit}" for gpu in yardsticks for unit in (", ms", ", x cross-entropy")]
+    lines += [*table(["", *columns], rows), ""]
+    rows = []
+    for criterion in CRITERIA:
+        op, kernel = IMPLIED.get(criterion.value, IMPLIED.get(criterion.row, ("", None)))
+        if criterion.dtype == "bfloat16" or not any(row["op"] == op for row in static["implied"]):
+            continue
+        for gpu, yardstick in yardsticks.items():
+            value = _implied_ms(static, op, gpu) / yardstick
+            if kernel:
+                (value,) = (
+                    row["percent_of_copy"]
+                    for row in static["implied"]
+                    if (row["op"], row["kernel"], row["gpu"]) == (op, kernel, gpu)
+                )
+            title = criterion.title
+            if title.startswith("... "):
+                title = f"{op.replace('_', ' ')}: {title[4:]}"
+            cells = [title, gpu, f"{value:.2g}", criterion.bound(criterion.least)]
+            rows.append([*cells, criterion.bound(criterion.aim), criterion.holds(value)])
+    return [*lines, *table(["", "GPU", "implied", "at least", "aim", "would hold"], rows)]
+
+
+def _implied_ms(static: dict[str, Any], op: str, gpu: str) -> float:
+    rows = (row for row in static["implied"] if (row["op"], row["gpu"]) == (op, gpu))
+    return sum(float(row["ms"]) for row in rows)
+
+
+def _cpu(bench: dict[str, Any]) -> list[str]:
+    """The portable implementation against its rivals."""
+    lines = [
+        "## Measured on a CPU",
+        "",
+        f"{bench['device']}, torch {bench['versions']['torch']} ([cpu.json](results/cpu.json)):",
+        "the portable implementation, float32, forward and backward, times as fast as the "
+        "reference.",
+        "",
+    ]
+    rows = []
+    for row in bench["rows"]:
+        if (row["impl"], row["mode"], row["dtype"]) == ("portable", "fwd_bwd", "float32"):
+            speedups = (row["speedup_eager"], row["speedup_compiled"])
+            cells = ["-" if value is None else f"{value:.1f}" for value in speedups]
+            shape = " x ".join(map(str, row["shape"]))
+            rows.append([row["op"].replace("_", " "), shape, f"{row['ms']:.1f}", *cells])
+    return [*lines, *table(["", "N x C x H x W", "ms", "eager", "torch.compile"], rows)]
