@@ -344,10 +344,10 @@ class Report:
         self.say(
             "## What a step costs",
             f"Forward, backward and optimiser of the decoder, batch {self.cost['batch_size']}, "
-            f"on {facts['device']}, "
-            f"{'compiled' if facts['compiled'] else 'eager'}: median, all losses in turn. Memory "
-            "is the most that the step held beyond weights, optimiser and batch. The decoder is "
-            "small: with a backbone that is trained too, the same loss is a smaller part.",
+            f"on {facts['device']}, {'compiled' if facts['compiled'] else 'eager'}: median, all "
+            "losses in turn. Memory is the most that the step held beyond weights, optimiser and "
+            "batch. The decoder is small: with a backbone that is trained too, the same loss is a "
+            "smaller part.",
             table(["loss", "ms", "of cross-entropy", "peak memory (MB)", "of cross-entropy"], rows),
         )
 
