@@ -762,7 +762,11 @@ class Study:
         return Data(name, self.folders["camvid" if name == "daylight" else name])
 
     def results(self) -> Results:
-        return {path.stem: json.loads(path.read_text()) for path in self.output.glob("*seed?.json")}
+        return {
+            path.stem: json.loads(path.read_text())
+            for path in self.output.glob("*-seed*.json")
+            if not path.stem.endswith(".scores")
+        }
 
     def tables(self) -> Plan:
         return plan(list(self.folders), self.results(), self.options.finetune)
