@@ -379,6 +379,36 @@ def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
 # ---------------------------------------------------------------------------- the whole of it
 
 
+def test_the_plan_follows_what_the_validation_split_says(study, losses):
+    results, planned = {}, 0
+    while True:
+        tables = study.plan(["camvid", "isbi"], results)
+        runs = list(dict.fromkeys(run for runs in tables.values() for run in runs))
+        missing = [run for run in runs if run.name not in results]
+        if not missing:
+            break
+        planned += len(missing)
+        for run in missing:
+            best = run.learning_rate == 1e-2 and run.weight in (0.1, 3.0)
+            results[run.name] = {"val": [{"miou": 0.9}, {"miou": 0.5 + 0.1 * best}]}
+    assert planned == len(results) == len({run.name for run in runs}) == len(runs)
+    for data in ("camvid", "isbi"):
+        table = tables[data]
+        assert len(table) == len(losses.LOSSES) * len(study.SEEDS)
+        assert [run.loss for run in table[:7]] == list(losses.LOSSES)
+        assert {run.learning_rate for run in table} == {1e-2}
+        weights = {run.loss: run.weight for run in table}
+        assert weights.pop("ce") == 1
+        assert weights == {
+            loss: 0.1 if 0.1 in given else 3 for loss, given in study.WEIGHTS.items()
+        }
+        assert len({(run.steps, run.batch_size) for run in table}) == 1
+    assert {run.data for run in tables["transfer"]} == {"daylight"}
+    assert {run.resolution for run in tables["resolution"]} == {"logits", "image"}
+    assert not study.is_choice("weightings")
+    assert study.is_choice("isbi weights")
+
+
 @pytest.fixture
 def small(study, camvid, monkeypatch):
     """The study's commands on one data set, with few and short runs."""
