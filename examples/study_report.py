@@ -515,9 +515,9 @@ class Report:
             self.say(
                 "## Labels at the logits' or at the image's resolution",
                 f"CamVid, one seed, {runs[0]['run']['steps']} steps, logits enlarged in the latter "
-                "case. The size 3 is then a quarter as far, and most pairs are within a segment. The "
-                "latter is trained in eager mode: of this graph Inductor (torch 2.13, CPU) makes "
-                'gradients that are 0; with the backend "aot_eager" they are right.',
+                "case. The size 3 is then a quarter as far, and most pairs are within a segment. "
+                "The latter is trained in eager mode: of this graph Inductor (torch 2.13, CPU) "
+                'makes gradients that are 0; with the backend "aot_eager" they are right.',
                 table(["loss", "resolution", *SHORT, "training (s)"], lines),
             )
 
