@@ -4,22 +4,25 @@
     python examples/train_segmentation.py --data FOLDER    # your own images, see --help
     python examples/train_segmentation.py --loss ce ce+ar  # affinity regression, with heat maps
     python examples/train_segmentation.py --loss ce ce+dilated  # dilated affinity, propagation
+    torchrun --nproc-per-node 4 examples/train_segmentation.py  # the same in several processes
 
 Every loss gets the same initial weights, the same batches in the same order, the same number of
-steps and the same optimiser. To compare another loss, add it to LOSSES.
+steps and the same optimiser. To compare another loss, add it to LOSSES. Several processes share
+every batch and compute what one would; a training that was killed goes on with --resume.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +31,15 @@ from typing import NamedTuple
 # would cost every short operation a wake-up.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import checkpoints
 import matplotlib
 import numpy as np
+import ranks
 import torch
+from checkpoints import CheckpointError
+from dataset import DataError, Dataset, Pair, load_folder, random_crops
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,6 +48,7 @@ from scenes import CLASSES, make_scenes
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +63,7 @@ from tritonaff import (
     label_affinity,
     square_root_affinity,
 )
+from tritonaff.distributed import all_reduce
 from tritonaff.metrics import BoundaryScore
 from tritonaff.plotting import plot_affinity
 
@@ -71,7 +79,11 @@ class CrossEntropy(nn.Module):
         self.ignore_index = options.ignore_index
 
     def forward(self, output: Output, target: Tensor, progress: Tensor) -> Tensor:
-        return F.cross_entropy(output.logits, target, ignore_index=self.ignore_index)
+        ignore = self.ignore_index
+        total = F.cross_entropy(output.logits, target, ignore_index=ignore, reduction="sum")
+        # Of the pixels of all processes; in one process these are its own.
+        total, count = all_reduce((total, (target != ignore).sum()), ranks.group())
+        return total / count.clamp(min=1)
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         """What the loss itself learns."""
@@ -82,7 +94,11 @@ class CrossEntropyAAF(CrossEntropy):
     def __init__(self, data: Dataset, options: argparse.Namespace) -> None:
         super().__init__(data, options)
         self.aaf = AdaptiveAffinityFieldLoss(
-            len(data.classes), (3, 5, 7), ignore_index=options.ignore_index, cross_entropy=True
+            len(data.classes),
+            (3, 5, 7),
+            ignore_index=options.ignore_index,
+            cross_entropy=True,
+            process_group=ranks.group(),
         )
 
     def forward(self, output: Output, target: Tensor, progress: Tensor) -> Tensor:
@@ -105,7 +121,9 @@ class CrossEntropyAR(CrossEntropy):
 
     def __init__(self, data: Dataset, options: argparse.Namespace) -> None:
         super().__init__(data, options)
-        self.ar = AffinityRegressionLoss(ignore_index=options.ignore_index)
+        self.ar = AffinityRegressionLoss(
+            ignore_index=options.ignore_index, process_group=ranks.group()
+        )
 
     def forward(self, output: Output, target: Tensor, progress: Tensor) -> Tensor:
         # A weight of 0, not an "if": that would read the progress back from the device and compile
@@ -136,6 +154,7 @@ class CrossEntropyDilated(CrossEntropy):
             statistics=self.neighbors,
             beta=DILATED_BETA,
             ignore_index=options.ignore_index,
+            process_group=ranks.group(),
         )
 
     def forward(self, output: Output, target: Tensor, progress: Tensor) -> Tensor:
@@ -159,101 +178,11 @@ LOSSES = {
     "ce+dilated": ("cross-entropy + dilated", CrossEntropyDilated),
 }
 
-# -------------------------------------------------------------------------------------- data
-
-Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) and labels (H, W), both uint8
-
-
-class Dataset(NamedTuple):
-    name: str
-    classes: list[str]
-    train: list[Pair]
-    val: list[Pair]
-    test: list[Pair]
-
-
-class DataError(Exception):
-    """What is wrong with a data set, in one line."""
-
 
 def drawn_scenes() -> Dataset:
     """The same scenes for every --seed."""
     train, val, test = make_scenes(400, 1), make_scenes(50, 2), make_scenes(100, 3)
     return Dataset("scenes", list(CLASSES), train, val, test)
-
-
-def load_folder(folder: Path, ignore_index: int) -> Dataset:
-    """All of a data set, see the help of --data, into memory."""
-    path = folder / "classes.txt"
-    if not path.is_file():
-        raise DataError(f"there is no {path}: one class name per line")
-    classes = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    while classes and not classes[-1].strip():
-        classes.pop()
-    if not classes:
-        raise DataError(f"{path} is empty: one class name per line")
-
-    def split(name: str) -> list[Pair]:
-        paths = (folder / "images" / name).glob("*")
-        images = [path for path in paths if path.suffix.lower() in (".jpg", ".png")]
-        if not images:
-            raise DataError(f"there is no .jpg or .png in {folder / 'images' / name}")
-        labels = folder / "labels" / name
-        return [
-            load_pair(image, labels / f"{image.stem}.png", len(classes), ignore_index)
-            for image in sorted(images)
-        ]
-
-    return Dataset(folder.resolve().name, classes, split("train"), split("val"), split("test"))
-
-
-def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index: int) -> Pair:
-    if not label_path.is_file():
-        raise DataError(f"{image_path} has no labels {label_path}")
-    image, labels = open_image(image_path), open_image(label_path)
-    if labels.mode not in ("L", "P"):
-        raise DataError(f"{label_path} must hold one 8-bit value per pixel, has mode {labels.mode}")
-    if labels.size != image.size:
-        label_size, image_size = ("{}x{}".format(*x.size) for x in (labels, image))
-        raise DataError(f"{label_path} is {label_size}, its image {image_path} is {image_size}")
-    values = np.array(labels)
-    wrong = [v for v in np.unique(values).tolist() if v >= num_classes and v != ignore_index]
-    if wrong:
-        raise DataError(
-            f"{label_path} holds {wrong[0]}, neither one of the {num_classes} classes "
-            f"of classes.txt nor --ignore-index {ignore_index}"
-        )
-    return np.array(image.convert("RGB")), values
-
-
-def open_image(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    return image
-
-
-def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of images (N, H, W, 3) and labels (N, H, W), half of them mirrored."""
-    rng = np.random.default_rng(options.seed)
-    shape = (options.batch_size, *options.size)
-    _, height, width = shape
-    while True:
-        images = np.zeros((*shape, 3), np.uint8)
-        labels = np.full(shape, options.ignore_index, np.uint8)
-        for k, index in enumerate(rng.integers(len(pairs), size=len(images))):
-            image, label = pairs[index]
-            y = rng.integers(max(label.shape[0] - height, 0) + 1)
-            x = rng.integers(max(label.shape[1] - width, 0) + 1)
-            window = np.s_[y : y + height, x : x + width]
-            mirror = np.s_[:, :: rng.choice((1, -1))]
-            # What is smaller than the crop stays in its corner; the rest is ignored.
-            corner = np.s_[k, : label.shape[0], : label.shape[1]]
-            images[corner] = image[window][mirror]
-            labels[corner] = label[window][mirror]
-        yield torch.from_numpy(images), torch.from_numpy(labels)
 
 
 # ----------------------------------------------------------------------------------- network
@@ -262,7 +191,7 @@ def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tup
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
+        ranks.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
 
@@ -337,9 +266,11 @@ class Display:
             disable=not console.is_terminal,
         )
 
-    def begin(self, title: str, steps: int, status: str) -> None:
+    def begin(self, title: str, steps: int, done: int, status: str) -> None:
         self.title, self.loss, self.val_iou = title, "", ""
-        self.task = self.bars.add_task(title, total=steps, status=status)
+        self.task = self.bars.add_task(title, total=steps, completed=done, status=status)
+        if done:
+            self.say(f"{title}: goes on after step {done}/{steps}")
 
     def advance(self, loss: float) -> None:
         self.loss = f"loss {loss:.2f}"
@@ -358,12 +289,23 @@ class Display:
 
 
 REPORTS = 4  # how often a training looks at the validation split
+# What must be the same where a training goes on. The number of processes need not.
+RESUMED_WITH = (
+    "steps",
+    "batch_size",
+    "size",
+    "learning_rate",
+    "seed",
+    "ignore_index",
+    "affinity_at",
+)
 
 
 class Result(NamedTuple):
     title: str
     network: nn.Module
     before: nn.Module | None  # the network when the loss changed, if it did
+    losses: list[float]  # at each step
     step_ms: float
 
 
@@ -379,30 +321,46 @@ def train(
     groups = [{"params": network.parameters()}, *criterion.optimizer_groups(lr)]
     optimizer = torch.optim.AdamW(groups, lr)
     poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 0.9)
+    parts = {"network": network, "criterion": criterion, "optimizer": optimizer, "poly": poly}
 
-    def forward(images: Tensor, target: Tensor, progress: Tensor) -> Tensor:
-        return criterion(network(images), target, progress)
+    path = options.output / f"{data.name}-{name}.pt"
+    training = {key: getattr(options, key) for key in RESUMED_WITH}
+    training |= {"size": list(options.size), "classes": data.classes, "images": len(data.train)}
+    saved = checkpoints.load(path, training) if options.resume else None
+    losses, times, before = [], [], None
+    if saved:
+        losses, times = saved["losses"], saved["times"]
+        if saved["before"]:
+            before = copy.deepcopy(network)
+            before.load_state_dict(saved["before"])
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+    done = len(losses)
 
     def next_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        images, target = next(crops)
+        """This process's part of a batch that is the same for any number of them."""
+        images, target = (x[ranks.rank() :: ranks.size()] for x in next(crops))
         # The progress is a tensor: a Python number that changes would compile again.
         progress = torch.tensor(step / steps, device=device)
         return to_input(images, device), target.to(device, torch.int64), progress
 
     network.train()
-    display.begin(title, steps, "compiling" if options.compile else "")
-    if options.compile:
+    forward: nn.Module = Step(network, criterion)
+    display.begin(title, steps, done, "compiling" if options.compile else "")
+    if options.compile and done < steps:
         crops = random_crops(data.train, options)
         try:
-            forward = compiled(forward, network, next_batch(0))
+            forward = compiled(forward, next_batch(0))
         except BackendCompilerFailed as error:
             options.compile = False
             reason = str(error).splitlines()[0]
             display.say(f"torch.compile does not work here, training in eager mode ({reason})")
 
-    times, before = [], None
-    crops = random_crops(data.train, options)
-    for step in range(steps):
+    if ranks.group():
+        forward = DistributedDataParallel(forward)  # averages gradients
+
+    crops = islice(random_crops(data.train, options), done, None)
+    for step in range(done, steps):
         if before is None and step / steps >= criterion.changes_at:
             before = copy.deepcopy(network)
         batch = next_batch(step)
@@ -411,24 +369,39 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        value = loss.item()  # waits for the device
+        losses.append(loss.item())  # waits for the device
         times.append(time.perf_counter() - start)
         poly.step()
-        display.advance(value)
+        display.advance(losses[-1])
         if (step + 1) * REPORTS // steps > step * REPORTS // steps:
             display.report(score(network, data.val, len(data.classes), options.ignore_index)[0])
-    return Result(title, network, before, 1000 * statistics.median(times))
+        if ranks.rank() == 0 and ((step + 1) % options.save_every == 0 or step + 1 == steps):
+            content = {key: part.state_dict() for key, part in parts.items()}
+            content |= {"training": training, "losses": losses, "times": times}
+            checkpoints.save(path, {**content, "before": before and before.state_dict()})
+    return Result(title, network, before, losses, 1000 * statistics.median(times))
 
 
-def compiled(forward: Callable, network: nn.Module, batch: tuple) -> Callable:
-    """``forward`` compiled, with its backward pass, on a batch that leaves no trace."""
+class Step(nn.Module):
+    """All that is computed forward in a step of the training."""
+
+    def __init__(self, network: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.network, self.criterion = network, criterion
+
+    def forward(self, images: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        return self.criterion(self.network(images), target, progress)
+
+
+def compiled(step: Step, batch: tuple) -> nn.Module:
+    """``step`` compiled, with its backward pass, on a batch that leaves no trace."""
     torch.compiler.reset()
-    before = copy.deepcopy(network.state_dict())
-    fast = torch.compile(forward, fullgraph=True)
+    before = copy.deepcopy(step.state_dict())
+    fast = torch.compile(step, fullgraph=True)
     try:
         fast(*batch).backward()
     finally:
-        network.load_state_dict(before)  # batch normalisation counted the batch
+        step.load_state_dict(before)  # batch normalisation counted the batch
     return fast
 
 
@@ -438,14 +411,15 @@ def compiled(forward: Callable, network: nn.Module, batch: tuple) -> Callable:
 def score(
     network: nn.Module, pairs: list[Pair], num_classes: int, ignore_index: int
 ) -> tuple[float, float]:
-    """Mean IoU and mean boundary F over the classes, on full images."""
+    """Mean IoU and mean boundary F over the classes, on full images; of all processes together."""
     table = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     boundary = BoundaryScore(num_classes, ignore_index=ignore_index)
-    for image, labels in pairs:
+    for image, labels in pairs[ranks.rank() :: ranks.size()]:
         prediction = predict(network, image)
         boundary.update(prediction[None], torch.from_numpy(labels)[None])
         table += confusion(prediction, labels, num_classes, ignore_index)
-    return mean_iou(table).item(), boundary.compute().f.nanmean().item()
+    boundary.counts = ranks.add_up(boundary.counts)
+    return mean_iou(ranks.add_up(table)).item(), boundary.compute().f.nanmean().item()
 
 
 def confusion(
@@ -607,17 +581,29 @@ def draw_affinity(path: Path, data: Dataset, result: Result, ignore_index: int) 
 
 def main() -> int:
     options = parse_arguments()
-    console = Console()
-    display = Display(console)
+    device = ranks.join()
     try:
-        data = load_folder(options.data, options.ignore_index) if options.data else drawn_scenes()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return run(options, device)
+    except (DataError, CheckpointError) as error:
+        if ranks.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    finally:
+        ranks.leave()
+
+
+def run(options: argparse.Namespace, device: torch.device) -> int:
+    console = Console(quiet=ranks.rank() > 0)
+    display = Display(console)
+    if options.batch_size < ranks.size():
+        raise DataError(
+            f"a batch of {options.batch_size} is too small for {ranks.size()} processes"
+        )
+    data = load_folder(options.data, options.ignore_index) if options.data else drawn_scenes()
     display.say(
         f"{data.name}: {len(data.classes)} classes, {len(data.train)} training, "
         f"{len(data.val)} validation and {len(data.test)} test images; on {device}"
+        + (f", {ranks.size()} processes" if ranks.group() else "")
     )
     with display.bars:
         results = [train(name, data, options, device, display) for name in options.loss]
@@ -626,7 +612,10 @@ def main() -> int:
     for result in results:
         iou, boundary_f = score(result.network, data.test, len(data.classes), options.ignore_index)
         rows.append((result.title, f"{iou:.3f}", f"{boundary_f:.3f}", f"{result.step_ms:.1f}"))
+    if ranks.rank() > 0:
+        return 0  # the first one reports
     print_table(console, ("loss", "mIoU", "boundary F", "step time (ms)"), rows)
+    write_losses(options.output / f"{data.name}-losses.csv", options.loss, results)
     picture = options.output / f"{data.name}.png"
     draw(picture, data, results)
     display.say(f"picture: {picture}")
@@ -648,6 +637,14 @@ def main() -> int:
         if result.network.affinity is not None:
             report_refinement(console, data, result.network, options.ignore_index)
     return 0
+
+
+def write_losses(path: Path, names: Sequence[str], results: list[Result]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["step", *names])
+        for step, losses in enumerate(zip(*(result.losses for result in results), strict=True)):
+            table.writerow([step, *losses])
 
 
 def report_refinement(
@@ -731,7 +728,20 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         default=Path("runs"),
         metavar="FOLDER",
-        help="where the pictures go (default: %(default)s)",
+        help="where pictures, losses of every step and checkpoints go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=positive,
+        default=100,
+        metavar="STEPS",
+        help="how often a training saves a checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoints in the output folder, where there are any; several "
+        "machines must share it",
     )
     parser.add_argument(
         "--no-compile",

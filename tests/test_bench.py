@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -389,3 +390,22 @@ $__internal_0_$__cuda_sm20_div_s64:
 assert count_instructions(far, 3) == dict(special=3, arithmetic=1, control=3 * 2 + 2)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
+
+
+def test_scaling(capsys, tmp_path):
+    path = tmp_path / "scaling.json"
+    assert main(["scaling", "--quick", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert set(content) == {"device", "versions", "all_reduce_ms", "rows"}
+    assert 0 < content["all_reduce_ms"] < 1000
+    rows = {(row["op"], row["grows"]): row for row in content["rows"]}
+    assert {op for op, _ in rows} == set(CASES)
+    for (op, grows), row in rows.items():
+        assert all(ms > 0 for ms in row["ms"])
+        assert re.search(rf"{op} +{grows} {row['values'][0]} ", printed)
+        ratios = [large / small for small, large in pairwise(row["values"])]
+        assert set(ratios) == {2}
+        if grows in ("images", "rows") and op != "affinity_regression":
+            # Sums of several buffers, of which some are of a fixed size.
+            assert 3 < row["peak_bytes"][2] / row["peak_bytes"][0] < 5

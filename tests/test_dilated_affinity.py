@@ -195,11 +195,14 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     check_parity(case_with([1, (2, 3), 5, 20]), "portable", *values)
 
 
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
+@pytest.mark.parametrize("min_programs", [1, 4, 1000])
+def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, min_programs):
+    """All blocks of an image in one program, in two, in one each."""
     pytest.importorskip("triton")
     from tritonaff.kernels import dilated_affinity as kernels
 
     monkeypatch.setattr(kernels, "INTERPRETED_BLOCK_P", 32)
+    monkeypatch.setattr(kernels, "MIN_PROGRAMS", min_programs)
     values = CASE.make_inputs((2, 32, 7, 19), device=device)
     check_parity(case_with([1, (2, 3), 5, 20]), "triton", *values)
 

@@ -1,114 +1,338 @@
-"""What two processes count, with unequal numbers of images, is what one process counts."""
+"""What several processes compute, with unequal numbers of images and of pixels that count, is what
+one process computes of all of them.
+"""
 
-import subprocess
-import sys
+import importlib.util
 
 import pytest
 import torch
+from processes import run_processes
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-pytest.importorskip("torchmetrics")
-from tritonaff import NeighborStatistics
-from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
+import tritonaff
+from tritonaff import DilatedAffinityHead, NeighborStatistics, affinity_field_loss
+from tritonaff.distributed import all_reduce
 
 RATES = [1, (2, 3)]
-SCRIPT = """
-import os
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from tritonaff import NeighborStatistics
-from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-logits, before, after, target = (x[rank::2] for x in torch.load(folder / "inputs.pt"))
-statistics, accuracy = NeighborStatistics(RATES), AffinityAccuracy(RATES)
-report, boundary, instances = RefinementReport((1, 3)), BoundaryScore(2), InstanceMeanIoU(2)
-for i in range(len(target)):
-    images = slice(i, i + 1)
-    statistics.update(target[images])
-    accuracy.update(logits[images], target[images])
-    report.update(before[images], after[images], target[images])
-    boundary.update(before[images], target[images])
-    instances.update(before[images], target[images], after[images])
-statistics.all_reduce()
-metrics = accuracy, report, boundary, instances
-result = statistics.state_dict(), *(tuple(metric.compute()) for metric in metrics)
-torch.save(result, folder / f"{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # an ordinary exit now and then aborts in gloo's threads
-"""
 
 
-@pytest.fixture(scope="module")
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 16, 9, 11, generator=generator)
-    before, after, target = torch.randint(0, 2, (3, 3, 9, 11), generator=generator)
-    return logits, before, after, target.masked_fill(logits[:, 0] > 1, 255)
-
-
-@pytest.fixture(scope="module", params=[0, 1])
-def rank(request):
+@pytest.fixture(scope="module", params=[2, 3])
+def size(request):
     return request.param
 
 
+def share(rank, size, *tensors):
+    """Unequal parts of six images; a third process has none."""
+    part = [slice(0, 4), slice(4, 6), slice(6, 6)][:size][rank]
+    return [tensor[part] for tensor in tensors]
+
+
+def make_batch():
+    """Images that differ in what counts: one has a single label, one nothing, one a few pixels."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(6, 3, 12, 14, dtype=torch.float64, generator=generator)
+    target = torch.randint(0, 4, (6, 4, 7), generator=generator)
+    target = target.repeat_interleave(3, dim=1).repeat_interleave(2, dim=2)
+    target[1] = 2
+    target[3] = 255
+    target[4, 3:] = 255
+    return images, target
+
+
+def results_of(rank, size):
+    return losses_of(rank, size), facts_of(rank, size)
+
+
 @pytest.fixture(scope="module")
-def results(inputs, tmp_path_factory):
-    """Of each rank: a state dict of the statistics, accuracies, refinement, scores, IoUs."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.save(inputs, folder / "inputs.pt")
-    command = [sys.executable, "-c", SCRIPT.replace("RATES", str(RATES))]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+def results(size, tmp_path_factory):
+    """Of each process: losses and facts."""
+    return run_processes(__name__, "results_of", size, tmp_path_factory.mktemp("ranks"))
+
+
+# ------------------------------------------------------------------------------------ losses
+
+LOSSES = {
+    "affinity field": lambda group: tritonaff.AffinityFieldLoss((3, 5), process_group=group),
+    "adaptive": lambda group: tritonaff.AdaptiveAffinityFieldLoss(4, (3, 7), process_group=group),
+    "cross-entropy": lambda group: tritonaff.AffinityFieldLoss(
+        (3, 5), cross_entropy=True, process_group=group
+    ),
+    "authors": lambda group: tritonaff.AffinityFieldLoss(
+        (3, 5), variant="authors", process_group=group
+    ),
+    "regression": lambda group: tritonaff.AffinityRegressionLoss((4, 3), process_group=group),
+    "dilated": lambda group: tritonaff.DilatedAffinityLoss(RATES, process_group=group),
+    "dilated, signal": lambda group: tritonaff.DilatedAffinityLoss(
+        RATES, weighting="signal", process_group=group
+    ),
+}
+# Cross-entropy divides by another number, which a normalizer does not hold.
+ACCUMULATED = [name for name in LOSSES if name != "cross-entropy"]
+
+
+class Segmenter(nn.Module):
+    """A network with one of the losses; all parameters are random, the same in every process."""
+
+    def __init__(self, name, group=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.features = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = DilatedAffinityHead(6, RATES) if "dilated" in name else nn.Conv2d(6, 4, 1)
+        self.loss = LOSSES[name](group)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.double()
+
+    def forward(self, images, target):
+        return self.loss(self.head(self.features(images).relu()), target)
+
+
+def plain(module):
+    return module
+
+
+def fully_sharded(module):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    return fully_shard(module, mesh=mesh)
+
+
+WRAPPERS = {"plain": plain, "DDP": DistributedDataParallel, "FSDP2": fully_sharded}
+
+
+def step(module, images, target):
+    """The loss, and the gradients of all parameters, averaged over the processes."""
+    loss = module(images, target)
+    loss.backward()
+    grads = {}
+    for name, parameter in module.named_parameters():
+        grad = parameter.grad
+        if hasattr(grad, "full_tensor"):
+            grad = grad.full_tensor()
+        elif dist.is_initialized() and not isinstance(module, DistributedDataParallel):
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+        grads[name.removeprefix("module.")] = grad
+    return loss.detach(), grads
+
+
+def combinations(size):
+    """Of loss, wrapper and mode; all of them would take minutes. What is wrapped has parameters of
+    its own, "adaptive", or none.
+    """
+    for name in LOSSES:
+        yield name, "plain", "eager"
+    for name in ("adaptive", "dilated"):
+        yield name, "DDP", "eager"
+        yield name, "FSDP2", "eager"
+    if size == 2:
+        for wrapper in WRAPPERS:
+            yield "adaptive", wrapper, "compiled"
+        yield "regression", "plain", "compiled"
+        yield "dilated", "plain", "compiled"
+
+
+def losses_of(rank, size):
+    images, target = share(rank, size, *make_batch())
+    results = {}
+    for name, wrapper, mode in combinations(size):
+        module = Segmenter(name, dist.group.WORLD)
+        if mode == "compiled":
+            torch.compiler.reset()
+            module.compile(fullgraph=True, backend="aot_eager")
+        results[name, wrapper, mode] = step(WRAPPERS[wrapper](module), images, target)
+    return results
+
+
+def test_losses_and_their_gradients(results, size):
+    for combination in combinations(size):
+        loss, grads = step(Segmenter(combination[0]), *make_batch())
+        assert loss > 0.01
+        assert all(grad.abs().max() > 1e-5 for grad in grads.values())
+        for losses, _ in results:
+            value, averages = losses[combination]
+            torch.testing.assert_close(value, loss, rtol=1e-12, atol=0, msg=str(combination))
+            assert averages.keys() == grads.keys()
+            for key, grad in grads.items():
+                torch.testing.assert_close(averages[key], grad, rtol=1e-9, atol=1e-14)
+
+
+# ----------------------------------------------------------------------- what surrounds a loss
+
+
+def facts_of(rank, size):
+    """What the tests below look at, by name."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    facts = {}
+    tables = torch.tensor([2**51 + rank, rank]), torch.tensor(0.5 + rank), torch.ones(1, 2, 1)
+    facts["tables"] = all_reduce(tables, dist.group.WORLD)
+
+    images, target = share(rank, size, *make_batch())
+    with CommDebugMode() as forward:
+        loss = Segmenter("adaptive", dist.group.WORLD)(images, target)
+    with CommDebugMode() as backward:
+        loss.backward()
+    facts["collectives"] = forward.get_total_counts(), backward.get_total_counts()
+
+    facts["accumulated"] = accumulated(rank, size)
+    facts["copied"] = copies_of(images, target)
+
+    alone, _ = dist.new_subgroups(group_size=1)
+    logits = torch.randn(len(target), 4, 12, 14)
+    facts["alone"] = [affinity_field_loss(logits, target, process_group=g) for g in (alone, None)]
+
+    mesh = dist.init_device_mesh("cpu", (size,))
+    sharded = DTensor.from_local(logits, mesh, [Shard(0)])
+    facts["errors"] = []
+    for loss_fn in (affinity_field_loss, torch.compile(affinity_field_loss, backend="eager")):
+        try:
+            loss_fn(sharded, target)
+        except TypeError as error:
+            facts["errors"].append(str(error))
+    group = mesh.get_group()
+    facts["to_local"] = [
+        affinity_field_loss(x, target, process_group=group) for x in (sharded.to_local(), logits)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+    with torch.device("meta"):
+        head = DilatedAffinityHead(6, RATES, [0.9, 0.7])
+    fully_sharded(head).to_empty(device="cpu")
+    head.reset_parameters()
+    facts["head"] = [x.detach().full_tensor() for x in (head.bias, head.weight)]
+
+    if importlib.util.find_spec("torchmetrics"):
+        facts["counts"] = counts_of(*share(rank, size, *predictions()))
+    return facts
 
 
-def test_statistics(inputs, results, rank):
-    one = NeighborStatistics(RATES)
-    one.update(inputs[-1])
-    two = NeighborStatistics(RATES)
-    two.load_state_dict(results[rank][0])
-    assert torch.equal(two.pixel_count, one.pixel_count)
-    assert torch.equal(two.signal_count, one.signal_count)
+def accumulated(rank, size):
+    """Sums of the losses of two micro-batches, with the numbers that this process has counted."""
+    images, target = share(rank, size, *make_batch())
+    losses = []
+    for name in ACCUMULATED:
+        module = Segmenter(name, dist.group.WORLD)
+        classes = () if name not in ("affinity field", "authors") else (4,)
+        normalizer = module.loss.normalizer(target, *classes).int()
+        logits = module.head(module.features(images).relu())
+        parts = [
+            module.loss(logits[part], target[part], normalizer=normalizer)
+            for part in (slice(0, 1), slice(1, None))
+        ]
+        losses.append(sum(parts).detach())
+    return losses
 
 
-def test_affinity_accuracy(inputs, results, rank):
-    one = AffinityAccuracy(RATES)
-    one.update(inputs[0], inputs[-1])
-    for values, expected in zip(results[rank][1], one.compute(), strict=True):
-        torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+def copies_of(images, target):
+    """The loss of a module, and of what averages its weights."""
+    module = Segmenter("adaptive", dist.group.WORLD)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    assert averaged.module.loss.process_group is dist.group.WORLD
+    assert averaged.module.loss.edge_scores is not module.loss.edge_scores
+    return [f(images, target).detach() for f in (module, averaged)]
 
 
-def test_refinement_report(inputs, results, rank):
-    one = RefinementReport((1, 3))
-    one.update(*inputs[1:])
-    distances, *counts = results[rank][2]
-    expected_distances, *expected = one.compute()
-    assert distances == expected_distances
-    for values, by_one in zip(counts, expected, strict=True):
-        assert torch.equal(values, by_one)
+def predictions():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 16, 9, 11, generator=generator)
+    before, after, target = torch.randint(0, 2, (3, 6, 9, 11), generator=generator)
+    return logits, before, after, target.masked_fill(logits[:, 0] > 1, 255)
 
 
-def test_boundary_score(inputs, results, rank):
-    one = BoundaryScore(2)
-    one.update(inputs[1], inputs[-1])
-    for values, expected in zip(results[rank][3], one.compute(), strict=True):
-        assert torch.equal(values, expected)
+def counts_of(*tensors):
+    """What statistics and metrics have counted, image by image."""
+    from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
+
+    statistics, accuracy = NeighborStatistics(RATES), AffinityAccuracy(RATES)
+    report, boundary, instances = RefinementReport((1, 3)), BoundaryScore(2), InstanceMeanIoU(2)
+    for logits, before, after, target in zip(*tensors, strict=True):
+        statistics.update(target[None])
+        accuracy.update(logits[None], target[None])
+        report.update(before[None], after[None], target[None])
+        boundary.update(before[None], target[None])
+        instances.update(before[None], target[None], after[None])
+    if dist.is_initialized():
+        statistics.all_reduce()
+    counts = statistics.pixel_count, statistics.signal_count
+    scores = *boundary.compute(), *instances.compute()
+    return [*counts, *accuracy.compute(), *report.compute()[1:], *scores]
 
 
-def test_instance_mean_iou(inputs, results, rank):
-    """Rounding aside: IoUs are added up in another order."""
-    _, prediction, ids, target = inputs
-    one = InstanceMeanIoU(2)
-    one.update(prediction, target, ids)
-    for values, expected in zip(results[rank][4], one.compute(), strict=True):
-        torch.testing.assert_close(values, expected, rtol=1e-15, atol=0)
+@pytest.fixture
+def facts(results):
+    return [facts for _, facts in results]
+
+
+def test_counts_are_exact_and_tables_keep_shape_and_dtype(facts, size):
+    ranks = sum(range(size))
+    expected = (
+        torch.tensor([size * 2**51 + ranks, ranks]),
+        torch.tensor(0.5 * size + ranks),
+        torch.full((1, 2, 1), float(size)),
+    )
+    for by_rank in facts:
+        for table, total in zip(by_rank["tables"], expected, strict=True):
+            torch.testing.assert_close(table, total, rtol=0, atol=0)
+
+
+def test_one_collective_a_loss_and_none_for_its_gradient(facts):
+    for by_rank in facts:
+        assert by_rank["collectives"] == (1, 0)
+
+
+def test_normalizers_of_several_processes(facts):
+    for by_rank in facts:
+        for name, value in zip(ACCUMULATED, by_rank["accumulated"], strict=True):
+            loss = Segmenter(name)(*make_batch()).detach()
+            torch.testing.assert_close(value, loss, rtol=1e-12, atol=0, msg=name)
+
+
+def test_copies_share_the_group(facts):
+    for by_rank in facts:
+        torch.testing.assert_close(*by_rank["copied"], rtol=0, atol=0)
+
+
+def test_a_group_of_one_process_changes_nothing(facts):
+    for by_rank in facts:
+        torch.testing.assert_close(*by_rank["alone"])
+
+
+def test_distributed_logits_are_refused_with_the_remedy(facts):
+    for by_rank in facts:
+        assert len(by_rank["errors"]) == 2
+        for message in by_rank["errors"]:
+            assert "logits must be a tensor of this process alone, got a DTensor" in message
+            assert "pass logits.to_local(); a loss takes all processes" in message
+        torch.testing.assert_close(*by_rank["to_local"], rtol=0, atol=0)
+
+
+def test_a_sharded_head_starts_as_an_ordinary_one(facts):
+    expected = DilatedAffinityHead(6, RATES, [0.9, 0.7])
+    for by_rank in facts:
+        bias, weight = by_rank["head"]
+        torch.testing.assert_close(bias, expected.bias.detach(), rtol=0, atol=0)
+        assert weight.std().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_statistics_and_metrics(facts):
+    pytest.importorskip("torchmetrics")
+    expected = counts_of(*predictions())
+    for by_rank in facts:
+        for values, by_one in zip(by_rank["counts"], expected, strict=True):
+            # Counts are exact; IoUs are added up in another order.
+            torch.testing.assert_close(values, by_one, rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("group", ["world", 3, object()])
+def test_what_is_no_group(group):
+    with pytest.raises(TypeError, match="process_group must be None or a"):
+        affinity_field_loss(
+            torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3).long(), process_group=group
+        )
+    for make_loss in LOSSES.values():
+        with pytest.raises(TypeError, match="process_group must be None or a"):
+            make_loss(group)

@@ -2,9 +2,13 @@
 
 import importlib
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,12 +25,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 SCRIPT = Path(__file__).parent.parent / "examples/train_segmentation.py"
+LOSSES = ["ce", "ce+aaf", "ce+ar", "ce+dilated"]
+TITLES = ["cross-entropy" + suffix for suffix in ("", " + AAF", " + AR", " + dilated")]
 SMALL = ["--steps", "2", "--batch-size", "2", "--size", "32", "48"]
 
 
-def run(*arguments, **environment):
+def run(*arguments, torchrun=0, **environment):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        [sys.executable, *(launcher if torchrun else ()), str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "80", **environment},
@@ -259,6 +266,133 @@ def test_every_column_of_the_propagation_is_one_long_call(script, blocks):
     assert len(set(table.flatten().tolist())) == 9  # but for what is before any iteration
 
 
+# ----------------------------------------------------------------- several processes, checkpoints
+
+
+def write_pairs(folder):
+    """More images, of blocks, with unequal numbers of void pixels."""
+    rng = np.random.default_rng(1)
+    for split in ("train", "val", "test"):
+        for k in range(3):
+            image = rng.integers(0, 256, (40, 56, 3)).astype(np.uint8)
+            Image.fromarray(image).save(folder / "images" / split / f"{k}.png")
+            labels = rng.integers(0, 3, (10, 14)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+            labels[: 15 * k] = 11
+            Image.fromarray(labels).save(folder / "labels" / split / f"{k}.png")
+
+
+def read_losses(path):
+    heading, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    return {name: [float(row[k]) for row in rows] for k, name in enumerate(heading)}
+
+
+# On the CPU, as users run it, without the interpreter of the other tests.
+AS_USERS = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+
+
+def test_several_processes_compute_what_one_does(folder, tmp_path):
+    write_pairs(folder)
+    arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 3]
+    arguments += ["--batch-size", 5, "--size", 32, 48, "--loss"]
+    result = run(*arguments, *LOSSES, "--output", tmp_path / "1", **AS_USERS)
+    assert result.returncode == 0, result.stderr
+    expected, table = read_losses(tmp_path / "1/data-losses.csv"), table_rows(result.stdout)
+    assert list(expected) == ["step", *LOSSES]
+    assert len(set(expected["ce+ar"])) == 3
+    # Of five images 2, 2 and 1.
+    output = tmp_path / "3"
+    result = run(*arguments, *LOSSES, "--output", output, torchrun=3, **AS_USERS)
+    assert result.returncode == 0, result.stderr
+    assert "on cpu, 3 processes" in result.stdout
+    losses = read_losses(output / "data-losses.csv")
+    scores = table_rows(result.stdout)
+    for name, title in zip(LOSSES, TITLES, strict=True):
+        assert losses[name] == pytest.approx(expected[name], rel=2e-4), name
+        for value, by_one in zip(scores[title][:2], table[title][:2], strict=True):
+            assert float(value) == pytest.approx(float(by_one), abs=0.01)
+
+
+def test_a_batch_that_is_too_small_for_the_processes(script, monkeypatch, capsys):
+    monkeypatch.setattr(script.ranks, "size", lambda: 3)
+    monkeypatch.setattr(sys, "argv", ["train_segmentation.py", "--batch-size", "2"])
+    assert script.main() == 2
+    assert capsys.readouterr() == ("", "error: a batch of 2 is too small for 3 processes\n")
+
+
+def test_a_killed_training_goes_on_to_the_same_losses(
+    script, folder, tmp_path, monkeypatch, capsys
+):
+    write_pairs(folder)
+    arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 12]
+    arguments += ["--batch-size", 2, "--size", 32, 48, "--loss", "ce+ar", "--save-every", 1]
+    killed = [*arguments, "--output", tmp_path / "killed"]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, killed)],
+        env={**os.environ, **AS_USERS},
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / "killed/data-ce+ar.pt"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.2))  # any moment will do
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = len(torch.load(checkpoint)["losses"])
+    assert 1 <= done <= 12
+
+    whole = [*arguments, "--resume", "--output", tmp_path / "whole"]
+    results = [
+        run(*killed, "--resume", **AS_USERS),
+        run(*whole, **AS_USERS),
+        run(*whole, **AS_USERS),  # of a training that is done already
+    ]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    assert "goes on after step 12/12" in results[2].stdout
+    assert f"cross-entropy + AR: goes on after step {done}/12" in results[0].stdout
+    assert "goes on" not in results[1].stdout
+    losses, expected = (
+        read_losses(tmp_path / name / "data-losses.csv") for name in ("killed", "whole")
+    )
+    assert losses == expected
+    heat_maps = [result.stdout.split("test split: ")[1].splitlines()[0] for result in results]
+    assert heat_maps[0] == heat_maps[1] == heat_maps[2]
+
+    other = [str(SCRIPT), *map(str, killed), "--resume", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", other)
+    assert script.main() == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch("error: .*is of a training with seed 0, not 1: .*\n", errors)
+
+
+def test_a_checkpoint_is_whole_or_not_there(script, tmp_path, monkeypatch):
+    checkpoints = importlib.import_module("checkpoints")
+    path = tmp_path / "new/one.pt"
+    training = {"seed": 3}
+    assert checkpoints.load(path, training) is None
+    checkpoints.save(path, {"training": training, "step": 1})
+
+    def fail(content, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(path, {"training": training, "step": 2})
+    assert checkpoints.load(path, training)["step"] == 1
+    checkpoints.save(path, {"training": training, "step": 3})
+    assert checkpoints.load(path, training)["step"] == 3
+    with pytest.raises(checkpoints.CheckpointError, match="with seed 3, not 4"):
+        checkpoints.load(path, {"seed": 4})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(checkpoints.CheckpointError, match=r"cannot read .*one.pt"):
+        checkpoints.load(path, training)
+
+
+# ----------------------------------------------------------------------------- broken data sets
+
+
 def remove_labels(folder):
     (folder / "labels/train/one.png").unlink()
 
@@ -287,6 +421,26 @@ def broken_image(folder):
     (folder / "images/train/one.png").write_bytes(b"no image")
 
 
+def empty_image(folder):
+    (folder / "images/train/one.png").write_bytes(b"")
+
+
+def half_an_image(folder):
+    path = folder / "images/val/one.png"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_bytes(folder):
+    path = folder / "labels/test/one.png"
+    content = bytearray(path.read_bytes())
+    content[40:60] = bytes(20)
+    path.write_bytes(content)
+
+
+def no_folder(folder):
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -297,11 +451,17 @@ def broken_image(folder):
         (strange_label, "holds 77, neither one of the 3 classes"),
         (colour_label, "8-bit value per pixel, has mode RGB"),
         (broken_image, "cannot read .*one.png"),
+        (empty_image, "cannot read .*one.png"),
+        (half_an_image, "cannot read .*one.png"),
+        (other_bytes, "cannot read .*one.png"),
+        (no_folder, "there is no .*classes.txt"),
     ],
 )
-def test_a_broken_folder_is_named_in_one_line(folder, damage, message):
+def test_a_broken_folder_is_named_in_one_line(script, folder, monkeypatch, capsys, damage, message):
     damage(folder)
-    result = run("--data", folder, "--ignore-index", 11)
-    assert result.returncode == 2
-    assert re.fullmatch(f"error: .*{message}.*\n", result.stderr)
-    assert result.stdout == ""
+    arguments = ["train_segmentation.py", "--data", str(folder), "--ignore-index", "11"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert script.main() == 2
+    output, errors = capsys.readouterr()
+    assert re.fullmatch(f"error: .*{message}.*\n", errors)
+    assert output == ""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 COUNT_DTYPES = (torch.int32, torch.int64)
@@ -101,6 +102,24 @@ def check_statistics(
     check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (len(rates), 9))
     check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (len(rates), 9, 2))
     return pixel_count, signal_count
+
+
+def check_normalizer(normalizer: Any, shape: tuple[int, ...], tables: Tensor) -> Tensor:
+    """As int64: the total over processes may not fit int32."""
+    check_tensor("normalizer", normalizer, COUNT_DTYPES, shape)
+    check_one_device("normalizer", normalizer, "logits", tables)
+    counts: Tensor = normalizer.to(torch.int64)
+    return counts
+
+
+def check_process_group(group: Any) -> None:
+    if group is None:
+        return
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            "process_group must be None or a torch.distributed.ProcessGroup, "
+            f"got {type(group).__name__}"
+        )
 
 
 def check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -258,6 +277,11 @@ def check_tensor(
     """A dense tensor of one of the dtypes and this rank; ints in ``shape`` are exact sizes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name} must be a tensor of this process alone, got a DTensor: pass "
+            f"{name}.to_local(); a loss takes all processes' batches as one with process_group="
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in dtypes:

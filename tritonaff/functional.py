@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from tritonaff import checks
+from tritonaff.distributed import all_reduce
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
 from tritonaff.ops.affinity_propagation import affinity_propagation as affinity_propagation_op
 from tritonaff.ops.affinity_regression import affinity_regression as affinity_regression_op
@@ -165,6 +167,8 @@ def affinity_field_loss(
     eps: float = 1e-4,
     ignore_index: int = 255,
     variant: str = "paper",
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""The affinity field loss: neighbours of one label agree, neighbours of two labels differ.
 
@@ -186,13 +190,20 @@ def affinity_field_loss(
         edge_lambda: factor of the edge term, at least 0.
         non_edge_lambda: factor of the non-edge term, at least 0.
         margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+        normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to divide
+            by, in place of the batch's own: :meth:`AffinityFieldLoss.normalizer`. The losses of the
+            parts of a batch, each divided by the numbers of all of it, add up to its loss.
+        process_group: None: the loss of this process's batch. A group: the loss of the batches of
+            all its processes as one, which must all call it; see :func:`distributed.all_reduce`.
+            The same in each of them, with gradients multiplied by their number, which the averaging
+            of DistributedDataParallel and FSDP cancels.
 
     Returns:
         A scalar: float32, float64 for float64 logits. In nats.
 
     Raises:
-        TypeError, ValueError: as :func:`affinity_field_terms`; weights of a wrong type, dtype,
-            shape or device.
+        TypeError, ValueError: as :func:`affinity_field_terms`; weights or a normalizer of a wrong
+            type, dtype, shape or device; a wrong process_group.
 
     Paper: Ke et al., ECCV 2018, Eq. 7 with given weights; lambda is 1 there, added to
     cross-entropy. :class:`AdaptiveAffinityFieldLoss` learns the weights. The authors' code gives
@@ -220,6 +231,8 @@ def affinity_field_loss(
         eps=eps,
         ignore_index=ignore_index,
         variant=variant,
+        normalizer=normalizer,
+        process_group=process_group,
     )
     return loss
 
@@ -238,6 +251,7 @@ def affinity_field_cross_entropy(
     eps: float = 1e-4,
     ignore_index: int = 255,
     variant: str = "paper",
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits once less
     than the two.
@@ -254,6 +268,7 @@ def affinity_field_cross_entropy(
         edge_weight, non_edge_weight, edge_lambda, non_edge_lambda: see
             :func:`affinity_field_loss`.
         margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+        process_group: see :func:`affinity_field_loss`; both terms are means over all processes.
 
     Returns:
         A scalar: float32, float64 for float64 logits. In nats.
@@ -289,6 +304,8 @@ def affinity_field_cross_entropy(
         eps=eps,
         ignore_index=ignore_index,
         variant=variant,
+        normalizer=None,
+        process_group=process_group,
     )
     assert cross_entropy is not None
     return cross_entropy + affinity
@@ -309,10 +326,13 @@ def affinity_field_and_cross_entropy(
     eps: float,
     ignore_index: int,
     variant: str,
+    normalizer: Tensor | None,
+    process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The two losses of one operation; None for cross-entropy where it is not asked for."""
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
+    checks.check_process_group(process_group)
     terms, log_loss, pixel_count = _affinity_field(
         logits,
         target,
@@ -322,12 +342,19 @@ def affinity_field_and_cross_entropy(
         ignore_index=ignore_index,
         variant=variant,
     )
+    if normalizer is not None:
+        shape = 2, terms.edge_sum.shape[1]
+        edge_count, non_edge_count = checks.check_normalizer(normalizer, shape, terms.edge_sum)
+        terms = terms._replace(edge_count=edge_count[None], non_edge_count=non_edge_count[None])
+    tables: tuple[Tensor, ...] = (*terms, log_loss, pixel_count) if cross_entropy else terms
+    tables = all_reduce(tables, process_group)
+    terms = AffinityFieldTerms(*tables[:4])
     edge = _weighted_mean("edge_weight", edge_weight, terms.edge_sum, terms.edge_count)
     non_edge = _weighted_mean(
         "non_edge_weight", non_edge_weight, terms.non_edge_sum, terms.non_edge_count
     )
     affinity = edge_lambda * edge + non_edge_lambda * non_edge
-    return affinity, _cross_entropy(weight, log_loss, pixel_count) if cross_entropy else None
+    return affinity, _cross_entropy(weight, *tables[4:]) if cross_entropy else None
 
 
 def _cross_entropy(weight: Tensor | None, log_loss: Tensor, pixel_count: Tensor) -> Tensor:
@@ -439,6 +466,8 @@ def affinity_regression_loss(
     grid_sizes: Sequence[int] | None = (12, 6),
     *,
     ignore_index: int = 255,
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""The affinity regression loss: points of one label agree, points of two labels differ, at any
     distance.
@@ -449,12 +478,17 @@ def affinity_regression_loss(
 
     Args:
         logits, target, grid_sizes, ignore_index: see :func:`affinity_regression_terms`.
+        normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
+            batch's own: :meth:`AffinityRegressionLoss.normalizer`.
+        process_group: see :func:`affinity_field_loss`; the mean is over the images of all
+            processes.
 
     Returns:
         A scalar in [0, 1]: float32, float64 for float64 logits.
 
     Raises:
-        TypeError, ValueError: as :func:`affinity_regression_terms`.
+        TypeError, ValueError: as :func:`affinity_regression_terms`; a normalizer of a wrong type,
+            dtype, shape or device; a wrong process_group.
 
     Paper: Cao, Eq. 6; added to cross-entropy with the weight 0.1 (Eq. 7) when training with
     cross-entropy alone has reached its peak.
@@ -467,12 +501,17 @@ def affinity_regression_loss(
         >>> loss = loss + 0.1 * tritonaff.affinity_regression_loss(logits, target)
         >>> loss.backward()
     """
+    checks.check_process_group(process_group)
     squared_error, pair_count = affinity_regression_terms(
         logits, target, grid_sizes, ignore_index=ignore_index
     )
     counted = pair_count > 0
     mean_square = squared_error * counted / pair_count.clamp(min=1)
-    return mean_square.sum() / counted.sum().clamp(min=1)
+    images = counted.sum()
+    if normalizer is not None:
+        images = checks.check_normalizer(normalizer, (), squared_error)
+    total, images = all_reduce((mean_square.sum(), images), process_group)
+    return total / images.clamp(min=1)
 
 
 def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int] | None = (12, 6)) -> Tensor:
@@ -770,6 +809,8 @@ def dilated_affinity_loss(
     gamma: float = 2.0,
     beta: float = 1.0,
     ignore_index: int = 255,
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""The dilated affinity loss: predict which neighbours share a pixel's label.
 
@@ -791,19 +832,24 @@ def dilated_affinity_loss(
         weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
         statistics: the counts that the weights are computed from: ``NeighborStatistics`` of a data
             set with the same rates and ignore_index, or a pair (pixel_count (R, 9), signal_count
-            (R, 9, 2)) of int32 or int64, on the logits' device. None: those of the batch; with
-            DistributedDataParallel that is each process's own batch, so give statistics there.
+            (R, 9, 2)) of int32 or int64, on the logits' device. None: those of the batch, or of the
+            normalizer; with a process_group, of all its processes.
         gamma: the focusing parameter, at least 0.
         beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
             neighbor, 1.3 for signal, 1.1 for none (with gamma 0).
         ignore_index: label of the pixels to leave out.
+        normalizer: (R, 9, 3) of int32 or int64, the counts to use in place of the batch's own,
+            those of pixels and of signals (different, same):
+            :meth:`DilatedAffinityLoss.normalizer`.
+        process_group: see :func:`affinity_field_loss`.
 
     Returns:
         A scalar: float32, float64 for float64 logits. In nats.
 
     Raises:
         TypeError, ValueError: as :func:`dilated_affinity_terms`; an unknown weighting; statistics
-            of a wrong type, dtype, shape (as of other rates) or device.
+            or a normalizer of a wrong type, dtype, shape (as of other rates) or device; a wrong
+            process_group.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 5. It leaves the normaliser
     open: ours is the number of the batch's pixels that count at the rate. Its printed formula is
@@ -820,13 +866,19 @@ def dilated_affinity_loss(
     beta = checks.check_number("beta", beta, at_least=0)
     pairs = checks.check_rates(rates)
     given = checks.check_statistics(statistics, pairs, checks.check_ignore_index(ignore_index))
+    checks.check_process_group(process_group)
     loss_sum, signal_count, _, pixel_count = dilated_affinity_terms(
         affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
     )
-    counts = given or (pixel_count, signal_count)
-    for count in counts:
+    if normalizer is not None:
+        counts = checks.check_normalizer(normalizer, (len(pairs), 9, 3), loss_sum)
+        pixel_count, signal_count = counts[..., 0], counts[..., 1:]
+    tables = loss_sum, signal_count, pixel_count
+    loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
+    weighed_by = given or (pixel_count, signal_count)
+    for count in weighed_by:
         checks.check_one_device("statistics", count, "affinity_logits", loss_sum)
-    weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in counts))
+    weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in weighed_by))
     total = (loss_sum * weight).sum(dim=(1, 2))
     counted = pixel_count.sum(dim=1)
     # The coefficient of a rate at which nothing counts is 0: see _weighted_mean.

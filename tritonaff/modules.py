@@ -4,40 +4,65 @@ place.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from tritonaff import checks
 from tritonaff.functional import (
     VARIANTS,
     WEIGHTINGS,
     affinity_field_and_cross_entropy,
+    affinity_field_terms,
     affinity_propagation,
     affinity_regression_loss,
+    affinity_regression_terms,
     dilated_affinity_loss,
+    neighbor_counts,
 )
 from tritonaff.rates import DIRECTIONS
 from tritonaff.statistics import NeighborStatistics
 
 
-class AffinityFieldLoss(nn.Module):
+class _Loss(nn.Module):
+    """What all losses have: a process_group, which copies of a module share, as those that average
+    weights are: a group is the processes themselves.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        checks.check_process_group(process_group)
+        self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        state = copy.deepcopy(self.__getstate__(), memo)  # type: ignore[no-untyped-call]
+        copied.__setstate__(state)  # type: ignore[no-untyped-call]
+        return copied
+
+
+class AffinityFieldLoss(_Loss):
     """:func:`tritonaff.affinity_field_loss` with fixed options and the papers' decay.
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
             :func:`tritonaff.affinity_field_loss`.
         cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
         class_weight: (C,) floating, the weights of the classes in it. Default 1.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` with logits (N, C, H, W) and target (N, H, W)
-        gives a scalar. ``progress`` in [0, 1], the fraction of training done, multiplies it by
-        10 ** -progress as the authors do, but not cross-entropy. Under torch.compile pass a 0-d
-        tensor: a Python float that changes compiles a second time.
+        ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
+        target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
+        multiplies it by 10 ** -progress as the authors do, but not cross-entropy. Under
+        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time.
+        ``normalizer``, (2, K), is that of :func:`tritonaff.affinity_field_loss`; cross-entropy,
+        which divides by another number, must then be computed beside the loss.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -63,8 +88,9 @@ class AffinityFieldLoss(nn.Module):
         variant: str = "paper",
         cross_entropy: bool = False,
         class_weight: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
         self.edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
         self.non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
@@ -82,18 +108,47 @@ class AffinityFieldLoss(nn.Module):
         self.register_buffer("class_weight", class_weight)
 
     def forward(
-        self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> Tensor:
-        return self._loss(logits, target, progress)
+        return self._loss(logits, target, progress, normalizer=normalizer)
+
+    def normalizer(self, target: Tensor, num_classes: int) -> Tensor:
+        """(2, K) int64: how many edge and non-edge entries labels (N, H, W) of C classes have.
+
+        It adds up over the parts of a batch, and ``forward`` of a part divides by it: gradients are
+        accumulated to those of the batch.
+        """
+        num_classes = checks.check_int("num_classes", num_classes, at_least=1)
+        checks.check_target(target)
+        n, height, width = target.shape
+        blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
+        terms = affinity_field_terms(
+            blank,
+            target,
+            self.kernel_sizes,
+            ignore_index=self.ignore_index,
+            variant=self.variant,
+        )
+        return torch.stack((terms.edge_count, terms.non_edge_count)).sum(dim=1)
 
     def _loss(
         self,
         logits: Tensor,
         target: Tensor,
         progress: float | Tensor | None,
+        normalizer: Tensor | None,
         edge_weight: Tensor | None = None,
         non_edge_weight: Tensor | None = None,
     ) -> Tensor:
+        if self.cross_entropy and normalizer is not None:
+            raise ValueError(
+                "normalizer must be None with cross_entropy=True, which divides by another number: "
+                "compute cross-entropy beside the loss"
+            )
         loss, cross_entropy = affinity_field_and_cross_entropy(
             logits,
             target,
@@ -108,6 +163,8 @@ class AffinityFieldLoss(nn.Module):
             eps=self.eps,
             ignore_index=self.ignore_index,
             variant=self.variant,
+            normalizer=normalizer,
+            process_group=self.process_group,
         )
         if progress is not None:
             loss = loss * _decay(progress, loss)
@@ -130,20 +187,21 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     the gradient of the weights is reversed inside, so one ordinary optimiser step does both. Give
     the weights no weight decay: :meth:`optimizer_group`.
 
-    The weights are parameters of this module: move it to the logits' device. With
-    DistributedDataParallel compute the loss inside the wrapped module, or the ranks' weights drift
-    apart.
+    The weights are parameters of this module: move it to the logits' device. With a process_group
+    their gradients are the same in all processes, inside a wrapped module or beside it. Without
+    one, compute the loss inside the module that DistributedDataParallel wraps, or the processes'
+    weights drift apart.
 
     Args:
         num_classes: C, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant: see
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
             :func:`tritonaff.affinity_field_loss`.
         cross_entropy, class_weight: see :class:`AffinityFieldLoss`.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` as :class:`AffinityFieldLoss`; logits must have
-        C classes.
+        ``forward(logits, target, progress=None, normalizer=None)`` as :class:`AffinityFieldLoss`;
+        logits must have C classes.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -177,6 +235,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         variant: str = "paper",
         cross_entropy: bool = False,
         class_weight: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             kernel_sizes,
@@ -188,6 +247,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             variant=variant,
             cross_entropy=cross_entropy,
             class_weight=class_weight,
+            process_group=process_group,
         )
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
         shape = self.num_classes, len(self.kernel_sizes)
@@ -218,8 +278,16 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         checks.check_number("lr", lr, at_least=0)
         return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
 
+    def normalizer(self, target: Tensor, num_classes: int | None = None) -> Tensor:
+        """See :meth:`AffinityFieldLoss.normalizer`."""
+        return super().normalizer(target, self.num_classes if num_classes is None else num_classes)
+
     def forward(
-        self, logits: Tensor, target: Tensor, progress: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> Tensor:
         if isinstance(logits, Tensor) and logits.dim() == 4 and logits.shape[1] != self.num_classes:
             raise ValueError(
@@ -231,23 +299,25 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             progress,
             edge_weight=_adversarial_softmax(self.edge_scores),
             non_edge_weight=_adversarial_softmax(self.non_edge_scores),
+            normalizer=normalizer,
         )
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, {super().extra_repr()}"
 
 
-class AffinityRegressionLoss(nn.Module):
+class AffinityRegressionLoss(_Loss):
     """:func:`tritonaff.affinity_regression_loss` with fixed options.
 
     The paper adds it to cross-entropy with the weight 0.1, for fine-tuning, when training with
     cross-entropy alone has reached its peak.
 
     Args:
-        grid_sizes, ignore_index: see :func:`tritonaff.affinity_regression_loss`.
+        grid_sizes, ignore_index, process_group: see :func:`tritonaff.affinity_regression_loss`.
 
     Shapes:
-        ``forward(logits, target)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar.
+        ``forward(logits, target, normalizer=None)`` with logits (N, C, H, W) and target (N, H, W)
+        gives a scalar.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -261,15 +331,35 @@ class AffinityRegressionLoss(nn.Module):
         >>> (0.1 * loss_fn(logits, target)).backward()
     """
 
-    def __init__(self, grid_sizes: Sequence[int] | None = (12, 6), ignore_index: int = 255) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        grid_sizes: Sequence[int] | None = (12, 6),
+        ignore_index: int = 255,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(process_group)
         self.grid_sizes = checks.check_grid_sizes(grid_sizes)
         self.ignore_index = checks.check_ignore_index(ignore_index)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
         return affinity_regression_loss(
-            logits, target, self.grid_sizes, ignore_index=self.ignore_index
+            logits,
+            target,
+            self.grid_sizes,
+            ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            process_group=self.process_group,
         )
+
+    def normalizer(self, target: Tensor) -> Tensor:
+        """int64 scalar: how many of the labels (N, H, W) have a point that counts. It adds up over
+        the parts of a batch, and ``forward`` of a part divides by it.
+        """
+        checks.check_target(target)
+        void = (target.to(torch.int64) == self.ignore_index).to(torch.int64)
+        blank = torch.zeros((), device=target.device).expand(void.shape)[:, None]
+        terms = affinity_regression_terms(blank, void, self.grid_sizes, ignore_index=1)
+        return (terms.pair_count > 0).sum()
 
     def extra_repr(self) -> str:
         return f"grid_sizes={self.grid_sizes}, ignore_index={self.ignore_index}"
@@ -321,12 +411,24 @@ class DilatedAffinityHead(nn.Conv2d):
         assert self.bias is not None
         nn.init.normal_(self.weight, std=0.01)
         frequency = torch.tensor(self.positive_frequency, dtype=torch.float64)
+        bias = frequency.logit().repeat_interleave(len(DIRECTIONS))
         with torch.no_grad():
-            self.bias.copy_(frequency.logit().repeat_interleave(len(DIRECTIONS)))
+            self.bias.copy_(_distributed_like(bias, self.bias))
 
     def extra_repr(self) -> str:
         frequency = ", ".join(f"{x:.4g}" for x in self.positive_frequency)
         return f"{self.in_channels}, rates={self.rates}, positive_frequency=({frequency})"
+
+
+def _distributed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The same tensor in all processes, as a DTensor where the parameter is one (FSDP)."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
 def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
@@ -350,17 +452,17 @@ def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) ->
     return tuple(checks.check_number("positive_frequency", x, above=0, below=1) for x in value)
 
 
-class DilatedAffinityLoss(nn.Module):
+class DilatedAffinityLoss(_Loss):
     """:func:`tritonaff.dilated_affinity_loss` with fixed options.
 
     Args:
-        rates, weighting, statistics, gamma, beta, ignore_index: see
+        rates, weighting, statistics, gamma, beta, ignore_index, process_group: see
             :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
             buffers, which move with the module.
 
     Shapes:
-        ``forward(affinity_logits, target)`` with affinity_logits (N, 8 R, H, W) and target
-        (N, H, W) gives a scalar.
+        ``forward(affinity_logits, target, normalizer=None)`` with affinity_logits (N, 8 R, H, W)
+        and target (N, H, W) gives a scalar.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -387,8 +489,9 @@ class DilatedAffinityLoss(nn.Module):
         gamma: float = 2.0,
         beta: float = 1.0,
         ignore_index: int = 255,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.rates = checks.check_rates(rates)
         checks.check_option("weighting", weighting, WEIGHTINGS)
         self.weighting = weighting
@@ -399,7 +502,9 @@ class DilatedAffinityLoss(nn.Module):
         for name, count in zip(("pixel_count", "signal_count"), given or (None, None), strict=True):
             self.register_buffer(name, None if count is None else count.detach().clone())
 
-    def forward(self, affinity_logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, affinity_logits: Tensor, target: Tensor, normalizer: Tensor | None = None
+    ) -> Tensor:
         counts = self.pixel_count, self.signal_count
         return dilated_affinity_loss(
             affinity_logits,
@@ -410,7 +515,16 @@ class DilatedAffinityLoss(nn.Module):
             gamma=self.gamma,
             beta=self.beta,
             ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            process_group=self.process_group,
         )
+
+    def normalizer(self, target: Tensor) -> Tensor:
+        """(R, 9, 3) int64: how many pixels, and signals of different and of same labels, the labels
+        (N, H, W) have. It adds up over the parts of a batch, and ``forward`` of a part uses it.
+        """
+        counts = neighbor_counts(target, self.rates, ignore_index=self.ignore_index)
+        return torch.cat((counts.pixel_count[..., None], counts.signal_count), dim=-1)
 
     def extra_repr(self) -> str:
         return (
@@ -477,22 +591,11 @@ class AffinityPropagation(nn.Module):
         )
 
 
-class _ReverseGradient(torch.autograd.Function):
-    """The identity, with the negated gradient: what the loss's minimiser does to it maximises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return -grad
-
-
 def _adversarial_softmax(scores: Tensor) -> Tensor:
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    reversed_scores: Tensor = _ReverseGradient.apply(scores)  # type: ignore[no-untyped-call]
-    return reversed_scores.to(dtype).softmax(dim=1)
+    """The softmax, with the negated gradient: what the loss's minimiser does to it maximises."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # Exactly the scores. An autograd.Function would lose its gradient in torch.export.
+    return (2 * scores.detach() - scores).softmax(dim=1)
 
 
 def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:

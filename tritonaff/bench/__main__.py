@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     static = commands.add_parser("static", help="compile every tile for three GPUs, without one")
     static.set_defaults(command=_static)
     static.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+
+    scaling = commands.add_parser("scaling", help="how time and memory grow, on the CPU")
+    scaling.set_defaults(command=_scaling)
+    scaling.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    scaling.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
     return parser
 
 
@@ -291,6 +296,38 @@ def _static(args: argparse.Namespace) -> int:
         yardsticks = {gpu.name: static.cross_entropy_ms(gpu.name) for gpu in static.GPUS.values()}
         content = {"kernels": kernels, "implied": implied, "cross_entropy_ms": yardsticks}
         _write(args.json, {**head, **content})
+    return 0
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from tritonaff.bench import scaling
+
+    rows = []
+    with _progress(sum(len(x.expected) for x in scaling.OPERATIONS.values())) as step:
+        for row in scaling.rows(args.quick):
+            step(f"{row.op} {row.grows}")
+            rows.append(row)
+    all_reduce_ms = scaling.all_reduce_ms()
+    device = f"CPU {_cpu_name()}, 1 thread"
+    print(f"{device}, {_one_line(versions())}")
+    columns = ["op", "grows", "ms", "x time", "expected", "x memory", "peak MB"]
+    lines = [
+        [
+            row.op,
+            " ".join((row.grows, *map(str, row.values))),
+            " ".join(f"{ms:.2f}" for ms in row.ms),
+            f"{row.growth:.2f}",
+            row.expected,
+            f"{row.memory_growth:.2f}",
+            " ".join(f"{count / 1e6:.1f}" for count in row.peak_bytes),
+        ]
+        for row in rows
+    ]
+    _print("by doubling, forward and backward", columns, lines)
+    print(f"one all-reduce of a loss's tables, two gloo processes: {all_reduce_ms:.2f} ms")
+    if args.json:
+        content = {"device": device, "versions": versions(), "all_reduce_ms": all_reduce_ms}
+        _write(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
 
 

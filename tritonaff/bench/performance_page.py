@@ -193,7 +193,8 @@ def _implied(static: dict[str, Any]) -> list[str]:
             title = criterion.title
             if title.startswith("... "):
                 title = f"{op.replace('_', ' ')}: {title[4:]}"
-            cells = [title, gpu, f"{value:.2g}", criterion.bound(criterion.least)]
+            figure = f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+            cells = [title, gpu, figure, criterion.bound(criterion.least)]
             rows.append([*cells, criterion.bound(criterion.aim), criterion.holds(value)])
     return [*lines, *table(["", "GPU", "implied", "at least", "aim", "would hold"], rows)]
 

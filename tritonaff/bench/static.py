@@ -129,6 +129,10 @@ NUM_OFFSETS = len(OFFSETS) // 2
 ITERATIONS = 10
 SIGNALS: dict[str, Any] = dilated_affinity.blocks(LOGITS, OFFSETS, group_size=8)
 NUM_SIGNALS = NUM_OFFSETS * SIGNALS["BLOCK_P"]
+TABLES: dict[str, Any] = dilated_affinity.tables_blocks(LOGITS, OFFSETS, group_size=8)
+TABLES_STEPS = dilated_affinity.steps(
+    torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), 8, TABLES["BLOCK_P"]
+)
 TILES = (
     Tile(
         "affinity_field_cross_entropy",
@@ -280,10 +284,10 @@ TILES = (
     Tile(
         "dilated_affinity",
         dilated_affinity.tables_kernel,
-        {**SIGNALS, "BLOCK_K": 16},
-        NUM_SIGNALS,
+        TABLES,
+        NUM_OFFSETS * TABLES["BLOCK_P"] * TABLES_STEPS,
         moved=LOGIT + 8 / NUM_OFFSETS,
-        trips=8,
+        trips=TABLES_STEPS,
         per_pixel=NUM_OFFSETS,
     ),
     Tile(

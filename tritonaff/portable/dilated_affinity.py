@@ -60,9 +60,9 @@ def forward(
     loss_sum, correct_count = sums.sum(dim=-1).transpose(2, 3)
     pixel_count, signal_count = histogram.counts()
     return (
-        loss_sum.to(dtype, memory_format=torch.contiguous_format),
+        loss_sum.to(dtype).contiguous(),
         signal_count,
-        correct_count.to(torch.int64, memory_format=torch.contiguous_format),
+        correct_count.to(torch.int64).contiguous(),
         pixel_count,
     )
 

@@ -1,0 +1,101 @@
+"""A data set in a folder, checked before any training, and random crops of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) and labels (H, W), both uint8
+
+
+class Dataset(NamedTuple):
+    name: str
+    classes: list[str]
+    train: list[Pair]
+    val: list[Pair]
+    test: list[Pair]
+
+
+class DataError(Exception):
+    """What is wrong with a data set, in one line."""
+
+
+def load_folder(folder: Path, ignore_index: int) -> Dataset:
+    """All of a data set, see the help of --data, into memory."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        raise DataError(f"there is no {path}: one class name per line")
+    classes = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    while classes and not classes[-1].strip():
+        classes.pop()
+    if not classes:
+        raise DataError(f"{path} is empty: one class name per line")
+
+    def split(name: str) -> list[Pair]:
+        paths = (folder / "images" / name).glob("*")
+        images = [path for path in paths if path.suffix.lower() in (".jpg", ".png")]
+        if not images:
+            raise DataError(f"there is no .jpg or .png in {folder / 'images' / name}")
+        labels = folder / "labels" / name
+        return [
+            load_pair(image, labels / f"{image.stem}.png", len(classes), ignore_index)
+            for image in sorted(images)
+        ]
+
+    return Dataset(folder.resolve().name, classes, split("train"), split("val"), split("test"))
+
+
+def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index: int) -> Pair:
+    if not label_path.is_file():
+        raise DataError(f"{image_path} has no labels {label_path}")
+    image, labels = open_image(image_path), open_image(label_path)
+    if labels.mode not in ("L", "P"):
+        raise DataError(f"{label_path} must hold one 8-bit value per pixel, has mode {labels.mode}")
+    if labels.size != image.size:
+        label_size, image_size = ("{}x{}".format(*x.size) for x in (labels, image))
+        raise DataError(f"{label_path} is {label_size}, its image {image_path} is {image_size}")
+    values = np.array(labels)
+    wrong = [v for v in np.unique(values).tolist() if v >= num_classes and v != ignore_index]
+    if wrong:
+        raise DataError(
+            f"{label_path} holds {wrong[0]}, neither one of the {num_classes} classes "
+            f"of classes.txt nor --ignore-index {ignore_index}"
+        )
+    return np.array(image.convert("RGB")), values
+
+
+def open_image(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # of almost any kind, for a broken file
+        raise DataError(f"cannot read {path}: {error}") from error
+    return image
+
+
+def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of images (N, H, W, 3) and labels (N, H, W), half of them mirrored."""
+    rng = np.random.default_rng(options.seed)
+    shape = (options.batch_size, *options.size)
+    _, height, width = shape
+    while True:
+        images = np.zeros((*shape, 3), np.uint8)
+        labels = np.full(shape, options.ignore_index, np.uint8)
+        for k, index in enumerate(rng.integers(len(pairs), size=len(images))):
+            image, label = pairs[index]
+            y = rng.integers(max(label.shape[0] - height, 0) + 1)
+            x = rng.integers(max(label.shape[1] - width, 0) + 1)
+            window = np.s_[y : y + height, x : x + width]
+            mirror = np.s_[:, :: rng.choice((1, -1))]
+            # What is smaller than the crop stays in its corner; the rest is ignored.
+            corner = np.s_[k, : label.shape[0], : label.shape[1]]
+            images[corner] = image[window][mirror]
+            labels[corner] = label[window][mirror]
+        yield torch.from_numpy(images), torch.from_numpy(labels)

@@ -1,0 +1,232 @@
+"""The losses that the study compares: each is cross-entropy and something beside it or inside it.
+
+A loss is called with what the network says, the batch and the progress in [0, 1), a 0-d tensor. Its
+weight, and what else it can be told, come from the study's plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tritonaff import (
+    AdaptiveAffinityFieldLoss,
+    AffinityFieldLoss,
+    AffinityRegressionLoss,
+    DilatedAffinityLoss,
+    NeighborStatistics,
+    expand_rates,
+)
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (N, C, H, W)
+    features: Tensor  # (N, D, H, W), what the classifier reads
+    affinity: Tensor | None  # (N, 8 R, H, W), logits of the head for dilated affinity
+
+
+class Batch(NamedTuple):
+    target: Tensor  # (N, H, W)
+    distance: Tensor | None  # (N, H, W), see boundary_distance; None if the loss does not need it
+
+
+class Facts(NamedTuple):
+    """What a loss has to know of a data set."""
+
+    num_classes: int
+    ignore_index: int
+    stride: int  # pixels of the image for one of the target
+    targets: Sequence[np.ndarray]  # training labels, as they are compared
+
+
+class CrossEntropy(nn.Module):
+    neighbors: NeighborStatistics | None = None  # what a head for affinity starts from: no head
+    needs_distance = False  # in its batches
+
+    def __init__(self, facts: Facts, weight: float = 1.0) -> None:
+        super().__init__()
+        self.ignore_index = facts.ignore_index
+        # A tensor: another number would compile again.
+        self.register_buffer("weight", torch.tensor(weight))
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        return F.cross_entropy(output.logits, batch.target, ignore_index=self.ignore_index)
+
+    def optimizer_groups(self, lr: float) -> list[dict]:
+        """What the loss itself learns."""
+        return []
+
+
+class Affinity(CrossEntropy):
+    """Affinity fields of fixed sizes; AAF paper, Eq. 3."""
+
+    def __init__(self, facts: Facts, weight: float, kernel_sizes: Sequence[int] = (3,)) -> None:
+        super().__init__(facts, weight)
+        self.field = AffinityFieldLoss(kernel_sizes, ignore_index=facts.ignore_index)
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        field = self.field(output.logits, batch.target, progress)
+        return super().forward(output, batch, progress) + self.weight * field
+
+
+class AdaptiveAffinity(Affinity):
+    """Adaptive affinity fields; AAF paper, Eq. 7."""
+
+    def __init__(
+        self, facts: Facts, weight: float, kernel_sizes: Sequence[int] = (3, 5, 7)
+    ) -> None:
+        super().__init__(facts, weight)
+        self.field = AdaptiveAffinityFieldLoss(
+            facts.num_classes, kernel_sizes, ignore_index=facts.ignore_index
+        )
+
+    def optimizer_groups(self, lr: float) -> list[dict]:
+        return [self.field.optimizer_group(lr)]
+
+
+REGRESSION_FROM = 2 / 3  # of the progress
+
+
+class AffinityRegression(CrossEntropy):
+    """Cross-entropy alone first, affinity regression beside it in the last third of the steps. The
+    paper adds it when the network has reached its peak and trains on; here every loss has the same
+    number of steps.
+    """
+
+    def __init__(self, facts: Facts, weight: float) -> None:
+        super().__init__(facts, weight)
+        self.regression = AffinityRegressionLoss(ignore_index=facts.ignore_index)
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        # A weight of 0, not an "if": that would read the progress back and compile twice.
+        weight = self.weight * (progress >= REGRESSION_FROM)
+        regression = self.regression(output.logits, batch.target)
+        return super().forward(output, batch, progress) + weight * regression
+
+
+class Dilated(CrossEntropy):
+    """Dilated affinity, for a head beside the classifier. Rates are in pixels of the image."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        weight: float,
+        rates: Sequence = (8, 16),
+        weighting: str = "sqrt",
+    ) -> None:
+        super().__init__(facts, weight)
+        self.rates = [(r1 // facts.stride, r2 // facts.stride) for r1, r2 in expand_rates(rates)]
+        self.neighbors = NeighborStatistics(self.rates, facts.ignore_index)
+        for target in facts.targets:
+            self.neighbors.update(torch.from_numpy(target)[None])
+        self.dilated = DilatedAffinityLoss(
+            self.rates,
+            weighting=weighting,
+            statistics=self.neighbors,
+            ignore_index=facts.ignore_index,
+        )
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        dilated = self.dilated(output.affinity, batch.target)
+        return super().forward(output, batch, progress) + self.weight * dilated
+
+
+class Contrastive(CrossEntropy):
+    """Contrastive loss of the pixels' embedding; AAF paper, Eq. 9."""
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        loss = contrastive_loss(output.features, batch.target, self.ignore_index)
+        return super().forward(output, batch, progress) + self.weight * loss
+
+
+def contrastive_loss(
+    features: Tensor, target: Tensor, ignore_index: int, margin: float = 0.2
+) -> Tensor:
+    """With f the features (N, D, H, W) of length 1 and d = |f_i - f_j|^2, over all pairs of a pixel
+    and one of its 8 neighbours: the mean of d where the labels (N, H, W) are equal, and that of
+    max(0, margin - d) where they differ. Ignored pixels are in no pair.
+
+    The paper says "over the feature map" and leaves the pairs open: these are those of its affinity
+    field with the size 3, and the two kinds are averaged apart as there.
+    """
+    f = F.normalize(features, dim=1)
+    counted = target != ignore_index
+    height, width = target.shape[1:]
+    sums = [features.new_zeros(()) for _ in range(4)]
+    # d is symmetric: half of the 8 directions gives the same means.
+    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        left, right = max(-right, 0), max(right, 0)
+        here = ..., slice(height - down), slice(left, width - right)
+        there = ..., slice(down, height), slice(right, width - left)
+        d = (f[here] - f[there]).square().sum(dim=1)
+        valid, same = counted[here] & counted[there], target[here] == target[there]
+        alike, apart = valid & same, valid & ~same
+        terms = (d * alike).sum(), alike.sum(), ((margin - d).relu() * apart).sum(), apart.sum()
+        sums = [total + term for total, term in zip(sums, terms, strict=True)]
+    return sums[0] / sums[1].clamp(min=1) + sums[2] / sums[3].clamp(min=1)
+
+
+BOUNDARY_SIGMA = 5.0  # pixels of the image, as in U-Net
+
+
+class BoundaryWeights(CrossEntropy):
+    """Cross-entropy that weighs a pixel by its distance d to the nearest other label, as U-Net:
+    1 + w0 exp(-d^2 / (2 sigma^2)), here w0 = weight.
+
+    U-Net adds the distances to the two nearest cells. Segments of a label map leave no gap: the
+    distance to the nearest, the pixel's own, is 0. Its weights that balance classes are left out,
+    as no other loss here has any.
+    """
+
+    needs_distance = True
+
+    def __init__(self, facts: Facts, weight: float) -> None:
+        super().__init__(facts, weight)
+        self.sigma = BOUNDARY_SIGMA / facts.stride
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        loss = F.cross_entropy(
+            output.logits, batch.target, ignore_index=self.ignore_index, reduction="none"
+        )
+        weight = 1 + self.weight * torch.exp(-0.5 * (batch.distance / self.sigma) ** 2)
+        weight = weight * (batch.target != self.ignore_index)
+        return (weight * loss).sum() / weight.sum().clamp(min=1)
+
+
+def boundary_distance(labels: np.ndarray, ignore_index: int) -> np.ndarray:
+    """(H, W) float32: how far each pixel's centre is from that of the nearest pixel which counts
+    and has another label. Infinite where there is none, 0 where the pixel itself is ignored.
+    """
+    distance = np.zeros(labels.shape, np.float32)
+    for label in np.unique(labels[labels != ignore_index]):
+        other = (labels != label) & (labels != ignore_index)
+        far = ndimage.distance_transform_edt(~other) if other.any() else np.inf
+        distance = np.where(labels == label, far, distance)
+    return distance.astype(np.float32)
+
+
+LOSSES: dict[str, type[CrossEntropy]] = {
+    "ce": CrossEntropy,
+    "ce+affinity": Affinity,
+    "ce+aaf": AdaptiveAffinity,
+    "ce+ar": AffinityRegression,
+    "ce+dilated": Dilated,
+    "ce+contrastive": Contrastive,
+    "unet": BoundaryWeights,
+}
+
+TITLES = {
+    "ce": "cross-entropy",
+    "ce+affinity": "+ affinity, size 3",
+    "ce+aaf": "+ AAF, sizes 3, 5, 7",
+    "ce+ar": "+ affinity regression",
+    "ce+dilated": "+ dilated affinity",
+    "ce+contrastive": "+ contrastive",
+    "unet": "weighted at boundaries",
+}

