@@ -535,7 +535,8 @@ def train(
     network, criterion = make(run, data, backbone, device)
     optimizer = make_optimizer(network, criterion, run)
     poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 - k / run.steps) ** 0.9)
-    # At the image's resolution Inductor (torch 2.13, CPU) makes gradients that are all 0.
+    # Inductor of torch 2.13 loses an order in the backward pass of upsampling on a CPU
+    # (pytorch/pytorch#185509): all gradients would be 0.
     compiled = compiled and run.resolution == "logits"
     forward = compiled_objective() if compiled else objective
     source = batches(data, run, device)
