@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -280,6 +281,40 @@ def test_labels_that_meet_between_patches(monkeypatch, device):
 def test_edges_in_half_precision(backend, device, dtype):
     """Where tiles replace the dense gradient."""
     check_parity(case_with((3, 5)), backend, *make_inputs((1, 3, 8, 12), dtype, device))
+
+
+def test_a_sure_and_wrong_pixel_in_float16(backend, device):
+    """At a usual loss scale: d loss / d p is 1 / eps times what the softmax makes of it."""
+    target = torch.zeros(1, 16, 16, dtype=torch.int64, device=device)
+    target[:, :, 8:] = 1
+    logits = 2.0 * torch.nn.functional.one_hot(target, 4).movedim(-1, 1)
+    logits[:, :, :, 8] = torch.tensor([9.6, 0, 0, 0], device=device)[:, None]
+    logits = logits.half().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        2**14 * tritonaff.affinity_field_loss(logits.double(), target), logits
+    )
+    with tritonaff.use_backend(backend):
+        (grad,) = torch.autograd.grad(2**14 * tritonaff.affinity_field_loss(logits, target), logits)
+    torch.testing.assert_close(grad, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_shows(backend, device, bad, monkeypatch):
+    """With a GPU's maximum, which drops it, in place of the interpreter's."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    for name, operation in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+        monkeypatch.setattr(
+            interpreter,
+            name,
+            lambda self, a, b, operation=operation: self.binary_op(a, b, operation),
+        )
+    logits, target = make_inputs((1, 4, 12, 12), device=device)
+    logits[0, 1, 5, 6] = bad
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_field_loss(logits.requires_grad_(), target)
+        (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isnan()
+    assert not grad[0, :, 5, 6].isfinite().any()
 
 
 @pytest.mark.parametrize("width", [60, 61, 124, 125, 128, 250])

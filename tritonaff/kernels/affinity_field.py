@@ -85,7 +85,9 @@ def fields(x, top, rest, own, limit, eps):
     not_e = 1 - e + rest
     log_odds = tl.minimum(tl.maximum(x - log(not_e), -limit), limit)
     u = tl.where(own, not_e, e) * reciprocal(1 + rest)
-    u = tl.minimum(tl.maximum(u, eps), 1 - eps) - eps
+    # What is not a number stays so: a GPU's maximum would make it eps, and the loss finite.
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    u = tl.minimum(tl.maximum(u, eps, nan), 1 - eps, nan) - eps
     return tl.where(own, -u, u), log_odds
 
 
@@ -235,6 +237,7 @@ def statistics_kernel(
     largest, largest_row = tl.max(top, axis=0, return_indices=True, keep_dims=True)
     others = (rest + 1) * exp(top - largest)
     rest = tl.sum(tl.where(row == largest_row, rest, others), axis=0, keep_dims=True)
+    rest = tl.where(tl.abs(largest) < 1e38, rest, float("nan"))  # infinity has no softmax
 
     label = load_label(
         target_ptr + n * target_stride_n + first, 0 * pixel, pixel, 1, HW - first, C, 0, 1,
@@ -766,11 +769,12 @@ def backward(
     """The gradient with respect to the logits, given those with respect to sums and log loss."""
     given, logits = logits, planes(logits)
     n, num_classes, height, width = logits.shape
-    # First p d loss / d p. It has the range of the result, so it can have its dtype and place,
-    # unless it is added up. In half precision edge tiles replace what the dense tile wrote: to take
-    # some of it out again would leave its rounding.
+    # First p d loss / d p, in the dtype and place of the result, unless it is added up. It may be
+    # 1 / eps times as large, which float16 does not hold. In bfloat16 edge tiles replace what the
+    # dense tile wrote: to take some of it out again would leave its rounding.
     steps = parts(kernel_sizes, logits)
-    dtype = logits.dtype if len(steps) == 1 else torch.float32
+    in_place = len(steps) == 1 and logits.dtype != torch.float16
+    dtype = logits.dtype if in_place else torch.float32
     grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
     shape = num_classes, height, width, logits.stride(0), logits.stride(1)
     limit = math.log((1 - eps) / eps)
