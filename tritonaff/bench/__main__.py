@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
     if left_out:
         head["left_out"] = left_out
     if args.json:
-        _write(args.json, {**head, "rows": [dataclasses.asdict(row) for row in rows]})
+        write_json(args.json, {**head, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
 
 
@@ -295,7 +295,7 @@ def _static(args: argparse.Namespace) -> int:
         head = {"device": "none: compiled", "versions": versions()}
         yardsticks = {gpu.name: static.cross_entropy_ms(gpu.name) for gpu in static.GPUS.values()}
         content = {"kernels": kernels, "implied": implied, "cross_entropy_ms": yardsticks}
-        _write(args.json, {**head, **content})
+        write_json(args.json, {**head, **content})
     return 0
 
 
@@ -327,7 +327,7 @@ def _scaling(args: argparse.Namespace) -> int:
     print(f"one all-reduce of a loss's tables, two gloo processes: {all_reduce_ms:.2f} ms")
     if args.json:
         content = {"device": device, "versions": versions(), "all_reduce_ms": all_reduce_ms}
-        _write(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
+        write_json(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
 
 
@@ -398,8 +398,11 @@ def _one_line(names: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in names.items())
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The whole of it or, should the process be killed, what was there before."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import tritonaff
 from tritonaff.bench import measure
-from tritonaff.bench.__main__ import DTYPES, describe, versions
+from tritonaff.bench.__main__ import DTYPES, describe, versions, write_json
 from tritonaff.bench.cases import (
     AFFINITY_FIELD_SIZES,
     CASES,
@@ -399,7 +399,7 @@ class Record:
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.content["rows"][key] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_json(self.path, self.content)
         print(f"{row['status']:8} {key}  {_summary(row)}", flush=True)
 
     def failed(self, prefix: str = "") -> list[str]:
