@@ -217,10 +217,11 @@ def affinity_field_loss(
         >>> loss = loss + tritonaff.affinity_field_loss(logits, target, kernel_sizes=(3, 5))
         >>> loss.backward()
     """
-    loss, _ = affinity_field_and_cross_entropy(
+    return affinity_field_and_cross_entropy(
         logits,
         target,
         kernel_sizes,
+        progress=None,
         cross_entropy=False,
         weight=None,
         edge_weight=edge_weight,
@@ -234,7 +235,6 @@ def affinity_field_loss(
         normalizer=normalizer,
         process_group=process_group,
     )
-    return loss
 
 
 def affinity_field_cross_entropy(
@@ -290,10 +290,11 @@ def affinity_field_cross_entropy(
         >>> torch.allclose(loss, expected)
         True
     """
-    affinity, cross_entropy = affinity_field_and_cross_entropy(
+    return affinity_field_and_cross_entropy(
         logits,
         target,
         kernel_sizes,
+        progress=None,
         cross_entropy=True,
         weight=weight,
         edge_weight=edge_weight,
@@ -307,8 +308,6 @@ def affinity_field_cross_entropy(
         normalizer=None,
         process_group=process_group,
     )
-    assert cross_entropy is not None
-    return cross_entropy + affinity
 
 
 def affinity_field_and_cross_entropy(
@@ -316,6 +315,7 @@ def affinity_field_and_cross_entropy(
     target: Tensor,
     kernel_sizes: Sequence[int],
     *,
+    progress: float | Tensor | None,
     cross_entropy: bool,
     weight: Tensor | None,
     edge_weight: Tensor | None,
@@ -328,8 +328,10 @@ def affinity_field_and_cross_entropy(
     variant: str,
     normalizer: Tensor | None,
     process_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The two losses of one operation; None for cross-entropy where it is not asked for."""
+) -> Tensor:
+    """What functions and modules share: the affinity field loss, less of it with progress, and
+    cross-entropy where it is asked for.
+    """
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
     checks.check_process_group(process_group)
@@ -353,8 +355,22 @@ def affinity_field_and_cross_entropy(
     non_edge = _weighted_mean(
         "non_edge_weight", non_edge_weight, terms.non_edge_sum, terms.non_edge_count
     )
-    affinity = edge_lambda * edge + non_edge_lambda * non_edge
-    return affinity, _cross_entropy(weight, *tables[4:]) if cross_entropy else None
+    loss = edge_lambda * edge + non_edge_lambda * non_edge
+    if progress is not None:
+        loss = loss * _decay(progress, loss)
+    return _cross_entropy(weight, *tables[4:]) + loss if cross_entropy else loss
+
+
+def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:
+    """10 ** -progress, a tensor if progress is one."""
+    if isinstance(progress, Tensor):
+        if not progress.is_floating_point():
+            raise TypeError(f"progress must be a floating-point tensor, got {progress.dtype}")
+        if progress.dim() != 0:
+            shape = tuple(progress.shape)
+            raise ValueError(f"progress must be a number or a 0-d tensor, got shape {shape}")
+        return torch.pow(10.0, -progress).to(loss.dtype)
+    return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))
 
 
 def _cross_entropy(weight: Tensor | None, log_loss: Tensor, pixel_count: Tensor) -> Tensor:

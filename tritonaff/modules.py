@@ -149,10 +149,11 @@ class AffinityFieldLoss(_Loss):
                 "normalizer must be None with cross_entropy=True, which divides by another number: "
                 "compute cross-entropy beside the loss"
             )
-        loss, cross_entropy = affinity_field_and_cross_entropy(
+        return affinity_field_and_cross_entropy(
             logits,
             target,
             self.kernel_sizes,
+            progress=progress,
             cross_entropy=self.cross_entropy,
             weight=self.class_weight,
             edge_weight=edge_weight,
@@ -166,9 +167,6 @@ class AffinityFieldLoss(_Loss):
             normalizer=normalizer,
             process_group=self.process_group,
         )
-        if progress is not None:
-            loss = loss * _decay(progress, loss)
-        return loss if cross_entropy is None else cross_entropy + loss
 
     def extra_repr(self) -> str:
         return (
@@ -596,15 +594,3 @@ def _adversarial_softmax(scores: Tensor) -> Tensor:
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # Exactly the scores. An autograd.Function would lose its gradient in torch.export.
     return (2 * scores.detach() - scores).softmax(dim=1)
-
-
-def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:
-    """10 ** -progress, a tensor if progress is one."""
-    if isinstance(progress, Tensor):
-        if not progress.is_floating_point():
-            raise TypeError(f"progress must be a floating-point tensor, got {progress.dtype}")
-        if progress.dim() != 0:
-            shape = tuple(progress.shape)
-            raise ValueError(f"progress must be a number or a 0-d tensor, got shape {shape}")
-        return torch.pow(10.0, -progress).to(loss.dtype)
-    return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))
