@@ -392,16 +392,17 @@ def softmax_backward_(
         p = (logits[images, :, rows] - top[images, :, rows]).exp_()
         largest = torch.eq(p, 1, out=torch.empty_like(p))
         total = 1 + rest[images, :, rows]
-        some_label = label[images, :, rows].clamp(min=0)
-        own_q = (1 - p.gather(1, some_label)).add_(rest[images, :, rows]).div_(total)
         p.div_(total)
         grad = grad_p[images, :, rows].mul_(p)
         grad.addcmul_(p, grad.sum(dim=1, keepdim=True), value=-1)
         missing = grad.sum(dim=1, keepdim=True).div_(largest.sum(dim=1, keepdim=True))
         grad.sub_(largest.mul_(missing))
         if grad_log_loss is not None:
-            factor = grad_log_loss[some_label].where(label[images, :, rows] >= 0, 0)
-            grad.addcmul_(p.scatter_(1, some_label, own_q.neg_()), factor)
+            own = label[images, :, rows].clamp(min=0)
+            own_e = (logits[images, :, rows].gather(1, own) - top[images, :, rows]).exp_()
+            own_q = (1 - own_e).add_(rest[images, :, rows]).div_(total)
+            factor = grad_log_loss[own].where(label[images, :, rows] >= 0, 0)
+            grad.addcmul_(p.scatter_(1, own, own_q.neg_()), factor)
 
 
 def probabilities(
