@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import load_label, on_device, steps_in_32_bits
+from tritonaff.kernels.shared import first_pixel, load_label, on_device, steps_in_32_bits
 from tritonaff.portable.blocks import in_layout_of
 
 # What a strip reads beside the columns that it owns: the largest distance that it reaches.
@@ -216,7 +216,8 @@ def statistics_kernel(
     C, HW, stride_n, stride_c, target_stride_n, ignore_index,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n, first, pixel = pixels(HW, BLOCK_P)
+    n, first = first_pixel(HW, BLOCK_P)
+    pixel = tl.arange(0, BLOCK_P)[None, :]  # from there
     mask = pixel < HW - first
     row = tl.arange(0, BLOCK_C)[:, None]
     x_ptr = logits_ptr + n * stride_n + first + row.to(tl.int64) * stride_c + pixel
@@ -247,15 +248,6 @@ def statistics_kernel(
     tl.store(top_ptr + at, largest, mask=mask)
     tl.store(rest_ptr + at, rest, mask=mask)
     tl.store(label_ptr + at, label.to(label_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def pixels(HW, BLOCK_P: tl.constexpr):
-    """Image, first pixel, and this program's pixels (1, BLOCK_P) from there."""
-    blocks = tl.cdiv(HW, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
-    return n, first, tl.arange(0, BLOCK_P)[None, :]
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -619,7 +611,8 @@ def softmax_backward_kernel(
     C, HW, stride_n, stride_c,
     CROSS_ENTROPY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n, first, pixel = pixels(HW, BLOCK_P)
+    n, first = first_pixel(HW, BLOCK_P)
+    pixel = tl.arange(0, BLOCK_P)[None, :]  # from there
     in_image = pixel < HW - first
     row = tl.arange(0, BLOCK_C)[:, None]
     top = tl.load(top_ptr + n * HW + first + pixel, mask=in_image, other=0.0)
@@ -846,22 +839,22 @@ def rows(logits: Tensor) -> int:
     if logits.device.type == "cpu":
         return INTERPRETED_ROWS
     strips = n * strips_in(width, strip_blocks(logits)) * class_blocks(logits)
-    return max(8, min(64, cdiv(height, cdiv(STRIP_PROGRAMS, max(1, strips)))))
+    return max(8, min(64, triton.cdiv(height, triton.cdiv(STRIP_PROGRAMS, max(1, strips)))))
 
 
 def strips_in(width: int, blocks: dict[str, int]) -> int:
     columns = 4 * blocks["LANES"]
-    return 1 if width <= columns - HALO.value else cdiv(width, columns - 2 * HALO.value)
+    return 1 if width <= columns - HALO.value else triton.cdiv(width, columns - 2 * HALO.value)
 
 
 def class_blocks(logits: Tensor) -> int:
-    return cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
+    return triton.cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
 
 
 def strip_programs(logits: Tensor) -> int:
     """Without those of other classes."""
     n, _, height, width = logits.shape
-    return n * strips_in(width, strip_blocks(logits)) * cdiv(height, rows(logits))
+    return n * strips_in(width, strip_blocks(logits)) * triton.cdiv(height, rows(logits))
 
 
 def strip_grid(logits: Tensor) -> tuple[int]:
@@ -878,7 +871,7 @@ def patch_blocks(logits: Tensor) -> dict[str, int]:
 def patch_programs(logits: Tensor) -> int:
     n, _, height, width = logits.shape
     blocks = patch_blocks(logits)
-    return n * cdiv(height, blocks["BLOCK_H"]) * cdiv(width, blocks["BLOCK_W"])
+    return n * triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
 
 
 def pixel_blocks(logits: Tensor) -> dict[str, int]:
@@ -890,8 +883,4 @@ def pixel_blocks(logits: Tensor) -> dict[str, int]:
 
 def pixel_grid(logits: Tensor) -> tuple[int]:
     n, _, height, width = logits.shape
-    return (n * cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return (n * triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import load_label, on_device, rows_and_columns
+from tritonaff.kernels.shared import first_pixel, load_label, on_device, rows_and_columns
 from tritonaff.portable.affinity_regression import factors, squared_error_of
 
 # Blocks are small because products in full precision keep their operands in registers; those below
@@ -344,12 +344,10 @@ def gradient_kernel(
     ignore_index,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(HW, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    n, first = first_pixel(HW, BLOCK_P)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
     factor_ptr += n * 2 * C * C
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
     h, w = rows_and_columns(first, W, BLOCK_P)
     h, w = h[None, :], w[None, :]
     c = tl.arange(0, BLOCK_C)[:, None]

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import on_device, pixels, steps_in_32_bits
+from tritonaff.kernels.shared import first_pixel, on_device, pixels, steps_in_32_bits
 
 # Four pixels for each thread of 4 warps: the loads of all labels of a group are in flight together.
 BLOCK_P = 512
@@ -129,9 +129,7 @@ def tables_kernel(
     target_stride_n, target_stride_h, target_stride_w, gamma, ignore_index,
     OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    programs = tl.cdiv(HW, BLOCK_P * STEPS)
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs).to(tl.int64) * (BLOCK_P * STEPS)
+    n, first = first_pixel(HW, BLOCK_P * STEPS)
     first_h, first_w = (first // W).to(tl.int32), (first % W).to(tl.int32)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
@@ -317,7 +315,7 @@ def tables_blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[s
 def steps(logits: Tensor, group_size: int, block_p: int) -> int:
     """Blocks of a program that makes tables: what it counts fits 8 bits, and 16 for all pixels."""
     n, _, height, width = logits.shape
-    of_image: int = triton.cdiv(height * width, block_p)
+    of_image = triton.cdiv(height * width, block_p)
     fit = min(0xFF, 0xFFFF // block_p) // group_size
     return max(1, min(MAX_STEPS, fit, of_image, n * of_image // MIN_PROGRAMS))
 

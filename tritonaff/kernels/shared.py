@@ -38,11 +38,17 @@ def rows_and_columns(first, W, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def first_pixel(HW, pixels_per_program):
+    """Image, and index of the first of this program's consecutive pixels, as int64."""
+    programs = tl.cdiv(HW, pixels_per_program)
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    return n, (tl.program_id(0) % programs).to(tl.int64) * pixels_per_program
+
+
+@triton.jit
 def pixels(HW, W, BLOCK_P: tl.constexpr):
     """Image, and index, row and column (pixels,), of this program's consecutive pixels."""
-    blocks = tl.cdiv(HW, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
+    n, first = first_pixel(HW, BLOCK_P)
     h, w = rows_and_columns(first, W, BLOCK_P)
     return n, first + tl.arange(0, BLOCK_P), h, w
 
