@@ -552,6 +552,14 @@ def test_extreme_logits_are_finite(backend, device, gamma, dtype):
     check_parity(case, backend, logits, target)
 
 
+def test_the_smallest_logit_above_zero_predicts_a_same_label(backend, device):
+    """And zero of either sign a different one."""
+    logits, target = CASE.make_inputs((1, 32, 5, 7), device=device)
+    around_zero = torch.tensor([0.0, -0.0, 2.0**-149, -(2.0**-149)], device=device)
+    logits = around_zero.repeat(logits.numel() // 4).view_as(logits)
+    check_parity(case_with([1, (2, 3), 2, 4]), backend, logits, target)
+
+
 def test_a_uniform_image_is_n8_up_to_its_border(backend, device):
     target = torch.full((1, 6, 7), 3, device=device)
     assert tritonaff.neighbor_categories(target, [2]).tolist() == [[0] * 8 + [42]]
