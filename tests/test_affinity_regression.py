@@ -154,10 +154,10 @@ def test_matrices_match_the_reference(values, grid_sizes):
         assert all(map(torch.equal, labels, expected_labels))
 
 
-@pytest.mark.parametrize("classes", [19, 40, 256])
+@pytest.mark.parametrize("classes", [19, 32, 40, 256])
 @pytest.mark.parametrize("grid_sizes", [(12, 6), None])
 def test_many_classes(backend, device, classes, grid_sizes):
-    """More than one block of classes, and of pixels."""
+    """One full block of classes and more than one, more than one of pixels."""
     shape = (2, classes, 23, 31) if classes < 100 else (1, classes, 12, 13)
     for confidence in (0.0, 9.0):
         values = make_inputs(shape, device=device, confidence=confidence)
@@ -182,7 +182,7 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 
 def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
-    """The blocks of a GPU: every seam between programs."""
+    """The blocks of a GPU, with few pixels in a program: every seam between programs."""
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_regression as kernels
 
@@ -190,11 +190,15 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     on_gpu = torch.empty_like(logits, device="meta")
     for name in ("pairs_blocks", "pairs_gradient_blocks"):
         blocks = getattr(kernels, name)(on_gpu, 45)
+        if "BLOCK_P" in blocks:
+            blocks["BLOCK_P"] = 64
         monkeypatch.setattr(kernels, name, lambda logits, points, blocks=blocks: dict(blocks))
     for name in ("gram_blocks", "gradient_blocks", "matrix_blocks"):
         blocks = getattr(kernels, name)(on_gpu)
         if "STEPS" in blocks:
             blocks["STEPS"] = 2
+        if "BLOCK_P" in blocks:
+            blocks["BLOCK_P"] = 32
         monkeypatch.setattr(kernels, name, lambda logits, blocks=blocks: dict(blocks))
     for grid_sizes in ((6, 3), None):
         check_parity(case_with(grid_sizes), "triton", logits, target)

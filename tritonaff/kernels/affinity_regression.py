@@ -8,22 +8,24 @@ docs/affinity_regression.md derives the rest.
 At the points of grids, few enough for all pairs:
 
     pairs_kernel           a block of points against all others -> squared error, one launch
-    pairs_gradient_kernel  the same -> d loss / d logits at these points; the other pixels are
-                           zeros of one memset
+    pairs_gradient_kernel  the same -> d loss / d logits at these points; other programs of the
+                           same launch write zeros to the other pixels
 
 Every pixel, linear in their number:
 
-    gram_kernel            pixels of one image, 2 blocks of classes -> partial D D^T, D M^T, M M^T
+    gram_kernel            pixels of one image, 2 blocks of classes -> partial D D^T, D Y^T
     gradient_kernel        pixels, all classes -> d loss / d logits
 
     matrix_kernel          a block of points against another -> the matrix A itself, for people
 
 Half precision is read as it is; products are float32 in full precision ("ieee"), and so are sums,
-except those of the Gram matrices, which are float64. Grid sizes and blocks compile anew, image
-sizes do not.
+except those of the Gram matrices, which are float64. Grid sizes, numbers of classes and blocks
+compile anew, image sizes do not.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -35,11 +37,34 @@ from tritonaff.portable.affinity_regression import factors, squared_error_of
 
 # Blocks are small because products in full precision keep their operands in registers; those below
 # spill none or few on the GPUs that `tritonaff-bench static` compiles for.
-# Pixels that one program adds to a tile of the Gram matrices: at least so many, and so many per
-# class that the partial matrices stay below a fifth of float32 logits.
-GRAM_PIXELS, GRAM_PIXELS_PER_CLASS = 2048, 32
+# Pixels per class that one program adds to a tile of the Gram matrices: so many that the partial
+# matrices stay below an eighth of float32 logits, and a quarter of that where there would be too
+# few programs for a GPU.
+GRAM_PIXELS_PER_CLASS, GRAM_PROGRAMS = 32, 1024
 # Points i that one program compares with all others.
 POINTS_PER_PROGRAM = 256
+
+
+# exp(x / 2) = 2^(x HALF_LOG2_E).
+HALF_LOG2_E = tl.constexpr(0.5 / math.log(2))
+
+
+@triton.jit
+def steps_of(h, H, size):
+    """The first of the steps i = 0, 1, ... of a grid whose rows i H // size are h, and how many."""
+    first = tl.cdiv(h * size, H)
+    return first, tl.cdiv((h + 1) * size, H) - first
+
+
+@triton.jit
+def times_sampled(h, w, H, W, GRIDS: tl.constexpr):
+    """How many sample points this pixel is."""
+    times = tl.zeros_like(h)
+    for k in tl.static_range(len(GRIDS)):
+        _first_i, rows = steps_of(h, H, GRIDS[k])
+        _first_j, columns = steps_of(w, W, GRIDS[k])
+        times += rows * columns
+    return times
 
 
 @triton.jit
@@ -67,24 +92,25 @@ def grid_point(index, L, H, W, GRIDS: tl.constexpr):
             inside = (index >= start) & (index < start + GRIDS[k] * GRIDS[k])
             i = (index - start) // GRIDS[k]
             j = (index - start) % GRIDS[k]
-            # Row h is that of the steps i with floor(i H / g) = h.
-            first_i = tl.cdiv(h * GRIDS[k], H)
-            first_j = tl.cdiv(w * GRIDS[k], W)
-            repeats = (tl.cdiv((h + 1) * GRIDS[k], H) - first_i) * (
-                tl.cdiv((w + 1) * GRIDS[k], W) - first_j
-            )
+            first_i, rows = steps_of(h, H, GRIDS[k])
+            first_j, columns = steps_of(w, W, GRIDS[k])
             first = first & (~inside | ((times == 0) & (i == first_i) & (j == first_j)))
-            times += repeats
+            times += rows * columns
             start += GRIDS[k] * GRIDS[k]
     return tl.where(index < L, h, -1), w, times, first
 
 
 @triton.jit
 def load_logits(logits_ptr, c, h, w, mask, C, stride_c, stride_h, stride_w):
-    """(BLOCK_C, points), -inf in classes that do not exist; 0 where masked."""
+    """(BLOCK_C, points), -inf where masked and in classes that do not exist."""
     offs = c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    x = tl.load(logits_ptr + offs, mask=mask & (c < C), other=0.0).to(tl.float32)
-    return tl.where(c < C, x, -float("inf"))
+    return tl.load(logits_ptr + offs, mask=mask & (c < C), other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def half_exp(x, top):
+    """exp((x - top) / 2)."""
+    return tl.exp2((x - top) * HALF_LOG2_E)
 
 
 @triton.jit
@@ -92,29 +118,28 @@ def statistics(x, c, label):
     """Of points (1, P) with all their classes: the largest logit, what to multiply
     exp((x - largest) / 2) by for the square root of p, that root and 1 - p in the label's channel.
 
-    All but the first are 0 where a point does not count.
+    Where a point does not count its logits are -inf, and such is what this gives that S is 0.
     """
-    top = tl.max(x, axis=0)[None, :]
-    half = tl.exp((x - top) * 0.5)
-    e = half * half
+    counts = label >= 0
+    top = tl.where(counts, tl.max(x, axis=0)[None, :], 0.0)
+    half = half_exp(x, top)
     own = c == label
     own_half = tl.sum(tl.where(own, half, 0.0), axis=0)[None, :]
     # 1 - p is the sum of the others: all digits where p is near 1.
-    others = tl.sum(tl.where(own, 0.0, e), axis=0)[None, :]
-    total = others + own_half * own_half
-    counts = tl.where(label >= 0, 1.0, 0.0)
-    scale = counts / tl.sqrt(total)
-    return top, scale, own_half * scale, counts * others / total
+    others = tl.sum(tl.where(own, 0.0, half * half), axis=0)[None, :]
+    total = tl.where(counts, others + own_half * own_half, 1.0)
+    scale = 1 / tl.sqrt(total)
+    return top, scale, own_half * scale, others / total
 
 
 @triton.jit
 def roots(x, c, label, top, scale, own_s, own_q):
     """S, D = S - Y and M = S + Y of some classes of points."""
-    s = tl.exp((x - top) * 0.5) * scale
+    s = half_exp(x, top) * scale
     own = c == label
     # Not s - 1: near 1 that would round away what is left.
     d = tl.where(own, -own_q / (1 + own_s), s)
-    return s, d, s + tl.where(own, 1.0, 0.0)
+    return s, d, tl.where(own, own_s + 1, s)
 
 
 @triton.jit
@@ -180,27 +205,31 @@ def through_softmax(grad_s, s, c, label, own_s, own_q):
 @triton.jit
 def pairs_kernel(
     logits_ptr, target_ptr, error_ptr, pair_count_ptr,
-    C, H, W, L,
+    H, W, L,
     stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
     ignore_index,
-    GRIDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr, STEPS_I: tl.constexpr, STEPS_J: tl.constexpr,
+    GRIDS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    programs = tl.cdiv(L, BLOCK_I * STEPS_I)
+    programs = tl.cdiv(L, BLOCK * STEPS)
     n = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
-    error = tl.zeros((1, BLOCK_I), tl.float32)
-    for step_i in range(STEPS_I):
-        i = (program * STEPS_I + step_i) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    error = tl.zeros((1, BLOCK), tl.float32)
+    count = tl.zeros((1,), tl.int64)
+    for step in range(STEPS):
+        start_i = (program * STEPS + step) * BLOCK
+        i = start_i + tl.arange(0, BLOCK)[None, :]
         h_i, w_i, _times_i, _first_i = grid_point(i, L, H, W, GRIDS)
         label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
             logits_ptr, target_ptr, h_i, w_i, H, W, C,
             stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
         )  # fmt: skip
-        for step_j in range(STEPS_J):
-            j = step_j * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
+        # The matrix is symmetric: what lies before this block has met it.
+        start_j = start_i
+        while start_j < L:
+            j = start_j + tl.arange(0, BLOCK)[None, :]
             h_j, w_j, _times_j, _first_j = grid_point(j, L, H, W, GRIDS)
             label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
                 logits_ptr, target_ptr, h_j, w_j, H, W, C,
@@ -211,34 +240,65 @@ def pairs_kernel(
                 logits_ptr, h_i, w_i, h_j, w_j, C, stride_c, stride_h, stride_w,
                 label_i, top_i, scale_i, own_s_i, own_q_i,
                 label_j, top_j, scale_j, own_s_j, own_q_j,
-                BLOCK_C, BLOCK_A, BLOCK_I, BLOCK_J,
+                BLOCK_C, BLOCK_A, BLOCK, BLOCK,
             )  # fmt: skip
-            error += tl.sum(difference * difference, axis=0)[None, :]
+            times = tl.where(start_j == start_i, 1, 2)
+            error += times * tl.sum(difference * difference, axis=0)[None, :]
+            # The first block meets all.
+            met_by_first = (label_j >= 0) & (start_i == 0)
+            count += tl.sum(met_by_first.to(tl.int64), axis=1)
+            start_j += BLOCK
     tl.store(error_ptr + tl.program_id(0), tl.sum(error) * 0.25)
-
     if program == 0:
-        count = tl.zeros((1,), tl.int64)
-        for step in range(STEPS_J):
-            k = step * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
-            h, w, _times, _first = grid_point(k, L, H, W, GRIDS)
-            label = load_label(
-                target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
-            )
-            count += tl.sum((label >= 0).to(tl.int64), axis=1)
         tl.store(pair_count_ptr + n + tl.arange(0, 1), count * count)
+
+
+@triton.jit
+def write_zeros(
+    program, grad_ptr, H, W, HW,
+    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
+    GRIDS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """To those of this program's pixels that are no sample points."""
+    programs = tl.cdiv(HW, BLOCK_P)
+    n = (program // programs).to(tl.int64)
+    h, w = rows_and_columns((program % programs).to(tl.int64) * BLOCK_P, W, BLOCK_P)
+    elsewhere = (h < H) & (times_sampled(h.to(tl.int32), w, H, W, GRIDS) == 0)
+    pixel = grad_ptr + n * grad_stride_n + h * grad_stride_h + w.to(tl.int64) * grad_stride_w
+    # Neighbours in memory are written together.
+    if CHANNELS_LAST:
+        c = tl.arange(0, BLOCK_C)[:, None]
+        zeros = tl.zeros((BLOCK_C, BLOCK_P), grad_ptr.dtype.element_ty)
+        offs = c.to(tl.int64) * grad_stride_c
+        tl.store(pixel[None, :] + offs, zeros, mask=(c < C) & elsewhere[None, :])
+    else:
+        zero = tl.zeros((BLOCK_P,), grad_ptr.dtype.element_ty)
+        for _k in tl.static_range(C):
+            tl.store(pixel, zero, mask=elsewhere)
+            pixel += grad_stride_c
 
 
 @triton.jit
 def pairs_gradient_kernel(
     grad_error_ptr, logits_ptr, target_ptr, grad_ptr,
-    C, H, W, L,
+    H, W, L, N, HW,
     stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
     grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
     ignore_index,
-    GRIDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr, STEPS_J: tl.constexpr,
+    GRIDS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, STEPS_J: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L, BLOCK_I)
+    # Points first, which take longest; the other programs write what lies between them.
+    if tl.program_id(0) >= N * blocks:
+        write_zeros(
+            tl.program_id(0) - N * blocks, grad_ptr, H, W, HW,
+            grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
+            GRIDS, C, BLOCK_C, BLOCK_P, CHANNELS_LAST,
+        )  # fmt: skip
+        return
     n = (tl.program_id(0) // blocks).to(tl.int64)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
@@ -284,24 +344,33 @@ def pairs_gradient_kernel(
 @triton.jit
 def gram_kernel(
     logits_ptr, target_ptr, gram_ptr, count_ptr,
-    C, H, W, N,
+    H, W, N,
     stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
     ignore_index,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, STEPS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_Y: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    # Partial matrices: (splits, N, 2, C, C). Labels by class: (splits, N, C).
+    # Partial matrices D [D; Y]^T: (splits, N, C, 2C). Labels by class: (splits, N, C).
     split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
     tiles = tl.cdiv(C, BLOCK_A)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
     c = tl.arange(0, BLOCK_C)[:, None]
-    row = (tl.program_id(1) // tiles) * BLOCK_A + tl.arange(0, BLOCK_A)
-    column = (tl.program_id(1) % tiles) * BLOCK_A + tl.arange(0, BLOCK_A)
+    row = (tl.program_id(1) // tiles) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
+    column = (tl.program_id(1) % tiles) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
+    if BLOCK_A == BLOCK_C:
+        # The first product is as wide as its block: what is left of it takes the first rows of Y.
+        end = 2 * C
+        rest = BLOCK_A + tl.arange(0, BLOCK_Y)[:, None]
+    else:
+        end = C
+        rest = C + column
     # The matrices cancel where the predictions of a label are nearly the same.
     dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
-    dm = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
+    dy = tl.zeros((BLOCK_A, BLOCK_Y), tl.float64)
     count = tl.zeros((BLOCK_A, BLOCK_P), tl.int32)
-    for step in range(STEPS):
+    # Registers are better spent on more programs than on what the next step will need.
+    for step in tl.range(STEPS, num_stages=1):
         first = (split.to(tl.int64) * STEPS + step) * BLOCK_P
         h, w = rows_and_columns(first, W, BLOCK_P)
         h, w = h[None, :], w[None, :]
@@ -311,38 +380,39 @@ def gram_kernel(
         x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
         top, scale, own_s, own_q = statistics(x, c, label)
         if BLOCK_A == BLOCK_C:
-            _s, d_a, m_b = roots(x, c, label, top, scale, own_s, own_q)
+            _s, d_a, _m = roots(x, c, label, top, scale, own_s, own_q)
             d_b = d_a
         else:
             _s_a, d_a, _m_a = load_roots(
-                logits_ptr, row[:, None], h, w, C, stride_c, stride_h, stride_w,
+                logits_ptr, row, h, w, C, stride_c, stride_h, stride_w,
                 label, top, scale, own_s, own_q,
             )  # fmt: skip
-            _s_b, d_b, m_b = load_roots(
-                logits_ptr, column[:, None], h, w, C, stride_c, stride_h, stride_w,
+            _s_b, d_b, _m_b = load_roots(
+                logits_ptr, column, h, w, C, stride_c, stride_h, stride_w,
                 label, top, scale, own_s, own_q,
             )  # fmt: skip
+        d_b = tl.where(column < C, d_b, tl.where(column == C + label, 1.0, 0.0))
+        y = tl.where(rest == C + label, 1.0, 0.0)
         dd += tl.dot(d_a, tl.trans(d_b), input_precision="ieee").to(tl.float64)
-        dm += tl.dot(d_a, tl.trans(m_b), input_precision="ieee").to(tl.float64)
-        count += (label == row[:, None]).to(tl.int32)
-    matrix = tl.program_id(0).to(tl.int64) * 2 * C * C
-    offs = matrix + row[:, None] * C + column[None, :]
-    mask = (row < C)[:, None] & (column < C)[None, :]
-    tl.store(gram_ptr + offs, dd, mask=mask)
-    tl.store(gram_ptr + C * C + offs, dm, mask=mask)
+        dy += tl.dot(d_a, tl.trans(y), input_precision="ieee").to(tl.float64)
+        count += tl.where((row < C) & (row == label), 1, 0)
+    offs = tl.program_id(0).to(tl.int64) * 2 * C * C + row * 2 * C
+    column, rest = tl.trans(column), tl.trans(rest)
+    tl.store(gram_ptr + offs + column, dd, mask=(row < C) & (column < end))
+    tl.store(gram_ptr + offs + rest, dy, mask=(row < C) & (rest < 2 * C))
     if tl.program_id(1) % tiles == 0:
         labels = tl.program_id(0).to(tl.int64) * C + row
-        tl.store(count_ptr + labels, tl.sum(count, axis=1), mask=row < C)
+        tl.store(count_ptr + labels, tl.sum(count, axis=1)[:, None], mask=row < C)
 
 
 @triton.jit
 def gradient_kernel(
     factor_ptr, logits_ptr, target_ptr, grad_ptr,
-    C, H, W, HW,
+    H, W, HW,
     stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
     grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
     ignore_index,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, first = first_pixel(HW, BLOCK_P)
     logits_ptr += n * stride_n
@@ -354,22 +424,20 @@ def gradient_kernel(
     label = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
     x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
     top, scale, own_s, own_q = statistics(x, c, label)
-    s, d, _m = roots(x, c, label, top, scale, own_s, own_q)
     # The product with Y is a column of its matrix.
     labelled = (c < C) & (label >= 0)
     grad_s = tl.load(factor_ptr + c * 2 * C + C + label, mask=labelled, other=0.0)
-    for start in range(0, BLOCK_C, BLOCK_A):
-        a = start + tl.arange(0, BLOCK_A)
-        if BLOCK_A == BLOCK_C:
-            d_a = d
-        else:
-            _s_a, d_a, _m_a = load_roots(
-                logits_ptr, a[:, None], h, w, C, stride_c, stride_h, stride_w,
-                label, top, scale, own_s, own_q,
-            )  # fmt: skip
-        mask = (c < C) & (a < C)[None, :]
-        factor = tl.load(factor_ptr + c * 2 * C + a[None, :], mask=mask, other=0.0)
-        grad_s += tl.dot(factor, d_a, input_precision="ieee")
+    # That with D goes class by class: a thread has its pixels' classes in registers, and no other
+    # needs them.
+    for a in range(C):
+        _s, d, _m = load_roots(
+            logits_ptr, a + tl.zeros_like(label), h, w, C, stride_c, stride_h, stride_w,
+            label, top, scale, own_s, own_q,
+        )  # fmt: skip
+        factor = tl.load(factor_ptr + c * 2 * C + a, mask=c < C, other=0.0)
+        # C is a constant: rows beyond it are left out when this is compiled.
+        grad_s = tl.where(c < C, grad_s + factor * d, 0.0)
+    s, _d, _m = roots(x, c, label, top, scale, own_s, own_q)
     grad = through_softmax(grad_s, s, c, label, own_s, own_q)
     offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
     offs = offs + h.to(tl.int64) * grad_stride_h + w.to(tl.int64) * grad_stride_w
@@ -379,9 +447,10 @@ def gradient_kernel(
 @triton.jit
 def matrix_kernel(
     logits_ptr, affinity_ptr,
-    C, H, W, L,
+    H, W, L,
     stride_n, stride_c, stride_h, stride_w,
-    GRIDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_I: tl.constexpr,
+    GRIDS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L, BLOCK_I)
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -394,15 +463,15 @@ def matrix_kernel(
     x_i = load_logits(logits_ptr, c, h_i, w_i, h_i >= 0, C, stride_c, stride_h, stride_w)
     x_j = load_logits(logits_ptr, c, h_j, w_j, h_j >= 0, C, stride_c, stride_h, stride_w)
     # Class 0 plays the label: any will do for the square roots alone.
-    top_i, scale_i, _own_s_i, _own_q_i = statistics(x_i, c, tl.zeros_like(h_i))
-    top_j, scale_j, _own_s_j, _own_q_j = statistics(x_j, c, tl.zeros_like(h_j))
+    top_i, scale_i, _own_s_i, _own_q_i = statistics(x_i, c, tl.where(h_i >= 0, 0, -1))
+    top_j, scale_j, _own_s_j, _own_q_j = statistics(x_j, c, tl.where(h_j >= 0, 0, -1))
     affinity = tl.zeros((BLOCK_I, BLOCK_I), tl.float32)
     for start in range(0, BLOCK_C, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)[:, None]
         x_ai = load_logits(logits_ptr, a, h_i, w_i, h_i >= 0, C, stride_c, stride_h, stride_w)
         x_aj = load_logits(logits_ptr, a, h_j, w_j, h_j >= 0, C, stride_c, stride_h, stride_w)
-        s_i = tl.exp((x_ai - top_i) * 0.5) * scale_i
-        s_j = tl.exp((x_aj - top_j) * 0.5) * scale_j
+        s_i = half_exp(x_ai, top_i) * scale_i
+        s_j = half_exp(x_aj, top_j) * scale_j
         affinity += tl.dot(tl.trans(s_i), s_j, input_precision="ieee")
     offs = n * L * L + i.to(tl.int64)[:, None] * L + j[None, :]
     tl.store(affinity_ptr + offs, affinity, mask=(i < L)[:, None] & (j < L)[None, :])
@@ -416,13 +485,13 @@ def forward(
     if grid_sizes:
         points = sum(size * size for size in grid_sizes)
         blocks = pairs_blocks(logits, points)
-        programs = triton.cdiv(points, blocks["BLOCK_I"] * blocks["STEPS_I"])
+        programs = triton.cdiv(points, blocks["BLOCK"] * blocks["STEPS"])
         error = logits.new_empty(n, programs, dtype=torch.float32)
         pair_count = logits.new_empty(n, dtype=torch.int64)
         if n > 0:
             with on_device(logits):
                 pairs_kernel[(n * programs,)](
-                    logits, target, error, pair_count, num_classes, height, width, points,
+                    logits, target, error, pair_count, height, width, points,
                     *logits.stride(), *target.stride(), ignore_index,
                     GRIDS=tuple(grid_sizes), **blocks,
                 )  # fmt: skip
@@ -432,18 +501,19 @@ def forward(
 
     blocks = gram_blocks(logits)
     splits = triton.cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
-    partial = logits.new_empty(splits, n, 2, num_classes, num_classes, dtype=torch.float64)
+    partial = logits.new_empty(splits, n, num_classes, 2 * num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
     if n > 0:
         tiles = triton.cdiv(num_classes, blocks["BLOCK_A"])
         with on_device(logits):
             gram_kernel[(splits * n, tiles * tiles)](
-                logits, target, partial, count, num_classes, height, width, n,
+                logits, target, partial, count, height, width, n,
                 *logits.stride(), *target.stride(), ignore_index, **blocks,
             )  # fmt: skip
-    dd, dm = partial.sum(dim=0).unbind(1)
+    dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
     # M = D + 2 Y, and Y Y^T is diagonal.
+    dm = dd + 2 * dy
     mm = dm + dm.mT - dd + torch.diag_embed(4 * labels.double())
     gram = torch.stack((dd, dm, mm), dim=1)
     return squared_error_of(gram).float(), labels.sum(dim=1).square(), gram
@@ -458,21 +528,24 @@ def backward(
     ignore_index: int,
 ) -> Tensor:
     """The gradient with respect to the logits, given that with respect to the squared errors."""
-    n, num_classes, height, width = logits.shape
+    n, _, height, width = logits.shape
+    grad = torch.empty_like(logits)
     if grid_sizes:
-        grad = torch.zeros_like(logits)
         points = sum(size * size for size in grid_sizes)
         blocks = pairs_gradient_blocks(logits, points)
+        programs = triton.cdiv(points, blocks["BLOCK_I"]) + triton.cdiv(
+            height * width, blocks["BLOCK_P"]
+        )
         if n > 0:
             with on_device(logits):
-                pairs_gradient_kernel[(n * triton.cdiv(points, blocks["BLOCK_I"]),)](
-                    grad_squared_error, logits, target, grad, num_classes, height, width, points,
+                pairs_gradient_kernel[(n * programs,)](
+                    grad_squared_error, logits, target, grad,
+                    height, width, points, n, height * width,
                     *logits.stride(), *target.stride(), *grad.stride(), ignore_index,
                     GRIDS=tuple(grid_sizes), **blocks,
                 )  # fmt: skip
         return grad
 
-    grad = torch.empty_like(logits)
     # Of D and M; M = D + 2 Y.
     of_d, of_m = factors(gram, grad_squared_error).chunk(2, dim=2)
     factor = torch.cat((of_d + of_m, 2 * of_m), dim=2).float()
@@ -480,7 +553,7 @@ def backward(
     if n > 0:
         with on_device(logits):
             gradient_kernel[(n * triton.cdiv(height * width, blocks["BLOCK_P"]),)](
-                factor, logits, target, grad, num_classes, height, width, height * width,
+                factor, logits, target, grad, height, width, height * width,
                 *logits.stride(), *target.stride(), *grad.stride(), ignore_index, **blocks,
             )  # fmt: skip
     return grad
@@ -488,7 +561,7 @@ def backward(
 
 def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     """S^T S at the points: (N, L, L)."""
-    n, num_classes, height, width = logits.shape
+    n, _, height, width = logits.shape
     points = sum(size * size for size in grid_sizes) if grid_sizes else height * width
     affinity = logits.new_empty(n, points, points, dtype=torch.float32)
     blocks = matrix_blocks(logits)
@@ -496,7 +569,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     if n > 0:
         with on_device(logits):
             matrix_kernel[(n * tiles, tiles)](
-                logits, affinity, num_classes, height, width, points, *logits.stride(),
+                logits, affinity, height, width, points, *logits.stride(),
                 GRIDS=tuple(grid_sizes), **blocks,
             )  # fmt: skip
     return affinity
@@ -505,20 +578,27 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
 def all_classes(logits: Tensor) -> dict[str, int]:
     """A matrix product takes 16 of everything at least."""
     block_c = max(16, triton.next_power_of_2(logits.shape[1]))
-    return {"BLOCK_C": block_c, "num_warps": 8 if block_c > 64 else 4}
+    return {"C": logits.shape[1], "BLOCK_C": block_c, "num_warps": 8 if block_c > 64 else 4}
+
+
+def pixels_per_program(logits: Tensor) -> int:
+    """With all their classes. A thread has 64 elements at most, and of many classes fewer."""
+    if logits.device.type == "cpu":
+        return 512
+    block_c = all_classes(logits)["BLOCK_C"]
+    return (8192 if block_c <= 64 else 4096) // block_c
 
 
 def pairs_blocks(logits: Tensor, points: int) -> dict[str, int]:
-    block = 32 if logits.shape[1] <= 64 else 16
+    classes = all_classes(logits)
+    block = 64 if classes["BLOCK_C"] <= 32 else 32
     if logits.device.type == "cpu":  # the interpreter takes its time per step, whatever the size
         block = 128
     return {
-        **all_classes(logits),
-        "BLOCK_A": 16,
-        "BLOCK_I": block,
-        "BLOCK_J": block,
-        "STEPS_I": triton.cdiv(min(points, POINTS_PER_PROGRAM), block),
-        "STEPS_J": triton.cdiv(points, block),
+        **classes,
+        "BLOCK_A": classes["BLOCK_C"] if classes["BLOCK_C"] <= 32 else 16,
+        "BLOCK": block,
+        "STEPS": triton.cdiv(min(points, POINTS_PER_PROGRAM), block),
     }
 
 
@@ -530,32 +610,35 @@ def pairs_gradient_blocks(logits: Tensor, points: int) -> dict[str, int]:
         "BLOCK_A": min(32, classes["BLOCK_C"]),
         "BLOCK_I": block,
         "BLOCK_J": block,
+        "BLOCK_P": pixels_per_program(logits),
         "STEPS_J": triton.cdiv(points, block),
+        "CHANNELS_LAST": logits.stride(1) == 1,
     }
 
 
 def gram_blocks(logits: Tensor) -> dict[str, int]:
     classes = all_classes(logits)
-    block_p = max(16, min(32, 1024 // classes["BLOCK_C"]))
-    pixels = max(GRAM_PIXELS, GRAM_PIXELS_PER_CLASS * classes["BLOCK_C"])
+    block_a = block_y = min(32, classes["BLOCK_C"])
+    if block_a == classes["BLOCK_C"]:
+        block_y = triton.next_power_of_2(max(8, 2 * classes["C"] - block_a))
+        if block_y < 32:  # few enough registers for fewer threads, which repeat less
+            classes["num_warps"] = 2
+    block_p, pixels = 32, GRAM_PIXELS_PER_CLASS * classes["BLOCK_C"]
+    if logits[:, 0].numel() < GRAM_PROGRAMS * pixels:
+        pixels //= 4
     if logits.device.type == "cpu":
-        block_p, pixels = 256, 1024
+        block_p, pixels = 128, 1024
     return {
         **classes,
         "BLOCK_P": block_p,
-        "BLOCK_A": min(32, classes["BLOCK_C"]),
+        "BLOCK_A": block_a,
+        "BLOCK_Y": block_y,
         "STEPS": pixels // block_p,
     }
 
 
 def gradient_blocks(logits: Tensor) -> dict[str, int]:
-    classes = all_classes(logits)
-    block_p = max(16, min(32, 1024 // classes["BLOCK_C"]))
-    return {
-        **classes,
-        "BLOCK_P": 512 if logits.device.type == "cpu" else block_p,
-        "BLOCK_A": 32 if classes["BLOCK_C"] == 32 else 16,
-    }
+    return {**all_classes(logits), "BLOCK_P": pixels_per_program(logits), "num_warps": 4}
 
 
 def matrix_blocks(logits: Tensor) -> dict[str, int]:
