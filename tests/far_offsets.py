@@ -178,7 +178,7 @@ def far_pixels(op):
     rows = 1 << 12
 
     def tall(row, height):
-        if op != "affinity_field":
+        if op not in ("affinity_field", "affinity_propagation"):
             return row.expand(*row.shape[:-2], height, width)
         # Pixels that follow one another, for it copies others: in memory are those at the end.
         shape = *row.shape[:-2], height, width

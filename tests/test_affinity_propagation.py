@@ -168,13 +168,15 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 
 def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
-    """Several programs per image, with seams inside rows."""
+    """Several programs per image, with seams inside rows, and several blocks of classes."""
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_propagation as kernels
 
     monkeypatch.setattr(kernels, "INTERPRETED_BLOCK", 128)
+    monkeypatch.setattr(kernels, "MAX_CLASSES", 2)
+    monkeypatch.setattr(kernels, "CLASSES_OF_MANY", 2)
     check_parity(
-        case_with([(1, 2)], iterations=2), "triton", *make((2, 3, 5, 9), [1], device=device)
+        case_with([(1, 2)], iterations=2), "triton", *make((2, 5, 5, 9), [1], device=device)
     )
 
 
