@@ -256,7 +256,7 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "num_warps": 1}
     monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
     monkeypatch.setattr(kernels, "rows", lambda logits: 4)
-    patch = {"BLOCK_D": 2, "BLOCK_H": 8, "BLOCK_W": 8, "num_warps": 1}
+    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
     monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
@@ -269,7 +269,7 @@ def test_labels_that_meet_between_patches(monkeypatch, device):
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_field as kernels
 
-    patch = {"BLOCK_D": 8, "BLOCK_H": 8, "BLOCK_W": 8, "num_warps": 1}
+    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 8, "num_warps": 1}
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 2, 16, 8), device=device)
     target[:, :8], target[:, 8:] = 0, 1
@@ -317,9 +317,9 @@ def test_what_is_not_a_number_shows(backend, device, bad, monkeypatch):
     assert not grad[0, :, 5, 6].isfinite().any()
 
 
-@pytest.mark.parametrize("width", [60, 61, 124, 125, 128, 250])
+@pytest.mark.parametrize("width", [56, 57, 61, 115, 116, 117, 250])
 def test_strips_of_any_width(device, width):
-    """Where one strip is enough, where a second begins, and sizes that reach out of a strip."""
+    """Strips that end with an image, in it and between two; and sizes that reach out of them."""
     pytest.importorskip("triton")
     for sizes in ((3, 9), (13, 3)):
         check_parity(case_with(sizes), "triton", *make_inputs((2, 2, 2, width), device=device))

@@ -84,22 +84,33 @@ def fields(x, top, rest, own, limit, eps):
     # Not 1 - p: this keeps its digits where p is near 1.
     not_e = 1 - e + rest
     log_odds = tl.minimum(tl.maximum(x - log(not_e), -limit), limit)
-    u = tl.where(own, not_e, e) * reciprocal(1 + rest)
-    # What is not a number stays so: a GPU's maximum would make it eps, and the loss finite.
+    u = tl.where(own, not_e, e) * reciprocal(1 + rest) - eps
+    # What is not a number stays so: a GPU's maximum would make it 0, and the loss finite.
     nan: tl.constexpr = tl.PropagateNan.ALL
-    u = tl.minimum(tl.maximum(u, eps, nan), 1 - eps, nan) - eps
+    u = tl.minimum(tl.maximum(u, 0.0, nan), 1 - 2 * eps, nan)
     return tl.where(own, -u, u), log_odds
 
 
 @triton.jit
-def box_sum(x, d: tl.constexpr):
-    """x (B, LANES, 4) plus itself d columns to the left and to the right, lanes in a circle."""
-    lanes: tl.constexpr = x.shape[1]
-    lane = tl.broadcast_to(tl.arange(0, lanes)[None, :], (x.shape[0], lanes))
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], lanes, 2, 2)))
+def split(x):
+    """(classes, lanes, 4) as four of (classes, lanes): a thread's four columns."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)))
     x_0, x_2 = tl.split(even)
     x_1, x_3 = tl.split(odd)
-    columns = (x_0, x_1, x_2, x_3)
+    return x_0, x_1, x_2, x_3
+
+
+@triton.jit
+def join(columns):
+    x = tl.join(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
+    return tl.reshape(x, (x.shape[0], x.shape[1], 4))
+
+
+@triton.jit
+def box_sum(columns, d: tl.constexpr):
+    """Four columns plus those d to the left and to the right, lanes in a circle."""
+    lanes: tl.constexpr = columns[0].shape[1]
+    lane = tl.broadcast_to(tl.arange(0, lanes)[None, :], columns[0].shape)
     sums = ()
     for column in tl.static_range(4):
         left = columns[(column - d) % 4]
@@ -109,13 +120,12 @@ def box_sum(x, d: tl.constexpr):
         if column + d > 3:
             right = tl.gather(right, (lane + 1) % lanes, 1)
         sums += (columns[column] + left + right,)
-    y = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
-    return tl.reshape(y, (x_0.shape[0], lanes, 4))
+    return sums
 
 
 @triton.jit
 def box_count(x, d: tl.constexpr):
-    """The same of small numbers, a byte for each of the four columns: x (1, LANES)."""
+    """The same of small numbers, a byte for each of the four columns: x (1, lanes)."""
     lanes: tl.constexpr = x.shape[1]
     lane = tl.arange(0, lanes)[None, :]
     left = tl.gather(x, (lane + lanes - 1) % lanes, 1)
@@ -127,33 +137,33 @@ def box_count(x, d: tl.constexpr):
 
 
 @triton.jit
-def packed(x):
-    """0 and 1 (1, LANES, 4), as bytes (1, LANES)."""
-    return tl.sum(x.to(tl.uint32) << (8 * tl.arange(0, 4))[None, None, :], axis=2)
-
-
-@triton.jit
-def unpacked(x):
-    """Bytes (1, LANES) as numbers (1, LANES, 4)."""
-    x = (x[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :].to(tl.uint32)) & 255
-    return x.to(tl.int32).to(tl.float32)
+def byte(x, i: tl.constexpr):
+    return (x >> 8 * i & 255).to(tl.int32).to(tl.float32)
 
 
 @triton.jit
 def load_row(
     logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
 ):  # fmt: skip
-    """u, l, and 1 where a pixel counts, of row h and columns w; 0 at pixels that do not count."""
-    row = h.to(tl.int64) * W
-    h += tl.zeros_like(w)  # Triton 3.9 interprets no masks that are numbers
-    inside = (w >= 0) & (w < W) & (h >= 0) & (h < H)
-    label = tl.load(label_ptr + row + w, mask=inside, other=-1)
-    top = tl.load(top_ptr + row + w, mask=inside, other=0.0)
-    rest = tl.load(rest_ptr + row + w, mask=inside, other=1.0)
-    x = tl.load(logits_ptr + row + w, mask=inside, other=0.0).to(tl.float32)
-    u, log_odds = fields(x, top, rest, label == c, limit, eps)
-    counts = label >= 0
-    return tl.where(counts, u, 0.0), tl.where(counts, log_odds, 0.0), packed(counts)
+    """u and l of row h, four columns each, and a byte for each of these: 1 where a pixel counts. 0
+    at pixels that do not count.
+    """
+    inside = (w >= 0) & (w < W) & ((h >= 0) & (h < H))[:, :, None]
+    pixel = (h.to(tl.int64) * W)[:, :, None] + w
+    # Loads of four columns; what follows needs no layout but that of single ones.
+    labels = split(tl.load(label_ptr + pixel, mask=inside, other=-1))
+    tops = split(tl.load(top_ptr + pixel, mask=inside, other=0.0))
+    rests = split(tl.load(rest_ptr + pixel, mask=inside, other=1.0))
+    xs = split(tl.load(logits_ptr + pixel, mask=inside, other=0.0))
+    us, ls, counts = (), (), tl.zeros(labels[0].shape, tl.uint32)
+    for i in tl.static_range(4):
+        x = xs[i].to(tl.float32)
+        u, log_odds = fields(x, tops[i], rests[i], labels[i] == c, limit, eps)
+        there = labels[i] >= 0
+        us += (tl.where(there, u, 0.0),)
+        ls += (tl.where(there, log_odds, 0.0),)
+        counts |= there.to(tl.uint32) << 8 * i
+    return us, ls, counts
 
 
 @triton.jit
@@ -170,17 +180,19 @@ def far_box(
             logits_ptr, top_ptr, rest_ptr, label_ptr, c,
             h + (direction // 3 - 1) * d, w + (direction % 3 - 1) * d, H, W, limit, eps,
         )  # fmt: skip
-        u_sum += u
-        l_sum += log_odds
-        count += counts
+        u_sum, l_sum, count = add(u_sum, u), add(l_sum, log_odds), count + counts
     return u_sum, l_sum, count
 
 
 @triton.jit
-def column_sum(rows, d: tl.constexpr):
-    """The middle row plus those at distance d."""
-    middle: tl.constexpr = len(rows) // 2
-    return rows[middle - d] + rows[middle] + rows[middle + d]
+def column_sum(rows, d: tl.constexpr, WIDTH: tl.constexpr):
+    """The middle row plus those at distance d; a row is WIDTH of the tuple."""
+    middle: tl.constexpr = len(rows) // WIDTH // 2
+    sums = ()
+    for i in tl.static_range(WIDTH):
+        above, below = rows[(middle - d) * WIDTH + i], rows[(middle + d) * WIDTH + i]
+        sums += (above + rows[middle * WIDTH + i] + below,)
+    return sums
 
 
 @triton.jit
@@ -192,22 +204,25 @@ def add(xs, ys):
 
 
 @triton.jit
-def strip(C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
-    """This program's place: partial table, image, classes, columns, which of them it owns, first
-    row, row after the last.
+def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
+    """This program's place: partial table, classes (classes,); image and first row of every
+    lane (1, lanes), columns (1, lanes, 4), lanes that it owns (1, lanes).
+
+    ROWS rows of an image are a band. All bands of all images lie side by side, HALO columns between
+    them, and are cut into strips of which a program owns all but the first and the last lane.
     """
-    # Where lanes in a circle must not meet, HALO columns: before the first, those are outside.
-    own: tl.constexpr = 4 * LANES - 2 * HALO
-    strips = tl.where(W <= 4 * LANES - HALO, 1, tl.cdiv(W, own))
     class_blocks = tl.cdiv(C, BLOCK_C)
     place = tl.program_id(0) // class_blocks
-    chunks = tl.cdiv(H, ROWS)
-    n, chunk = place // strips // chunks, place // strips % chunks
-    first = place % strips * own
-    w = first - HALO + tl.arange(0, LANES)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    owned = (w >= first) & (w < tl.where(strips == 1, W, tl.minimum(first + own, W)))
-    c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None, None]
-    return place, n.to(tl.int64), c, w, owned, chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, H)
+    c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, LANES)[None, :]
+    column = place * (4 * LANES - 2 * HALO) + lane * 4
+    width, bands = HALO + tl.cdiv(W, 4) * 4, tl.cdiv(H, ROWS)
+    n, band = column // width // bands, column // width % bands
+    first = tl.where(n < N, band * ROWS, H + HALO)  # behind the last image no row is inside
+    w = (column % width)[:, :, None] - HALO + tl.arange(0, 4)[None, None, :]
+    w = tl.max_contiguous(tl.multiple_of(w, (1, 1, 4)), (1, 1, 4))
+    owned = (lane > 0) & (lane < LANES - 1)
+    return place, c, tl.minimum(n, N - 1).to(tl.int64), first, w, owned
 
 
 @triton.jit
@@ -253,159 +268,217 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["ROWS"])
 def dense_tables_kernel(
     logits_ptr, label_ptr, top_ptr, rest_ptr, sums_ptr, pairs_ptr,
-    C, H, W, stride_n, stride_c, limit, eps, ROWS, PROGRAMS,
+    N, C, H, W, stride_n, stride_c, limit, eps, ROWS, PROGRAMS,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    place, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES)
-    logits_ptr += n * stride_n + tl.minimum(c, C - 1).to(tl.int64) * stride_c
-    label_ptr += n * H * W
-    top_ptr += n * H * W
-    rest_ptr += n * H * W
+    place, c, n, first, w, owned = strip(N, C, H, W, ROWS, BLOCK_C, LANES)
+    some_c = tl.minimum(c, C - 1)[:, None, None].to(tl.int64)
+    logits_ptr += n[:, :, None] * stride_n + some_c * stride_c
+    label_ptr += n[:, :, None] * H * W
+    top_ptr += n[:, :, None] * H * W
+    rest_ptr += n[:, :, None] * H * W
 
     first_classes = tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0
-    nothing = tl.zeros((BLOCK_C, LANES, 4), tl.float32)
+    nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
+    none = tl.zeros((1, LANES), tl.uint32)
+    # Four columns of every size; pairs of every second column in 16 bits, and of the others.
     sums, pairs = (), ()
-    for _ in tl.static_range(len(RADII)):
+    for _ in tl.static_range(4 * len(RADII)):
         sums += (nothing,)
-        pairs += (tl.zeros((1, LANES, 4), tl.float32),)
+    for _ in tl.static_range(2 * len(RADII)):
+        pairs += (none,)
     # The rows within reach of the middle one.
     us, ls, vs = (), (), ()
     for _ in tl.static_range(2 * REACH + 1):
-        us += (nothing,)
-        vs += (tl.zeros((1, LANES), tl.uint32),)
+        us += (nothing, nothing, nothing, nothing)
+        vs += (none,)
     for _ in tl.static_range(REACH + 1):
-        ls += (nothing,)
-    h = first - REACH
-    while h < end + REACH:
+        ls += (nothing, nothing, nothing, nothing)
+    row = -REACH
+    while row < ROWS + REACH:
         for _ in tl.static_range(UNROLL):
             u, log_odds, v = load_row(
-                logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
-            )
-            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)  # noqa: RUF005
-            if (h >= first + REACH) & (h < end + REACH):
+                logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
+                first + row, w, H, W, limit, eps,
+            )  # fmt: skip
+            us, ls, vs = us[4:] + u, ls[4:] + log_odds, vs[1:] + (v,)  # noqa: RUF005
+            if (row >= REACH) & (row < ROWS + REACH):
                 new_sums, neighbours = (), ()
                 for k in tl.static_range(len(RADII)):
                     if REACH > 0:
-                        u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
-                        count = box_count(column_sum(vs, RADII[k]), RADII[k])
+                        u_sum = box_sum(column_sum(us, RADII[k], 4), RADII[k])
+                        count = box_count(column_sum(vs, RADII[k], 1)[0], RADII[k])
                     else:
                         u_sum, _l_sum, count = far_box(
-                            logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps,
-                            RADII[k],
+                            logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
+                            first + row, w, H, W, limit, eps, RADII[k],
                         )  # fmt: skip
-                    boxes = unpacked(count)
-                    new_sums += (sums[k] + ls[0] * (boxes * us[REACH] - u_sum),)
-                    neighbours += (tl.where(unpacked(vs[REACH]) > 0, boxes - 1, 0.0),)
+                    for i in tl.static_range(4):
+                        product = ls[i] * (byte(count, i) * us[4 * REACH + i] - u_sum[i])
+                        new_sums += (sums[4 * k + i] + product,)
+                    # Without the pixel itself.
+                    count = (vs[REACH] * 255 & count) - vs[REACH]
+                    neighbours += (count & 0xFF00FF, count >> 8 & 0xFF00FF)
                 sums = new_sums
                 if first_classes:
                     pairs = add(pairs, neighbours)
-            h += 1
+            row += 1
 
-    block = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % tl.cdiv(C, BLOCK_C)) * BLOCK_C + block
     K: tl.constexpr = COLUMNS[len(RADII)]
     for k in tl.static_range(len(RADII)):
-        total = tl.sum(tl.sum(tl.where(owned, sums[k], 0.0), axis=2), axis=1)
+        total = sums[4 * k] + sums[4 * k + 1] + sums[4 * k + 2] + sums[4 * k + 3]
+        total = tl.sum(tl.where(owned, total, 0.0), axis=1)
         offs = (c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS + place
         tl.store(sums_ptr + offs, total, mask=c < C)
-        total = tl.sum(tl.where(owned, pairs[k], 0.0))
-        offs = COLUMNS[k] * tl.cast(PROGRAMS, tl.int64) + place
+        both = pairs[2 * k] + pairs[2 * k + 1]
+        both = (both & 0xFFFF) + (both >> 16)
+        total = tl.sum(tl.where(owned, both, 0).to(tl.float32))
         if first_classes:
-            tl.store(pairs_ptr + offs, total)
+            tl.store(pairs_ptr + COLUMNS[k] * tl.cast(PROGRAMS, tl.int64) + place, total)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def dense_gradient_kernel(
     grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
-    C, H, W, stride_n, stride_c, limit, eps, ROWS,
+    N, C, H, W, stride_n, stride_c, limit, eps, ROWS,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    _, n, c, w, owned, first, end = strip(C, H, W, ROWS, BLOCK_C, LANES)
+    _, c, n, first, w, owned = strip(N, C, H, W, ROWS, BLOCK_C, LANES)
     some_c = tl.minimum(c, C - 1).to(tl.int64)
-    logits_ptr += n * stride_n + some_c * stride_c
-    grad_ptr += (n * C + some_c) * H * W
-    label_ptr += n * H * W
-    top_ptr += n * H * W
-    rest_ptr += n * H * W
+    logits_ptr += n[:, :, None] * stride_n + some_c[:, None, None] * stride_c
+    grad_ptr += (n[:, :, None] * C + some_c[:, None, None]) * H * W
+    label_ptr += n[:, :, None] * H * W
+    top_ptr += n[:, :, None] * H * W
+    rest_ptr += n[:, :, None] * H * W
+    owned = owned[:, :, None] & (w >= 0) & (w < W) & (c < C)[:, None, None]
 
     K: tl.constexpr = COLUMNS[len(RADII)]
     coefficients = ()
     for k in tl.static_range(len(RADII)):
-        coefficients += (tl.load(grad_sums_ptr + (C + some_c) * K + COLUMNS[k]),)
-    nothing = tl.zeros((BLOCK_C, LANES, 4), tl.float32)
+        coefficients += (tl.load(grad_sums_ptr + (C + some_c[:, None]) * K + COLUMNS[k]),)
+    nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
     us, ls, vs = (), (), ()
     for _ in tl.static_range(2 * REACH + 1):
-        us += (nothing,)
-        ls += (nothing,)
+        us += (nothing, nothing, nothing, nothing)
+        ls += (nothing, nothing, nothing, nothing)
         vs += (tl.zeros((1, LANES), tl.uint32),)
-    h = first - REACH
-    while h < end + REACH:
+    row = -REACH
+    while row < ROWS + REACH:
         for _ in tl.static_range(UNROLL):
             u, log_odds, v = load_row(
-                logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
-            )
-            us, ls, vs = us[1:] + (u,), ls[1:] + (log_odds,), vs[1:] + (v,)  # noqa: RUF005
-            if (h >= first + REACH) & (h < end + REACH):
-                from_u, from_l, boxes = nothing, nothing, nothing
+                logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
+                first + row, w, H, W, limit, eps,
+            )  # fmt: skip
+            us, ls, vs = us[4:] + u, ls[4:] + log_odds, vs[1:] + (v,)  # noqa: RUF005
+            if (row >= REACH) & (row < ROWS + REACH):
+                u_sums, l_sums, counts = (), (), ()
                 for k in tl.static_range(len(RADII)):
                     if REACH > 0:
-                        u_sum = box_sum(column_sum(us, RADII[k]), RADII[k])
-                        l_sum = box_sum(column_sum(ls, RADII[k]), RADII[k])
-                        count = box_count(column_sum(vs, RADII[k]), RADII[k])
+                        u_sum = box_sum(column_sum(us, RADII[k], 4), RADII[k])
+                        l_sum = box_sum(column_sum(ls, RADII[k], 4), RADII[k])
+                        count = box_count(column_sum(vs, RADII[k], 1)[0], RADII[k])
                     else:
                         u_sum, l_sum, count = far_box(
-                            logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps,
-                            RADII[k],
+                            logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
+                            first + row, w, H, W, limit, eps, RADII[k],
                         )  # fmt: skip
-                    from_u += coefficients[k] * u_sum
-                    from_l += coefficients[k] * l_sum
-                    boxes += coefficients[k] * unpacked(count)
-                from_u = boxes * us[REACH] - from_u
-                from_l = boxes * ls[REACH] - from_l
-                # p d / d p of the sums; the clamp passes no gradient.
-                odds = exp(ls[REACH])
-                root = tl.rsqrt(1 + odds)
-                p = odds * (root * root)
-                grad = from_u * (1 + odds) + from_l * p
-                free = (tl.abs(ls[REACH]) < limit) & (unpacked(vs[REACH]) > 0)
-                grad = tl.where(free, grad, 0.0)
-                grad_row = grad_ptr + (h - REACH).to(tl.int64) * W + w
-                mask = owned & (c < C)
+                    u_sums, l_sums, counts = u_sums + u_sum, l_sums + l_sum, counts + (count,)  # noqa: RUF005
+                grads = ()
+                for i in tl.static_range(4):
+                    u_i, l_i = us[4 * REACH + i], ls[4 * REACH + i]
+                    from_u, from_l, boxes = nothing, nothing, nothing
+                    for k in tl.static_range(len(RADII)):
+                        from_u += coefficients[k] * u_sums[4 * k + i]
+                        from_l += coefficients[k] * l_sums[4 * k + i]
+                        boxes += coefficients[k] * byte(counts[k], i)
+                    # p d / d p of the sums; the clamp passes no gradient.
+                    odds = exp(l_i)
+                    root = tl.rsqrt(1 + odds)
+                    p = odds * (root * root)
+                    grad = (boxes * u_i - from_u) * (1 + odds) + (boxes * l_i - from_l) * p
+                    free = (tl.abs(l_i) < limit) & (byte(vs[REACH], i) > 0)
+                    grads += (tl.where(free, grad, 0.0),)
+                h = (first + row - REACH)[:, :, None]
+                mask = owned & (h < H)
+                grad_row = grad_ptr + (h.to(tl.int64) * W + w)
+                all_grads = join(grads)
                 if ADD:
-                    grad += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
-                tl.store(grad_row, grad.to(grad_ptr.dtype.element_ty), mask=mask)
-            h += 1
+                    all_grads += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
+                tl.store(grad_row, all_grads.to(grad_ptr.dtype.element_ty), mask=mask)
+            row += 1
 
 
 @triton.jit
 def patch(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Image, and rows and columns (1, pixels), of this program's patch."""
+    """Image, and first row and column, of this program's patch."""
     patches_w = tl.cdiv(W, BLOCK_W)
     patches = tl.cdiv(H, BLOCK_H) * patches_w
     n, place = tl.program_id(0) // patches, tl.program_id(0) % patches
-    offs = tl.arange(0, BLOCK_H * BLOCK_W)[None, :]
-    h = (place // patches_w) * BLOCK_H + offs // BLOCK_W
-    w = (place % patches_w) * BLOCK_W + offs % BLOCK_W
-    return n.to(tl.int64), h, w
+    return n.to(tl.int64), place // patches_w * BLOCK_H, place % patches_w * BLOCK_W
 
 
 @triton.jit
-def step_to(first, BLOCK_D: tl.constexpr):
-    """Rows and columns (BLOCK_D, 1) to some of the 8 neighbours."""
-    neighbour = first + tl.arange(0, BLOCK_D)[:, None]
-    direction = neighbour + (neighbour > 3).to(tl.int32)  # 4 is the pixel itself
-    return direction // 3 - 1, direction % 3 - 1
+def rectangle(h, w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows and columns (pixels,) of the rectangle that begins there."""
+    offs = tl.arange(0, BLOCK_H * BLOCK_W)
+    return h + offs // BLOCK_W, w + offs % BLOCK_W
 
 
 @triton.jit
-def label_at(label_ptr, h, w, H, W):
-    """The label, -1 at pixels that do not count or are outside, and the pixel's place."""
-    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    pixel = h.to(tl.int64) * W + w
-    return tl.load(label_ptr + pixel, mask=inside, other=-1).to(tl.int32), pixel
+def label_at(label_ptr, h, w, dy, dx, H, W):
+    """Labels (pixels,) a step away, -1 at pixels that do not count or are outside."""
+    # What is negative is large as an unsigned number.
+    row, column = (h + dy).to(tl.uint32), (w + dx).to(tl.uint32)
+    inside = (row < tl.cast(H, tl.uint32)) & (column < tl.cast(W, tl.uint32))
+    here = label_ptr + (h.to(tl.int64) * W + w)
+    step = tl.cast(dy, tl.int64) * W + dx
+    return tl.load(here + step, mask=inside, other=-1).to(tl.int32)
+
+
+@triton.jit
+def labels_around(label_ptr, h, w, H, W, RADII: tl.constexpr):
+    """The label and those of the 8 neighbours at every distance, its own again where they are no
+    pair; and for every distance the neighbours that are, as bits.
+    """
+    label = label_at(label_ptr, h, w, 0, 0, H, W)
+    labels, pairs = (label,), ()
+    for k in tl.static_range(len(RADII)):
+        bits = 0 * label
+        for i in tl.static_range(8):
+            dy, dx = (i + i // 4) // 3 - 1, (i + i // 4) % 3 - 1  # 4 is the pixel itself
+            label_b = label_at(label_ptr, h, w, dy * RADII[k], dx * RADII[k], H, W)
+            pair = tl.minimum(label, label_b) >= 0
+            labels += (tl.where(pair, label_b, label),)
+            bits |= tl.where(pair, 1 << i, 0)
+        pairs += (bits,)
+    return labels, pairs
+
+
+@triton.jit
+def extremes(labels):
+    """Smallest and largest, -1 if there is none."""
+    smallest, largest = labels[0].to(tl.uint32), labels[0]
+    for i in tl.static_range(1, len(labels)):
+        smallest = tl.minimum(smallest, labels[i].to(tl.uint32))
+        largest = tl.maximum(largest, labels[i])
+    return smallest, largest
+
+
+@triton.jit
+def may_have_edges(label_ptr, h, w, H, W, REACH: tl.constexpr):
+    """Whether the pixels of a patch and those within reach have more than one label; true of sizes
+    that reach too far to look.
+    """
+    # A patch is at least twice as large as the reach: four shifted ones cover all.
+    labels = (label_at(label_ptr, h, w, 0, 0, H, W),)
+    for corner in tl.static_range(4):
+        dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
+        labels += (label_at(label_ptr, h, w, dy, dx, H, W),)
+    smallest, largest = extremes(labels)
+    return (REACH == 0) | (tl.min(smallest, axis=0).to(tl.int32) < tl.max(largest, axis=0))
 
 
 # A label beyond all.
@@ -413,25 +486,36 @@ NO_LABEL = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def labels_around(label_ptr, h, w, H, W, above, RADII: tl.constexpr, REACH: tl.constexpr):
-    """Of the pixels of a patch and their neighbours: smallest label beyond ``above``, largest."""
-    label, _ = label_at(label_ptr, h, w, H, W)
-    smallest, largest = tl.where(label > above, label, NO_LABEL), label
-    if REACH > 0:
-        # A patch is at least twice as large as the reach: four shifted ones cover all.
-        for corner in tl.static_range(4):
-            dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
-            label, _ = label_at(label_ptr, h + dy, w + dx, H, W)
-            smallest = tl.minimum(smallest, tl.where(label > above, label, NO_LABEL))
-            largest = tl.maximum(largest, label)
-    else:
-        for k in tl.static_range(len(RADII)):
-            for neighbour in range(8):
-                dy, dx = step_to(neighbour, 1)
-                label, _ = label_at(label_ptr, h + dy * RADII[k], w + dx * RADII[k], H, W)
-                smallest = tl.minimum(smallest, tl.where(label > above, label, NO_LABEL))
-                largest = tl.maximum(largest, label)
-    return tl.min(tl.min(smallest, axis=0), axis=0), tl.max(tl.max(largest, axis=0), axis=0)
+def next_label(labels, counts, above):
+    """The smallest label beyond ``above`` of pixels that count."""
+    # What is not beyond is large as an unsigned number.
+    beyond = ()
+    for i in tl.static_range(len(labels)):
+        beyond += (labels[i] - above - 1,)
+    more, _largest = extremes(beyond)
+    more = tl.minimum(tl.where(counts, more, NO_LABEL), NO_LABEL)
+    return tl.min(more, axis=0).to(tl.int32) + above + 1
+
+
+@triton.jit
+def choose(k, values):
+    """The one that k says. What loops over sizes has one body: three take three times as long to
+    compile.
+    """
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(k == i, values[i], value)
+    return value
+
+
+@triton.jit
+def step_to(bits, d):
+    """Rows and columns to the neighbour of the lowest bit: 0 to 3 are those before a pixel, 4 to 7
+    those after it.
+    """
+    lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) // 0x800000 - 127
+    direction = lowest + (lowest > 3).to(tl.int32)  # 4 is the pixel itself
+    return (direction // 3 - 1) * d, (direction % 3 - 1) * d
 
 
 @triton.jit
@@ -449,60 +533,107 @@ def edge_tables_kernel(
     logits_ptr, label_ptr, top_ptr, rest_ptr, edges_ptr,
     C, H, W, stride_n, stride_c, margin, limit, eps, PROGRAMS,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
 ):  # fmt: skip
-    n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
+    n, first_h, first_w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
     label_ptr += n * H * W
     top_ptr += n * H * W
     rest_ptr += n * H * W
     K: tl.constexpr = COLUMNS[len(RADII)]
+    parts: tl.constexpr = (BLOCK_H // PART_H) * (BLOCK_W // PART_W)
+    nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
 
-    # In the channel of its own label a pixel a has an edge to every neighbour b of another label.
-    label, pixel = label_at(label_ptr, h, w, H, W)
-    counts = label >= 0
-    logits_ptr += tl.maximum(label, 0).to(tl.int64) * stride_c
-    x = tl.load(logits_ptr + pixel, mask=counts, other=0.0).to(tl.float32)
-    top = tl.load(top_ptr + pixel, mask=counts, other=0.0)
-    rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
+    every_h, every_w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
     if CROSS_ENTROPY:
-        store_by_label(
-            edges_ptr, 3 * K, label, log_1p(rest) - (x - top), counts.to(tl.float32), top,
-            C, PROGRAMS, 2, BLOCK_CLASSES,
+        cross_entropy = log_losses(
+            logits_ptr, label_ptr, top_ptr, rest_ptr, every_h, every_w, H, W, stride_c,
+            BLOCK_CLASSES,
         )  # fmt: skip
+        store(cross_entropy, edges_ptr, 3 * K, C, PROGRAMS, BLOCK_CLASSES)
+
     # The tables are zeroed: nothing to add where there is one label.
-    smallest, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH)
-    if smallest < largest:
-        p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
-        for k in tl.static_range(len(RADII)):
-            hinges = tl.zeros_like(p_a)
-            product = tl.zeros_like(p_a)
-            entries = tl.zeros_like(p_a)
-            for first in range(0, 8, BLOCK_D):
-                dy, dx = step_to(first, BLOCK_D)
-                label_b, pixel_b = label_at(label_ptr, h + dy * RADII[k], w + dx * RADII[k], H, W)
-                edge = counts & (label_b >= 0) & (label_b != label)
-                if tl.max(tl.max(edge.to(tl.int32), axis=0), axis=0) > 0:
-                    x_b = tl.load(logits_ptr + pixel_b, mask=edge, other=0.0).to(tl.float32)
-                    top_b = tl.load(top_ptr + pixel_b, mask=edge, other=0.0)
-                    rest_b = tl.load(rest_ptr + pixel_b, mask=edge, other=1.0)
-                    p_b, _, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
+    if may_have_edges(label_ptr, every_h, every_w, H, W, REACH):
+        tables = ()
+        for _ in tl.static_range(3 * len(RADII)):
+            tables += (nothing,)
+        for part in range(parts):
+            h, w = rectangle(
+                first_h + part // (BLOCK_W // PART_W) * PART_H,
+                first_w + part % (BLOCK_W // PART_W) * PART_W, PART_H, PART_W,
+            )  # fmt: skip
+            pixel = h.to(tl.int64) * W + w
+            labels, _pairs = labels_around(label_ptr, h, w, H, W, RADII)
+            label = labels[0]
+            # In the channel of its own label a pixel a has an edge to every neighbour b of another.
+            x, top, rest = logit_at(logits_ptr, top_ptr, rest_ptr, label, pixel, stride_c)
+            p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
+            edges, values, touched = (), (), label >= NO_LABEL
+            for k in tl.static_range(len(RADII)):
+                bits = 0 * label
+                for i in tl.static_range(8):
+                    bits |= tl.where(labels[1 + 8 * k + i] != label, 1 << i, 0)
+                edges += (bits,)
+                touched |= bits > 0
+                values += (tl.zeros_like(p_a), tl.zeros_like(p_a), tl.zeros_like(p_a))
+            for k in range(len(RADII)):
+                hinges = tl.zeros_like(p_a)
+                product = tl.zeros_like(p_a)
+                entries = tl.zeros_like(p_a)
+                todo, d = choose(k, edges), choose(k, RADII)
+                # Every lane goes to the next of its own edges.
+                while tl.max(todo, axis=0) > 0:
+                    edge = todo > 0
+                    dy, dx = step_to(todo, d)
+                    todo &= todo - 1
+                    pixel_b = pixel + dy.to(tl.int64) * W + dx
+                    x_b, top_b, rest_b = logit_at(
+                        logits_ptr, top_ptr, rest_ptr, tl.where(edge, label, -1), pixel_b, stride_c
+                    )
+                    p_b, _q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
                     kl_a = p_b * (l_b - l_a) + (log_q_b - log_q_a)  # a is the centre
                     kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
                     both = tl.maximum(margin - kl_a, 0.0) + tl.maximum(margin - kl_b, 0.0)
-                    hinges += tl.sum(tl.where(edge, both, 0.0), axis=0, keep_dims=True)
+                    hinges += tl.where(edge, both, 0.0)
                     # What the dense tables hold of this pair, nothing where p is clamped.
                     u_a = tl.where(l_a < limit, q_a - eps, 0.0)
                     u_b = tl.where(l_b > -limit, p_b - eps, 0.0)
-                    step = tl.where(edge, (u_a + u_b) * (l_b - l_a), 0.0)
-                    product += tl.sum(step, axis=0, keep_dims=True)
-                    entries += tl.sum(tl.where(edge, 2.0, 0.0), axis=0, keep_dims=True)
-            store_by_label(
-                edges_ptr, 3 * COLUMNS[k], label, hinges, product, entries, C, PROGRAMS, 3,
-                BLOCK_CLASSES,
-            )  # fmt: skip
+                    product += tl.where(edge, (u_a + u_b) * (l_b - l_a), 0.0)
+                    entries += tl.where(edge, 2.0, 0.0)
+                new_values = ()
+                for i in tl.static_range(len(RADII)):
+                    new_values += (
+                        tl.where(k == i, hinges, values[3 * i]),
+                        tl.where(k == i, product, values[3 * i + 1]),
+                        tl.where(k == i, entries, values[3 * i + 2]),
+                    )
+                values = new_values
+            tables = by_label(tables, values, tl.where(touched, label, -1), BLOCK_CLASSES)
+        for k in tl.static_range(len(RADII)):
+            store(tables[3 * k : 3 * k + 3], edges_ptr, 3 * COLUMNS[k], C, PROGRAMS, BLOCK_CLASSES)
+
+
+@triton.jit
+def logit_at(logits_ptr, top_ptr, rest_ptr, label, pixel, stride_c):
+    """The logit of the label and the statistics of a pixel, where there is a label."""
+    there = label >= 0
+    channel = logits_ptr + tl.maximum(label, 0).to(tl.int64) * stride_c
+    x = tl.load(channel + pixel, mask=there, other=0.0).to(tl.float32)
+    top = tl.load(top_ptr + pixel, mask=there, other=0.0)
+    return x, top, tl.load(rest_ptr + pixel, mask=there, other=1.0)
+
+
+@triton.jit
+def log_losses(
+    logits_ptr, label_ptr, top_ptr, rest_ptr, h, w, H, W, stride_c, BLOCK_CLASSES: tl.constexpr
+):  # fmt: skip
+    """By label (classes,): sum of -log p, number of pixels."""
+    label = label_at(label_ptr, h, w, 0, 0, H, W)
+    x, top, rest = logit_at(logits_ptr, top_ptr, rest_ptr, label, h.to(tl.int64) * W + w, stride_c)
+    nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
+    values = (log_1p(rest) - (x - top), tl.full(x.shape, 1.0, tl.float32))
+    return by_label((nothing, nothing), values, label, BLOCK_CLASSES)
 
 
 @triton.jit
@@ -513,28 +644,27 @@ def log_1p(x):
 
 
 @triton.jit
-def store_by_label(
-    table_ptr, first, label, x, y, z, C, PROGRAMS, NUM: tl.constexpr, BLOCK_CLASSES: tl.constexpr
-):
-    """Sums x, y and z of the pixels (1, pixels) by label: rows of this program's partial table."""
+def by_label(tables, values, label, BLOCK_CLASSES: tl.constexpr):
+    """Tables (classes,) and, to be added to them by label, values (pixels,)."""
     classes = tl.arange(0, BLOCK_CLASSES)
-    x_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    y_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    z_sum = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    c = tl.min(tl.min(tl.where(label >= 0, label, NO_LABEL), axis=0), axis=0)
+    c = tl.min(tl.where(label >= 0, label, NO_LABEL), axis=0)
     while c < NO_LABEL:  # the labels that there are
-        own, here = label == c, classes == c
-        x_sum = tl.where(here, tl.sum(tl.sum(tl.where(own, x, 0.0), axis=0), axis=0), x_sum)
-        y_sum = tl.where(here, tl.sum(tl.sum(tl.where(own, y, 0.0), axis=0), axis=0), y_sum)
-        if NUM > 2:
-            z_sum = tl.where(here, tl.sum(tl.sum(tl.where(own, z, 0.0), axis=0), axis=0), z_sum)
-        c = tl.min(tl.min(tl.where(label > c, label, NO_LABEL), axis=0), axis=0)
-    row = table_ptr + (tl.cast(C, tl.int64) * first + classes) * PROGRAMS + tl.program_id(0)
-    mask = classes < C
-    tl.store(row, x_sum, mask=mask)
-    tl.store(row + tl.cast(C, tl.int64) * PROGRAMS, y_sum, mask=mask)
-    if NUM > 2:
-        tl.store(row + 2 * tl.cast(C, tl.int64) * PROGRAMS, z_sum, mask=mask)
+        sums = ()
+        for i in tl.static_range(len(tables)):
+            value = tl.sum(tl.where(label == c, values[i], 0.0), axis=0)
+            sums += (tables[i] + tl.where(classes == c, value, 0.0),)
+        tables = sums
+        c = tl.min(tl.where(label > c, label, NO_LABEL), axis=0)
+    return tables
+
+
+@triton.jit
+def store(tables, table_ptr, first, C, PROGRAMS, BLOCK_CLASSES: tl.constexpr):
+    """Tables (classes,) to rows of this program's partial tables."""
+    classes = tl.arange(0, BLOCK_CLASSES)
+    for i in tl.static_range(len(tables)):
+        row = tl.cast(C, tl.int64) * (first + i) + classes
+        tl.store(table_ptr + row * PROGRAMS + tl.program_id(0), tables[i], mask=classes < C)
 
 
 @triton.jit
@@ -543,40 +673,60 @@ def edge_gradient_kernel(
     C, H, W, stride_n, stride_c, margin, limit, eps,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     REPLACE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
 ):  # fmt: skip
-    n, h, w = patch(H, W, BLOCK_H, BLOCK_W)
+    n, first_h, first_w = patch(H, W, BLOCK_H, BLOCK_W)
     logits_ptr += n * stride_n
     grad_ptr += n * C * H * W
     label_ptr += n * H * W
     top_ptr += n * H * W
     rest_ptr += n * H * W
     K: tl.constexpr = COLUMNS[len(RADII)]
+    parts: tl.constexpr = (BLOCK_H // PART_H) * (BLOCK_W // PART_W)
 
-    c, largest = labels_around(label_ptr, h, w, H, W, -1, RADII, REACH)
-    if c < largest:
-        label, pixel = label_at(label_ptr, h, w, H, W)
-        counts = label >= 0
-        top = tl.load(top_ptr + pixel, mask=counts, other=0.0)
-        rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
-        while c < NO_LABEL:  # the labels that there are
-            channel = logits_ptr + c.to(tl.int64) * stride_c
-            x = tl.load(channel + pixel, mask=counts, other=0.0).to(tl.float32)
-            p, q, log_odds, log_q = distribution(x, top, rest, limit)
-            own = label == c
-            from_u = tl.zeros_like(p)
-            from_l = tl.zeros_like(p)
-            for k in tl.static_range(len(RADII)):
-                grad_edge = tl.load(grad_sums_ptr + c * K + COLUMNS[k])
-                grad_dense = tl.load(grad_sums_ptr + (C + c) * K + COLUMNS[k])
-                for first in range(0, 8, BLOCK_D):
-                    dy, dx = step_to(first, BLOCK_D)
-                    dy, dx = dy * RADII[k], dx * RADII[k]
-                    label_b, pixel_b = label_at(label_ptr, h + dy, w + dx, H, W)
-                    pair = counts & (label_b >= 0)
-                    edge = pair & (own != (label_b == c))
-                    taken = pair if REPLACE else edge
-                    if tl.max(tl.max(taken.to(tl.int32), axis=0), axis=0) > 0:
+    every_h, every_w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
+    if may_have_edges(label_ptr, every_h, every_w, H, W, REACH):
+        for part in range(parts):
+            h, w = rectangle(
+                first_h + part // (BLOCK_W // PART_W) * PART_H,
+                first_w + part % (BLOCK_W // PART_W) * PART_W, PART_H, PART_W,
+            )  # fmt: skip
+            pixel = h.to(tl.int64) * W + w
+            labels, pairs = labels_around(label_ptr, h, w, H, W, RADII)
+            label = labels[0]
+            counts = label >= 0
+            top = tl.load(top_ptr + pixel, mask=counts, other=0.0)
+            rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
+            smallest, largest = extremes(labels)
+            has_edge = smallest.to(tl.int32) < largest
+            c = next_label(labels, has_edge, -1)
+            while c < NO_LABEL:  # the labels that there are
+                channel = logits_ptr + c.to(tl.int64) * stride_c
+                x = tl.load(channel + pixel, mask=counts, other=0.0).to(tl.float32)
+                p, q, log_odds, log_q = distribution(x, top, rest, limit)
+                own = label == c
+                from_u = tl.zeros_like(p)
+                from_l = tl.zeros_like(p)
+                touched = label >= NO_LABEL
+                edges = ()
+                for k in tl.static_range(len(RADII)):
+                    bits = 0 * label
+                    for i in tl.static_range(8):
+                        bits |= tl.where(own != (labels[1 + 8 * k + i] == c), 1 << i, 0)
+                    edges += (bits,)
+                    touched |= bits > 0
+                for k in range(len(RADII)):
+                    d, column = choose(k, RADII), choose(k, COLUMNS)
+                    grad_edge = tl.load(grad_sums_ptr + c * K + column)
+                    grad_dense = tl.load(grad_sums_ptr + (C + c) * K + column)
+                    edges_of_size = choose(k, edges)
+                    todo = tl.where(touched, choose(k, pairs), 0) if REPLACE else edges_of_size
+                    while tl.max(todo, axis=0) > 0:
+                        taken = todo > 0
+                        edge = (todo & -todo & edges_of_size) > 0
+                        dy, dx = step_to(todo, d)
+                        todo &= todo - 1
+                        pixel_b = pixel + dy.to(tl.int64) * W + dx
                         x_b = tl.load(channel + pixel_b, mask=taken, other=0.0).to(tl.float32)
                         top_b = tl.load(top_ptr + pixel_b, mask=taken, other=0.0)
                         rest_b = tl.load(rest_ptr + pixel_b, mask=taken, other=1.0)
@@ -594,15 +744,14 @@ def edge_gradient_kernel(
                         else:
                             by_p -= grad_dense * tl.where(own, 2 * eps - q - p_b, p + q_b - 2 * eps)
                             by_l -= grad_dense * l_step
-                        by_p, by_l = tl.where(taken, by_p, 0.0), tl.where(taken, by_l, 0.0)
-                        from_u += tl.sum(by_p, axis=0, keep_dims=True)
-                        from_l += tl.sum(by_l, axis=0, keep_dims=True)
-            grad = tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)
-            row = grad_ptr + c.to(tl.int64) * H * W + pixel
-            if not REPLACE:
-                grad += tl.load(row, mask=counts, other=0.0).to(tl.float32)
-            tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=counts)
-            c, _ = labels_around(label_ptr, h, w, H, W, c, RADII, REACH)
+                        from_u += tl.where(taken, by_p, 0.0)
+                        from_l += tl.where(taken, by_l, 0.0)
+                grad = tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)
+                row = grad_ptr + c.to(tl.int64) * H * W + pixel
+                if not REPLACE:
+                    grad += tl.load(row, mask=touched, other=0.0).to(tl.float32)
+                tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=touched)
+                c = next_label(labels, has_edge, c)
 
 
 @triton.jit
@@ -733,7 +882,7 @@ def forward(
         )  # fmt: skip
         for i, (sizes, strip, patch) in enumerate(parts(kernel_sizes, logits)):
             dense_tables_kernel[strip_grid(logits)](
-                logits, label, top, rest, dense, pairs, *shape, limit, eps, rows(logits), strips,
+                logits, label, top, rest, dense, pairs, n, *shape, limit, eps, rows(logits), strips,
                 **sizes, **strip,
             )  # fmt: skip
             edge_tables_kernel[(patches,)](
@@ -775,7 +924,7 @@ def backward(
         with on_device(logits):
             for i, (sizes, strip, patch) in enumerate(steps):
                 dense_gradient_kernel[strip_grid(logits)](
-                    grad_sums, logits, label, top, rest, grad, *shape, limit, eps, rows(logits),
+                    grad_sums, logits, label, top, rest, grad, n, *shape, limit, eps, rows(logits),
                     ADD=i > 0, **sizes, **strip,
                 )  # fmt: skip
                 edge_gradient_kernel[(patch_programs(logits),)](
@@ -821,30 +970,32 @@ def parts(
 
 
 def strip_blocks(logits: Tensor) -> dict[str, int]:
-    _, num_classes, _, width = logits.shape
-    classes = triton.next_power_of_2(num_classes)
-    lanes = 16 if width <= 4 * 16 - HALO.value else 32
+    classes = triton.next_power_of_2(logits.shape[1])
     if logits.device.type == "cpu":
-        return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": lanes, "UNROLL": 1}
+        return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": 32, "UNROLL": 1}
+    # 32 lanes for a class: more classes in a thread take more registers than they save work.
+    in_a_warp = 2 if torch.version.hip else 1
     # Rows that are not aligned take more registers to load.
-    unroll = 2 if width % 16 == 0 else 1
-    return {"BLOCK_C": min(2, classes), "LANES": lanes, "UNROLL": unroll, "num_warps": 1}
+    unroll = 2 if logits.shape[3] % 16 == 0 else 1
+    return {"BLOCK_C": min(in_a_warp, classes), "LANES": 32, "UNROLL": unroll, "num_warps": 1}
 
 
 def rows(logits: Tensor) -> int:
-    """Of a strip of one program: many, for few are shared with the neighbours then, but as few as
-    give every processor several programs.
+    """Of a band: many, for few are shared with its neighbours then, but as few as give every
+    processor several programs.
     """
-    n, _, height, width = logits.shape
+    _, num_classes, height, _ = logits.shape
+    programs = strips_of(logits, height) * num_classes  # were a band an image
+    most = max(8, min(64, triton.cdiv(height * programs, STRIP_PROGRAMS)))
     if logits.device.type == "cpu":
-        return INTERPRETED_ROWS
-    strips = n * strips_in(width, strip_blocks(logits)) * class_blocks(logits)
-    return max(8, min(64, triton.cdiv(height, triton.cdiv(STRIP_PROGRAMS, max(1, strips)))))
+        most = INTERPRETED_ROWS
+    return triton.cdiv(height, triton.cdiv(height, most))
 
 
-def strips_in(width: int, blocks: dict[str, int]) -> int:
-    columns = 4 * blocks["LANES"]
-    return 1 if width <= columns - HALO.value else triton.cdiv(width, columns - 2 * HALO.value)
+def strips_of(logits: Tensor, rows: int) -> int:
+    n, _, height, width = logits.shape
+    columns = n * triton.cdiv(height, rows) * (HALO.value + triton.cdiv(width, 4) * 4)
+    return triton.cdiv(columns - HALO.value, 4 * strip_blocks(logits)["LANES"] - 2 * HALO.value)
 
 
 def class_blocks(logits: Tensor) -> int:
@@ -853,8 +1004,7 @@ def class_blocks(logits: Tensor) -> int:
 
 def strip_programs(logits: Tensor) -> int:
     """Without those of other classes."""
-    n, _, height, width = logits.shape
-    return n * strips_in(width, strip_blocks(logits)) * triton.cdiv(height, rows(logits))
+    return strips_of(logits, rows(logits))
 
 
 def strip_grid(logits: Tensor) -> tuple[int]:
@@ -862,10 +1012,12 @@ def strip_grid(logits: Tensor) -> tuple[int]:
 
 
 def patch_blocks(logits: Tensor) -> dict[str, int]:
+    """A patch, and the parts of it that are worked on in turn: a pixel for every thread."""
     if logits.device.type == "cpu":
-        return {"BLOCK_D": 8, **INTERPRETED_PATCH}
-    warps = 1 if logits.shape[1] <= 256 else 4  # a lane holds its part of the table
-    return {"BLOCK_D": 1, "BLOCK_H": 8, "BLOCK_W": 16, "num_warps": warps}
+        return {**INTERPRETED_PATCH, "PART_H": 16, "PART_W": 64}
+    if logits.shape[1] > 256:  # a lane holds its part of the tables
+        return {"BLOCK_H": 8, "BLOCK_W": 16, "PART_H": 8, "PART_W": 16, "num_warps": 4}
+    return {"BLOCK_H": 8, "BLOCK_W": 16, "PART_H": 4, "PART_W": 8, "num_warps": 1}
 
 
 def patch_programs(logits: Tensor) -> int:
