@@ -260,9 +260,9 @@ def _static(args: argparse.Namespace) -> int:
     if knobs.runtime.interpret:
         raise ValueError("static needs the compiler: unset TRITON_INTERPRET")
     kernels = []
-    with _progress(len(static.TILES) * len(static.TARGETS)) as step:
+    with _progress(sum(len(tile.targets) for tile in static.TILES)) as step:
         for tile in static.TILES:
-            for target in static.TARGETS:
+            for target in tile.targets:
                 step(f"{tile.kernel.__name__} {target}")
                 kernels.append(static.analyse(tile, target))
     print(f"instructions per element (class of a pixel), triton {versions()['triton']}")

@@ -308,9 +308,9 @@ def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     def launch(kernel: Any, grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
         out = torch.empty_like(p)
         _, classes, height, width = p.shape
-        kernel[kernels.grid(p)](
-            grad, p, total, out, classes, width, height * width, *grad.stride(), *out.stride(),
-            **kernels.tile(p),
+        blocks = kernels.all_classes(p)
+        kernel[kernels.grid(p, blocks)](
+            grad, p, total, out, classes, width, height * width, *grad.stride(), **blocks
         )  # fmt: skip
         return out
 

@@ -84,6 +84,7 @@ class Tile:
     """Elements in a pixel of the image."""
     launches: int = 1
     """In one forward and backward pass of a loss."""
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 # Bytes per element, 19 of which make up a pixel, of float32 and int64.
@@ -96,13 +97,17 @@ BATCH = torch.empty(8, 19, 512, 512, device="meta")
 # A strip owns fewer columns and rows than it reads.
 STRIP_ROWS = affinity_field.rows(BATCH)
 ((SIZES, STRIP, PATCH),) = affinity_field.parts([3, 5, 7], BATCH)
-STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_grid(BATCH)[0]
+# Targets, and how many classes a warp of theirs holds.
+STRIPS = ((("sm_80", "sm_90"), 1), (("gfx942",), 2))
+STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_programs(BATCH)
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 PATCHES = affinity_field.patch_programs(BATCH)
-# Of a patch of street scenes of 480 x 360 pixels (CamVid), on average: how many hold more than one
-# label within reach of three sizes, and through how many labels the gradient walks.
-EDGE_PATCHES, EDGE_LABELS = 0.31, 0.72
+# In street scenes of 480 x 360 pixels (CamVid), on average: patches that hold more than one label
+# within reach of three sizes; and of a part of these patches, steps to neighbours of a size in the
+# tables, labels that the gradient walks through, and its steps of a label and a size.
+EDGE_PATCHES, EDGE_STEPS, EDGE_LABELS, EDGE_LABEL_STEPS = 0.32, 2.55, 1.61, 3.33
+PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
 # Largest logit, sum of the others and a label of 16 bits.
 PIXEL_STATISTICS = 2 * FLOAT_OF_PIXEL + 2 / 19
 PARTIAL_TABLES = 4 * (3 * 3 + 2) * 19 / PATCH_ELEMENTS
@@ -114,16 +119,16 @@ GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
 POINTS_PER_PIXEL = 19 * 180 / (IMAGES[1] * IMAGES[2])
 PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
 PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
-GRAM = affinity_regression.gram_blocks(LOGITS)
+GRAM = affinity_regression.gram_blocks(BATCH)
 GRADIENT = affinity_regression.gradient_blocks(LOGITS)
 MATRIX = affinity_regression.matrix_blocks(LOGITS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
 GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile(LOGITS)}
 GATE_ELEMENTS = 4 * len(RATES) * GATES["BLOCK_P"]
-ALL_CLASSES = affinity_propagation.tile(LOGITS)
+ALL_CLASSES = affinity_propagation.all_classes(LOGITS)
 NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
-SUM = {"RATES": RATES, **ALL_CLASSES}
-SUM_ELEMENTS = 19 * ALL_CLASSES["BLOCK_P"]
+SUM: dict[str, Any] = {"RATES": RATES, **affinity_propagation.tile(LOGITS)}
+SUM_ELEMENTS = 19 * SUM["BLOCK_P"]
 OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
 NUM_OFFSETS = len(OFFSETS) // 2
 ITERATIONS = 10
@@ -142,22 +147,26 @@ TILES = (
         moved=LOGIT + LABEL + PIXEL_STATISTICS,
         trips=PIXEL_TRIPS,
     ),
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.dense_tables_kernel,
-        SIZES | STRIP,
-        STRIP_ELEMENTS,
-        moved=LOGIT + PIXEL_STATISTICS,
-        trips=STRIP_TRIPS,
+    *(
+        Tile(
+            "affinity_field_cross_entropy",
+            affinity_field.dense_tables_kernel,
+            {**SIZES, **STRIP, "BLOCK_C": classes},
+            STRIP_ELEMENTS // -(-19 // classes),
+            moved=LOGIT + PIXEL_STATISTICS,
+            trips=STRIP_TRIPS,
+            targets=targets,
+        )
+        for targets, classes in STRIPS
     ),
-    # As if, where there is an edge, all 8 directions had one.
+    # As if there were 3 labels to add up by: there are 1.17.
     Tile(
         "affinity_field_cross_entropy",
         affinity_field.edge_tables_kernel,
         {"CROSS_ENTROPY": True, "BLOCK_CLASSES": 32, **SIZES, **PATCH},
         PATCH_ELEMENTS,
         moved=FLOAT_OF_PIXEL + PIXEL_STATISTICS + PARTIAL_TABLES,
-        trips=8 * EDGE_PATCHES,
+        trips=(PARTS, 3, EDGE_STEPS),
     ),
     Tile(
         "affinity_field_cross_entropy",
@@ -167,21 +176,25 @@ TILES = (
         moved=PARTIAL_TABLES,
         trips=-(-PATCHES // SUM_OF_TABLES["BLOCK"]),
     ),
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.dense_gradient_kernel,
-        {"ADD": False, **SIZES, **STRIP},
-        STRIP_ELEMENTS,
-        moved=LOGIT + PIXEL_STATISTICS + GRAD,
-        trips=STRIP_TRIPS,
+    *(
+        Tile(
+            "affinity_field_cross_entropy",
+            affinity_field.dense_gradient_kernel,
+            {"ADD": False, **SIZES, **STRIP, "BLOCK_C": classes},
+            STRIP_ELEMENTS // -(-19 // classes),
+            moved=LOGIT + PIXEL_STATISTICS + GRAD,
+            trips=STRIP_TRIPS,
+            targets=targets,
+        )
+        for targets, classes in STRIPS
     ),
     Tile(
         "affinity_field_cross_entropy",
         affinity_field.edge_gradient_kernel,
         {"REPLACE": False, **SIZES, **PATCH},
         PATCH_ELEMENTS,
-        moved=EDGE_LABELS / 19 * (LOGIT + 2 * GRAD) + PIXEL_STATISTICS,
-        trips=(EDGE_LABELS, 8),
+        moved=EDGE_PATCHES * EDGE_LABELS / 19 * (LOGIT + 2 * GRAD) + PIXEL_STATISTICS,
+        trips=(PARTS, EDGE_LABELS, 3, EDGE_LABEL_STEPS),
     ),
     Tile(
         "affinity_field_cross_entropy",
@@ -195,9 +208,10 @@ TILES = (
         "affinity_regression",
         affinity_regression.pairs_kernel,
         GRIDS | PAIRS,
-        19 * min(180, PAIRS["BLOCK_I"] * PAIRS["STEPS_I"]),
+        19 * min(180, PAIRS["BLOCK"] * PAIRS["STEPS"]),
         moved=LOGIT + LABEL,
-        trips=(PAIRS["STEPS_I"], PAIRS["STEPS_J"], PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
+        # Of a symmetric matrix, the blocks on the diagonal and to one side of it.
+        trips=(PAIRS["STEPS"], (PAIRS["STEPS"] + 1) / 2, PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
         per_pixel=POINTS_PER_PIXEL,
     ),
     Tile(
@@ -205,7 +219,9 @@ TILES = (
         affinity_regression.pairs_gradient_kernel,
         GRIDS | PAIRS_GRADIENT,
         19 * PAIRS_GRADIENT["BLOCK_I"],
-        moved=LOGIT + LABEL + GRAD,
+        # The gradient of all pixels. The zeros between the points take instructions too, some 8 per
+        # element, which are left out: their bytes take longer.
+        moved=LOGIT + LABEL + GRAD * 19 / POINTS_PER_PIXEL,
         trips=(
             PAIRS_GRADIENT["STEPS_J"],
             PAIRS_GRADIENT["BLOCK_C"] // PAIRS_GRADIENT["BLOCK_A"],
@@ -226,7 +242,7 @@ TILES = (
         GRADIENT,
         19 * GRADIENT["BLOCK_P"],
         moved=LOGIT + LABEL + GRAD,
-        trips=GRADIENT["BLOCK_C"] // GRADIENT["BLOCK_A"],
+        trips=GRADIENT["C"],
     ),
     Tile(
         "square_root_affinity",
@@ -252,14 +268,14 @@ TILES = (
         SUM,
         SUM_ELEMENTS,
         moved=4 + NUM_OFFSETS / 19 * GATE + FLOAT_OF_PIXEL + 4,
-        trips=8,
+        trips=NUM_OFFSETS,
         launches=2 * ITERATIONS,
     ),
     Tile(
         "affinity_propagation",
         affinity_propagation.normalise_backward_kernel,
         ALL_CLASSES,
-        SUM_ELEMENTS,
+        19 * ALL_CLASSES["BLOCK_P"],
         moved=GRAD + 4 + FLOAT_OF_PIXEL + GRAD,
     ),
     Tile(
@@ -269,7 +285,7 @@ TILES = (
         SUM_ELEMENTS,
         # The gates' gradient is read and written.
         moved=GRAD + 4 + NUM_OFFSETS / 19 * 3 * GATE + FLOAT_OF_PIXEL + GRAD,
-        trips=8,
+        trips=NUM_OFFSETS,
         launches=ITERATIONS,
     ),
     Tile(
@@ -341,34 +357,22 @@ def implied_times(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the rows of the static table imply for each GPU, a row for a kernel: picoseconds per
     element, and milliseconds of all its launches in one forward and backward pass.
     """
-    rows = []
-    for row in kernels:
-        if row["target"] not in GPUS or not row["launches"]:
-            continue
-        gpu = GPUS[row["target"]]
-        instructions = row["instructions_per_element"]["all"]
-        one_program = row["instructions_per_thread"] / gpu.clock
-        rows.append(_implied(gpu, row, row["bytes_per_element"], instructions, one_program))
-        if row["kernel"] == "pairs_gradient_kernel":
-            zeros = {**row, "kernel": "zeros", "launches": 1, "elements_per_pixel": 19}
-            rows.append(_implied(gpu, zeros, GRAD))
-    return rows
+    return [
+        _implied(GPUS[row["target"]], row)
+        for row in kernels
+        if row["target"] in GPUS and row["launches"]
+    ]
 
 
-def _implied(
-    gpu: Gpu,
-    row: dict[str, Any],
-    bytes_per_element: float,
-    instructions: float = 0,
-    one_program: float = 0,
-) -> dict[str, Any]:
+def _implied(gpu: Gpu, row: dict[str, Any]) -> dict[str, Any]:
     images, height, width = IMAGES
     elements = images * height * width * row["elements_per_pixel"]
+    instructions = elements * row["instructions_per_element"]["all"]
     # A warp issues one instruction a clock at most: no launch is over before its programs are.
     seconds = {
-        "bytes": elements * bytes_per_element / gpu.bytes_per_s,
-        "instructions": elements * instructions / gpu.instructions_per_s,
-        "one program": one_program,
+        "bytes": elements * row["bytes_per_element"] / gpu.bytes_per_s,
+        "instructions": instructions / gpu.instructions_per_s,
+        "one program": row["instructions_per_thread"] / gpu.clock,
     }
     bound = max(seconds, key=lambda name: seconds[name])
     return {
@@ -376,7 +380,7 @@ def _implied(
         "kernel": row["kernel"],
         "gpu": gpu.name,
         "launches": row["launches"],
-        "bytes_per_element": bytes_per_element,
+        "bytes_per_element": row["bytes_per_element"],
         "ps_per_element": round(1e12 * seconds[bound] / elements, 2),
         "bound": bound,
         "percent_of_copy": round(100 * seconds["bytes"] / seconds[bound]),
@@ -394,7 +398,10 @@ def cross_entropy_ms(gpu: str) -> float:
 # Every other number is an int.
 FLOATS = ("margin", "eps", "limit", "self_weight", "slope", "gamma")
 # Sizes and strides that are multiples of 16, as in most images: loads of four numbers.
-ALIGNED = ("H", "W", "HW", "stride_n", "stride_c", "target_stride_n")
+ALIGNED = (
+    *("H", "W", "HW", "PAIRS", "stride_n", "stride_c", "stride_h"),
+    *("grad_stride_n", "grad_stride_c", "grad_stride_h", "target_stride_n", "target_stride_h"),
+)
 POINTERS = {
     "target_ptr": "*i64",
     "label_ptr": "*i16",
