@@ -215,9 +215,11 @@ def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     place = tl.program_id(0) // class_blocks
     c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, LANES)[None, :]
-    column = place * (4 * LANES - 2 * HALO) + lane * 4
     width, bands = HALO + tl.cdiv(W, 4) * 4, tl.cdiv(H, ROWS)
-    n, band = column // width // bands, column // width % bands
+    start = place.to(tl.int64) * (4 * LANES - 2 * HALO)
+    column = (start % width).to(tl.int32) + lane * 4
+    band = (start // width).to(tl.int32) + column // width
+    n, band = band // bands, band % bands
     first = tl.where(n < N, band * ROWS, H + HALO)  # behind the last image no row is inside
     w = (column % width)[:, :, None] - HALO + tl.arange(0, 4)[None, None, :]
     w = tl.max_contiguous(tl.multiple_of(w, (1, 1, 4)), (1, 1, 4))
@@ -327,15 +329,19 @@ def dense_tables_kernel(
 
     K: tl.constexpr = COLUMNS[len(RADII)]
     for k in tl.static_range(len(RADII)):
-        total = sums[4 * k] + sums[4 * k + 1] + sums[4 * k + 2] + sums[4 * k + 3]
+        total = nothing
+        for i in tl.static_range(4):
+            total += sums[4 * k + i]
         total = tl.sum(tl.where(owned, total, 0.0), axis=1)
         offs = (c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS + place
         tl.store(sums_ptr + offs, total, mask=c < C)
-        both = pairs[2 * k] + pairs[2 * k + 1]
-        both = (both & 0xFFFF) + (both >> 16)
-        total = tl.sum(tl.where(owned, both, 0).to(tl.float32))
+        both = none
+        for i in tl.static_range(2):
+            both += pairs[2 * k + i]
+        count = tl.where(owned, (both & 0xFFFF) + (both >> 16), 0)
         if first_classes:
-            tl.store(pairs_ptr + COLUMNS[k] * tl.cast(PROGRAMS, tl.int64) + place, total)
+            pairs_row = pairs_ptr + COLUMNS[k] * tl.cast(PROGRAMS, tl.int64)
+            tl.store(pairs_row + place, tl.sum(count.to(tl.float32)))
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -473,7 +479,7 @@ def may_have_edges(label_ptr, h, w, H, W, REACH: tl.constexpr):
     that reach too far to look.
     """
     # A patch is at least twice as large as the reach: four shifted ones cover all.
-    labels = (label_at(label_ptr, h, w, 0, 0, H, W),)
+    labels = ()
     for corner in tl.static_range(4):
         dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
         labels += (label_at(label_ptr, h, w, dy, dx, H, W),)
@@ -569,7 +575,7 @@ def edge_tables_kernel(
             # In the channel of its own label a pixel a has an edge to every neighbour b of another.
             x, top, rest = logit_at(logits_ptr, top_ptr, rest_ptr, label, pixel, stride_c)
             p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
-            edges, values, touched = (), (), label >= NO_LABEL
+            edges, values, touched = (), (), tl.zeros(label.shape, tl.int1)
             for k in tl.static_range(len(RADII)):
                 bits = 0 * label
                 for i in tl.static_range(8):
@@ -707,7 +713,7 @@ def edge_gradient_kernel(
                 own = label == c
                 from_u = tl.zeros_like(p)
                 from_l = tl.zeros_like(p)
-                touched = label >= NO_LABEL
+                touched = tl.zeros(label.shape, tl.int1)
                 edges = ()
                 for k in tl.static_range(len(RADII)):
                     bits = 0 * label

@@ -85,7 +85,7 @@ def pixels_to_load(HW, W, BLOCK_P: tl.constexpr):
     """
     n, pixel, h, w = pixels(HW, W, BLOCK_P)
     in_image = pixel < HW
-    return n, tl.where(in_image, pixel, tl.arange(0, BLOCK_P) % HW), h, w, in_image
+    return n, tl.where(in_image, pixel, tl.arange(0, BLOCK_P)), h, w, in_image
 
 
 @triton.jit
@@ -184,8 +184,6 @@ def normalise(
     BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """(value - mean) / total: of blocks of classes in place, and of the last block."""
-    if BLOCKS > 0:
-        tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     for _ in range(BLOCKS):
         store_classes(ptrs, load_classes(ptrs, HW, BLOCK_C), mean, total, HW, mask, BLOCK_C)
         ptrs += BLOCK_C * HW
@@ -233,6 +231,7 @@ def step_kernel(
         total += part
         p_ptr += BLOCK_C * HW
         y_ptrs += BLOCK_C * HW
+        tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     y, part = y_of_classes(
         p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, LAST
     )  # fmt: skip
@@ -352,6 +351,7 @@ def step_backward_kernel(
         grad_y_ptr += BLOCK_C * HW
         p_ptr += BLOCK_C * HW
         grad_p_ptrs += BLOCK_C * HW
+        tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     grad_p, part = grad_of_classes(
         grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
         place, H, W, HW, neighbours, RATES, NEEDS_P, NEEDS_GATES, LAST,

@@ -36,7 +36,7 @@ from tritonaff.kernels.shared import first_pixel, load_label, on_device, rows_an
 from tritonaff.portable.affinity_regression import factors, squared_error_of
 
 # Blocks are small because products in full precision keep their operands in registers; those below
-# spill none or few on the GPUs that `tritonaff-bench static` compiles for.
+# spill none on the GPUs that `tritonaff-bench static` compiles for, from Triton 3.7 on.
 # Pixels per class that one program adds to a tile of the Gram matrices: so many that the partial
 # matrices stay below an eighth of float32 logits, and a quarter of that where there would be too
 # few programs for a GPU.
@@ -576,7 +576,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
 
 
 def all_classes(logits: Tensor) -> dict[str, int]:
-    """A matrix product takes 16 of everything at least."""
+    """A matrix product takes 16 of a side at least, and 8 of the second one."""
     block_c = max(16, triton.next_power_of_2(logits.shape[1]))
     return {"C": logits.shape[1], "BLOCK_C": block_c, "num_warps": 8 if block_c > 64 else 4}
 

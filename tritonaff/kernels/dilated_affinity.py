@@ -190,7 +190,8 @@ def tables_kernel(
                 is_same = (same & (1 << (GROUP_SIZE - 1 - s))) != 0
                 x = tl.load(x_ptrs, mask=inside).to(tl.float32)
                 x_ptrs += stride_c
-                # e^x is a power of 2. Its sign is the prediction, negative where x is 0, too.
+                # e^x is a power of 2. Its sign is the prediction, negative where x is 0, too; of a
+                # NaN it may be any: the loss shows that one.
                 x_2 = x * LOG2_E - SMALLEST
                 not_positive = (not_positive << 1) | (x_2.to(tl.uint32, bitcast=True) >> 31)
                 u = tl.where(is_different, -x, x)
