@@ -11,9 +11,9 @@ Dense plus sparse, as docs/affinity_field.md derives it:
     edge_gradient_kernel     adds what edges change, where there are any
     softmax_backward_kernel  the gradient of the logits, in place, with that of cross-entropy
 
-The dense tiles march: one warp owns a strip of columns of a few classes and walks down the rows,
-with the rows that its stencils reach in registers. A thread holds four neighbouring columns, so a
-step to the side is a shuffle within the warp for some of them and nothing for the others.
+The dense tiles march: one warp owns a strip of columns of a class and walks down the rows, with the
+rows that its stencils reach in registers. A thread holds four neighbouring columns, so a step to
+the side is a shuffle within the warp for some of them and nothing for the others.
 
 Half precision is read as it is and computed in float32. Image sizes are runtime arguments: what
 compiles anew are neighbourhood sizes, block sizes, and Triton's own distinction of arguments that
