@@ -320,7 +320,7 @@ def test_bad_arguments(arguments, message, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="sees in /proc whether workers have started")
 def test_an_interrupt_ends_it_without_a_traceback(folder):
     """Ctrl-C reaches every process of the group, here while workers start."""
-    for k in range(200):
+    for k in range(5000):
         (folder / f"copy{k}.png").write_bytes((folder / "a.png").read_bytes())
     command = [sys.executable, "-m", "tritonaff.statistics_cli", "labels", "--rates", "1"]
     process = subprocess.Popen(
