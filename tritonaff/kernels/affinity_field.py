@@ -30,7 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import first_pixel, load_label, on_device, steps_in_32_bits
+from tritonaff.kernels.shared import (
+    first_pixel,
+    is_inside,
+    load_label,
+    on_device,
+    step_in,
+    steps_in_32_bits,
+)
 from tritonaff.portable.blocks import in_layout_of
 
 # What a strip reads beside the columns that it owns: the largest distance that it reaches.
@@ -175,10 +182,10 @@ def far_box(
         logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
     )
     for neighbour in range(8):
-        direction = neighbour + (neighbour > 3)  # 4 is the pixel itself
+        dy, dx = step_in(neighbour)
         u, log_odds, counts = load_row(
             logits_ptr, top_ptr, rest_ptr, label_ptr, c,
-            h + (direction // 3 - 1) * d, w + (direction % 3 - 1) * d, H, W, limit, eps,
+            h + dy * d, w + dx * d, H, W, limit, eps,
         )  # fmt: skip
         u_sum, l_sum, count = add(u_sum, u), add(l_sum, log_odds), count + counts
     return u_sum, l_sum, count
@@ -434,13 +441,19 @@ def rectangle(h, w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
+def part_of_patch(
+    h, w, part, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr
+):  # fmt: skip
+    across: tl.constexpr = BLOCK_W // PART_W
+    return rectangle(h + part // across * PART_H, w + part % across * PART_W, PART_H, PART_W)
+
+
+@triton.jit
 def label_at(label_ptr, h, w, dy, dx, H, W):
     """Labels (pixels,) a step away, -1 at pixels that do not count or are outside."""
-    # What is negative is large as an unsigned number.
-    row, column = (h + dy).to(tl.uint32), (w + dx).to(tl.uint32)
-    inside = (row < tl.cast(H, tl.uint32)) & (column < tl.cast(W, tl.uint32))
     here = label_ptr + (h.to(tl.int64) * W + w)
     step = tl.cast(dy, tl.int64) * W + dx
+    inside = is_inside(h + dy, w + dx, H, W)
     return tl.load(here + step, mask=inside, other=-1).to(tl.int32)
 
 
@@ -454,7 +467,7 @@ def labels_around(label_ptr, h, w, H, W, RADII: tl.constexpr):
     for k in tl.static_range(len(RADII)):
         bits = 0 * label
         for i in tl.static_range(8):
-            dy, dx = (i + i // 4) // 3 - 1, (i + i // 4) % 3 - 1  # 4 is the pixel itself
+            dy, dx = step_in(i)
             label_b = label_at(label_ptr, h, w, dy * RADII[k], dx * RADII[k], H, W)
             pair = tl.minimum(label, label_b) >= 0
             labels += (tl.where(pair, label_b, label),)
@@ -520,8 +533,8 @@ def step_to(bits, d):
     those after it.
     """
     lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) // 0x800000 - 127
-    direction = lowest + (lowest > 3).to(tl.int32)  # 4 is the pixel itself
-    return (direction // 3 - 1) * d, (direction % 3 - 1) * d
+    dy, dx = step_in(lowest)
+    return dy * d, dx * d
 
 
 @triton.jit
@@ -565,15 +578,13 @@ def edge_tables_kernel(
         for _ in tl.static_range(3 * len(RADII)):
             tables += (nothing,)
         for part in range(parts):
-            h, w = rectangle(
-                first_h + part // (BLOCK_W // PART_W) * PART_H,
-                first_w + part % (BLOCK_W // PART_W) * PART_W, PART_H, PART_W,
-            )  # fmt: skip
+            h, w = part_of_patch(first_h, first_w, part, BLOCK_W, PART_H, PART_W)
             pixel = h.to(tl.int64) * W + w
             labels, _pairs = labels_around(label_ptr, h, w, H, W, RADII)
             label = labels[0]
             # In the channel of its own label a pixel a has an edge to every neighbour b of another.
-            x, top, rest = logit_at(logits_ptr, top_ptr, rest_ptr, label, pixel, stride_c)
+            channel = channel_of(logits_ptr, label, stride_c)
+            x, top, rest = logit_at(channel, top_ptr, rest_ptr, pixel, label >= 0)
             p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
             edges, values, touched = (), (), tl.zeros(label.shape, tl.int1)
             for k in tl.static_range(len(RADII)):
@@ -594,9 +605,7 @@ def edge_tables_kernel(
                     dy, dx = step_to(todo, d)
                     todo &= todo - 1
                     pixel_b = pixel + dy.to(tl.int64) * W + dx
-                    x_b, top_b, rest_b = logit_at(
-                        logits_ptr, top_ptr, rest_ptr, tl.where(edge, label, -1), pixel_b, stride_c
-                    )
+                    x_b, top_b, rest_b = logit_at(channel, top_ptr, rest_ptr, pixel_b, edge)
                     p_b, _q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
                     kl_a = p_b * (l_b - l_a) + (log_q_b - log_q_a)  # a is the centre
                     kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
@@ -621,13 +630,16 @@ def edge_tables_kernel(
 
 
 @triton.jit
-def logit_at(logits_ptr, top_ptr, rest_ptr, label, pixel, stride_c):
-    """The logit of the label and the statistics of a pixel, where there is a label."""
-    there = label >= 0
-    channel = logits_ptr + tl.maximum(label, 0).to(tl.int64) * stride_c
-    x = tl.load(channel + pixel, mask=there, other=0.0).to(tl.float32)
-    top = tl.load(top_ptr + pixel, mask=there, other=0.0)
-    return x, top, tl.load(rest_ptr + pixel, mask=there, other=1.0)
+def channel_of(logits_ptr, label, stride_c):
+    return logits_ptr + tl.maximum(label, 0).to(tl.int64) * stride_c
+
+
+@triton.jit
+def logit_at(channel_ptr, top_ptr, rest_ptr, pixel, mask):
+    """The logit and the statistics of pixels."""
+    x = tl.load(channel_ptr + pixel, mask=mask, other=0.0).to(tl.float32)
+    top = tl.load(top_ptr + pixel, mask=mask, other=0.0)
+    return x, top, tl.load(rest_ptr + pixel, mask=mask, other=1.0)
 
 
 @triton.jit
@@ -636,7 +648,8 @@ def log_losses(
 ):  # fmt: skip
     """By label (classes,): sum of -log p, number of pixels."""
     label = label_at(label_ptr, h, w, 0, 0, H, W)
-    x, top, rest = logit_at(logits_ptr, top_ptr, rest_ptr, label, h.to(tl.int64) * W + w, stride_c)
+    channel = channel_of(logits_ptr, label, stride_c)
+    x, top, rest = logit_at(channel, top_ptr, rest_ptr, h.to(tl.int64) * W + w, label >= 0)
     nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
     values = (log_1p(rest) - (x - top), tl.full(x.shape, 1.0, tl.float32))
     return by_label((nothing, nothing), values, label, BLOCK_CLASSES)
@@ -693,10 +706,7 @@ def edge_gradient_kernel(
     every_h, every_w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
     if may_have_edges(label_ptr, every_h, every_w, H, W, REACH):
         for part in range(parts):
-            h, w = rectangle(
-                first_h + part // (BLOCK_W // PART_W) * PART_H,
-                first_w + part % (BLOCK_W // PART_W) * PART_W, PART_H, PART_W,
-            )  # fmt: skip
+            h, w = part_of_patch(first_h, first_w, part, BLOCK_W, PART_H, PART_W)
             pixel = h.to(tl.int64) * W + w
             labels, pairs = labels_around(label_ptr, h, w, H, W, RADII)
             label = labels[0]
@@ -733,9 +743,7 @@ def edge_gradient_kernel(
                         dy, dx = step_to(todo, d)
                         todo &= todo - 1
                         pixel_b = pixel + dy.to(tl.int64) * W + dx
-                        x_b = tl.load(channel + pixel_b, mask=taken, other=0.0).to(tl.float32)
-                        top_b = tl.load(top_ptr + pixel_b, mask=taken, other=0.0)
-                        rest_b = tl.load(rest_ptr + pixel_b, mask=taken, other=1.0)
+                        x_b, top_b, rest_b = logit_at(channel, top_ptr, rest_ptr, pixel_b, taken)
                         p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
                         l_step = log_odds - l_b
                         # From the smaller of p and q: little is rounded away.

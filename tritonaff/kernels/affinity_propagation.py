@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import on_device, pixels, steps_in_32_bits
+from tritonaff.kernels.shared import is_inside, on_device, pixels, step_in, steps_in_32_bits
 from tritonaff.portable.blocks import in_layout_of
 
 # Pixels of a step: two for each thread of 4 warps.
@@ -48,19 +48,6 @@ MAX_CLASSES, CLASSES_OF_MANY = 24, 12
 BLOCK = 1024
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_BLOCK = 1 << 15
-
-
-@triton.jit
-def step_to(direction, r1, r2):
-    """Rows and columns to the neighbour in one of 8 directions; the fifth of 3 x 3 is the pixel."""
-    place = direction + (direction > 3)
-    return (place // 3 - 1) * r1, (place % 3 - 1) * r2
-
-
-@triton.jit
-def is_inside(h, w, H, W):
-    """Negative rows and columns are large ones without a sign."""
-    return (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
 
 
 @triton.jit
@@ -97,7 +84,8 @@ def neighbour(s, SIGN: tl.constexpr, pixel, h, w, in_image, H, W, RATES: tl.cons
     for k in tl.static_range(1, len(RATES) // 2):
         r1 = tl.where(s < 8 * k, r1, RATES[2 * k])
         r2 = tl.where(s < 8 * k, r2, RATES[2 * k + 1])
-    dy, dx = step_to(s % 8, SIGN * r1, SIGN * r2)
+    dy, dx = step_in(s % 8)
+    dy, dx = dy * (SIGN * r1), dx * (SIGN * r2)
     there = in_image & is_inside(h + dy, w + dx, H, W)
     return there, tl.where(there, pixel + (dy * tl.cast(W, tl.int64) + dx), pixel)
 
@@ -151,8 +139,9 @@ def gates_kernel(
         gate = load(affinity_ptr + offsets(channel, h, w, stride_c, stride_h, stride_w), in_image)
         if FROM_LOGITS:
             gate = 1 / (1 + tl.exp(-slope * gate))
-        dy, dx = step_to(direction, RATES[2 * k], RATES[2 * k + 1])
-        gate = tl.where(is_inside(h + dy, w + dx, H, W), gate, 0.0)
+        dy, dx = step_in(direction)
+        there = is_inside(h + dy * RATES[2 * k], w + dx * RATES[2 * k + 1], H, W)
+        gate = tl.where(there, gate, 0.0)
         store(gates_ptr + channel.to(tl.int64) * HW + pixel, gate, in_image)
 
 

@@ -28,7 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import first_pixel, on_device, rows_and_columns, steps_in_32_bits
+from tritonaff.kernels.shared import (
+    first_pixel,
+    is_inside,
+    on_device,
+    rows_and_columns,
+    steps_in_32_bits,
+)
 
 # Four pixels for each thread of 4 warps: the loads of all labels of a group are in flight together.
 BLOCK_P = 512
@@ -70,12 +76,6 @@ def pointers(ptr, h, pair, stride_h, stride_w):
     """Of the pixels (1, pairs, 2): the second one's is a constant step from the first one's."""
     ptrs = ptr + (h.to(tl.int64) * stride_h + (2 * pair).to(tl.int64) * stride_w)
     return ptrs + tl.arange(0, 2).to(tl.int64)[None, None, :] * stride_w
-
-
-@triton.jit
-def is_inside(h, w, H, W):
-    """Negative rows and columns are large ones without a sign."""
-    return (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
 
 
 @triton.jit

@@ -19,6 +19,19 @@ def steps_in_32_bits(steps: Sequence[int]) -> tuple[int, ...]:
 
 
 @triton.jit
+def is_inside(h, w, H, W):
+    """Negative rows and columns are large ones without a sign."""
+    return (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
+
+
+@triton.jit
+def step_in(direction):
+    """Rows and columns to the neighbour in one of 8 directions; the fifth of 3 x 3 is the pixel."""
+    place = direction + (direction > 3)
+    return place // 3 - 1, place % 3 - 1
+
+
+@triton.jit
 def load_label(target_ptr, h, w, H, W, C, stride_h, stride_w, ignore_index):
     """The labels (1, pixels), -1 at pixels that do not count or are outside."""
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
