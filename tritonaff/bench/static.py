@@ -98,7 +98,10 @@ BATCH = torch.empty(8, 19, 512, 512, device="meta")
 STRIP_ROWS = affinity_field.rows(BATCH)
 ((SIZES, STRIP, PATCH),) = affinity_field.parts([3, 5, 7], BATCH)
 # Targets, and how many classes a warp of theirs holds.
-STRIPS = ((("sm_80", "sm_90"), 1), (("gfx942",), 2))
+STRIPS = tuple(
+    (tuple(name for name, target in TARGETS.items() if target.backend == backend), classes)
+    for backend, classes in affinity_field.CLASSES_IN_A_WARP.items()
+)
 STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_programs(BATCH)
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]

@@ -42,6 +42,8 @@ from tritonaff.portable.blocks import in_layout_of
 
 # What a strip reads beside the columns that it owns: the largest distance that it reaches.
 HALO = tl.constexpr(4)
+# 32 lanes for each: more in a thread take more registers than they save work.
+CLASSES_IN_A_WARP = {"cuda": 1, "hip": 2}
 # Programs that march: a few for every processor of a large GPU.
 STRIP_PROGRAMS = 4096
 BLOCK_SUM = 8192
@@ -987,8 +989,7 @@ def strip_blocks(logits: Tensor) -> dict[str, int]:
     classes = triton.next_power_of_2(logits.shape[1])
     if logits.device.type == "cpu":
         return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": 32, "UNROLL": 1}
-    # 32 lanes for a class: more classes in a thread take more registers than they save work.
-    in_a_warp = 2 if torch.version.hip else 1
+    in_a_warp = CLASSES_IN_A_WARP["hip" if torch.version.hip else "cuda"]
     # Rows that are not aligned take more registers to load.
     unroll = 2 if logits.shape[3] % 16 == 0 else 1
     return {"BLOCK_C": min(in_a_warp, classes), "LANES": 32, "UNROLL": unroll, "num_warps": 1}
