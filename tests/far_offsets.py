@@ -90,11 +90,16 @@ def interpret_the_last_program_alone():
 
 
 def affinity_field(logits, target):
-    """Its tables and that of cross-entropy."""
-    sums, _, log_loss, *_ = torch.ops.tritonaff.affinity_field(
-        logits, target, (3, 5), 3.0, 1e-4, 255, "paper", "triton"
+    """Its tables and that of cross-entropy, with their gradient, and counts."""
+    op, ones = torch.ops.tritonaff, torch.ones(2, 3, 2)
+    counts, *pixels = op.affinity_field_statistics(
+        logits.detach(), target, (3, 5), 255, "paper", "triton"
     )
-    return [sums, log_loss]
+    options = (3, 5), 3.0, 1e-4, "paper", "triton"
+    sums, log_loss, _, zero = op.affinity_field_with_gradient(
+        logits, ones, ones[0, :, 0], *pixels, *options
+    )
+    return [sums + zero, log_loss + zero, counts + zero]
 
 
 def tables(terms):
@@ -172,7 +177,7 @@ def far_pixels(op):
     """
     interpret_the_last_program_alone()
     allocate_sparsely()
-    kernels.BLOCK_SUM = 1 << 20
+    kernels.BLOCK_SUM, kernels.PATCHES_IN_A_PROGRAM = 1 << 20, 1
     checks.check_label_values = checks.check_matrices_fit = lambda *_: None
     width = 1 if op == "square_root_affinity" else 8
     rows = 1 << 12

@@ -331,7 +331,10 @@ def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
         target[0] = 255
         logits = logits.contiguous(memory_format=memory_format)
         results = evaluate(CASES["affinity_field"], backend, logits, target)
+        expected = evaluate(CASES["affinity_field"], "reference", logits, target)
         assert all(result.isfinite().all() for result in results.values())
+        for name in ("edge_count", "non_edge_count"):
+            torch.testing.assert_close(results[name], expected[name])
         assert results["gradient"].stride() == logits.stride()
         assert not results["gradient"][0].any()
 
@@ -493,13 +496,109 @@ def test_gradcheck_with_cross_entropy(backend):
         assert torch.autograd.gradcheck(loss, (logits,))
 
 
+def loss_of_terms(logits, target, kernel_sizes):
+    """What affinity_field_loss computes, from tables whose gradient comes afterwards."""
+    terms = tritonaff.affinity_field_terms(logits, target, kernel_sizes)
+    edge_sum, non_edge_sum, *counts = (table.sum(dim=0) for table in terms)
+    edge_count, non_edge_count = (count.clamp(min=1) for count in counts)
+    loss = edge_sum / edge_count + non_edge_sum / non_edge_count
+    return loss.sum() / len(kernel_sizes)
+
+
+@pytest.mark.parametrize("kernel_sizes", [(3, 5), (5, 13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_and_gradient_together_and_apart(backend, device, dtype, kernel_sizes):
+    logits, target = make_inputs((2, 4, 11, 18), dtype, device)
+    with tritonaff.use_backend(backend):
+        with torch.no_grad():
+            alone = tritonaff.affinity_field_loss(logits, target, kernel_sizes)
+        logits.requires_grad_()
+        loss = tritonaff.affinity_field_loss(logits, target, kernel_sizes)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        expected = loss_of_terms(logits, target, kernel_sizes)
+        (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(alone, loss)
+    torch.testing.assert_close(loss, expected)
+    # The coefficients may differ by a rounding.
+    rounding = 1e-6 if dtype == torch.float32 else 4e-3
+    distance = (gradient - expected_gradient).double().norm()
+    assert distance <= rounding * expected_gradient.double().norm()
+
+
+def test_several_passes_through_one_graph(backend, device):
+    """The first hands on the gradient that waits for it, the others compute it again."""
+    logits, target = make_inputs((1, 3, 9, 14), device=device)
+    logits.requires_grad_()
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_field_cross_entropy(logits, target, (3, 13))
+        gradients = [
+            torch.autograd.grad(factor * loss, logits, retain_graph=True)[0]
+            for factor in (1.0, -3.0, 0.0)
+        ]
+    (expected,) = torch.autograd.grad(
+        tritonaff.affinity_field_cross_entropy(logits.double(), target, (3, 13)), logits
+    )
+    for factor, gradient in zip((1, -3, 0), gradients, strict=True):
+        torch.testing.assert_close(gradient, factor * expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, float("nan")])
+def test_a_loss_is_multiplied_in_place(backend, device, factor):
+    """The gradient that waits is the one that is handed on."""
+    logits, target = make_inputs((2, 3, 20, 50), device=device)
+    logits.requires_grad_()
+    ops = torch.ops.tritonaff
+    _, *pixels = ops.affinity_field_statistics(logits.detach(), target, (3,), 255, "paper", backend)
+    grad_sums = torch.ones(2, 3, 1, device=device)
+    *_, grad, zero = ops.affinity_field_with_gradient(
+        logits, grad_sums, None, *pixels, (3,), 3.0, 1e-4, "paper", backend
+    )
+    expected = factor * grad
+    (result,) = torch.autograd.grad(factor * zero, logits)
+    assert result.data_ptr() == grad.data_ptr()
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_float16_gradients_wait_for_the_loss_scale(backend, device):
+    """Of 12 000 pixels and a small weight they are 1e-7: float16 has no digit left there."""
+    logits, target = make_inputs((1, 4, 96, 128), torch.float16, device)
+    logits.requires_grad_()
+
+    def scaled(logits):
+        return 2**16 * tritonaff.affinity_field_loss(
+            logits, target, edge_lambda=0.01, non_edge_lambda=0.01
+        )
+
+    (expected,) = torch.autograd.grad(scaled(logits.double()), logits)
+    with tritonaff.use_backend(backend):
+        (gradient,) = torch.autograd.grad(scaled(logits), logits)
+    assert gradient.dtype == torch.float16
+    assert (gradient - expected).double().norm() <= 1e-3 * expected.double().norm()
+
+
+def test_weights_alone_may_want_a_gradient(backend, device):
+    logits, target = make_inputs((1, 3, 8, 9), device=device)
+    weight = torch.rand(3, 2, device=device).requires_grad_()
+    with tritonaff.use_backend(backend):
+        gradients = [
+            torch.autograd.grad(
+                tritonaff.affinity_field_loss(x, target, (3, 5), edge_weight=weight), weight
+            )[0]
+            for x in (logits, logits.clone().requires_grad_())
+        ]
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_second_derivative_is_refused():
     logits, target = make_inputs((1, 3, 6, 6))
     logits.requires_grad_()
-    loss = tritonaff.affinity_field_loss(logits, target)
+    weight = torch.rand(3, 1, requires_grad=True)
+    loss = tritonaff.affinity_field_loss(logits, target, edge_weight=weight)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="affinity_field_backward"):
-        gradient.sum().backward()
+    for inputs in (None, [logits], [weight]):
+        with pytest.raises(RuntimeError, match="affinity_field_backward"):
+            gradient.sum().backward(inputs=inputs, retain_graph=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -509,19 +608,32 @@ def test_opcheck(backend, device, variant, memory_format):
         pytest.skip("this variant has no tile")
     logits, target = make_inputs((2, 4, 9, 11), device=device)
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
-    settings = (3, 7), 3.0, 1e-4, 255, variant, backend
-    op = torch.ops.tritonaff.affinity_field.default
-    torch.library.opcheck(op, (logits, target, *settings))
-    assert [out.requires_grad for out in op(logits, target, *settings)] == [
-        i in (0, 2) for i in range(7)
-    ]
-    sums, _, log_loss, _, label, top, rest = op(logits.detach(), target, *settings)
-    settings = (3, 7), 3.0, 1e-4, variant, backend
-    for grad_log_loss in (None, torch.ones_like(log_loss)):
+    ops = torch.ops.tritonaff
+    of_labels = logits.detach(), target, (3, 7), 255, variant, backend
+    torch.library.opcheck(ops.affinity_field_statistics.default, of_labels)
+    _, *pixels = ops.affinity_field_statistics(*of_labels)
+    options = *pixels, (3, 7), 3.0, 1e-4, variant, backend
+    torch.library.opcheck(ops.affinity_field.default, (logits, *options))
+    tables = ops.affinity_field(logits, *options)
+    assert all(table.requires_grad for table in tables)
+    sums, log_loss = (torch.ones_like(table) for table in tables)
+    for grads in ((sums, None), (sums, log_loss)):
         torch.library.opcheck(
-            torch.ops.tritonaff.affinity_field_backward.default,
-            (torch.ones_like(sums), grad_log_loss, logits.detach(), label, top, rest, *settings),
+            ops.affinity_field_backward.default, (*grads, logits.detach(), *options)
         )
+        # Traced it has the same results, as tests/test_compile.py sees; but the backward pass of
+        # eager mode makes one of them the gradient, in place.
+        torch.library.opcheck(
+            ops.affinity_field_with_gradient.default,
+            (logits, *grads, *options),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+        results = ops.affinity_field_with_gradient(logits, *grads, *options)
+        assert [result.requires_grad for result in results] == [False, False, False, True]
+        assert results[3].item() == 0
+    torch.library.opcheck(
+        ops.affinity_field_scale.default, (results[2], log_loss[0], variant, backend)
+    )
 
 
 # --- Properties ----------------------------------------------------------------------------------

@@ -71,19 +71,32 @@ def test_what_no_memory_holds_is_named_and_left_out(capsys, tmp_path, monkeypatc
     assert (20, "reference") not in implementations
 
 
-def wrong_sign(forward_or_backward):
-    def wrong(*args):
-        result = forward_or_backward(*args)
-        return (-result[0], *result[1:]) if isinstance(result, tuple) else -result
+def wrong_sign(function, place):
+    def wrong(*args, **options):
+        results = function(*args, **options)
+        if isinstance(results, torch.Tensor):
+            return -results
+        results = list(results)
+        if results[place] is not None:
+            results[place] = -results[place]
+        return tuple(results)
 
     return wrong
 
 
-@pytest.mark.parametrize("op", ["affinity_field", "affinity_propagation"])
-@pytest.mark.parametrize("part", ["forward", "backward"])
-def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path, op, part):
+@pytest.mark.parametrize(
+    ("op", "part", "place"),
+    [
+        ("affinity_field", "statistics", 0),
+        ("affinity_field", "compute", 0),
+        ("affinity_field", "compute", 2),
+        ("affinity_propagation", "forward", 0),
+        ("affinity_propagation", "backward", 0),
+    ],
+)
+def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path, op, part, place):
     portable = importlib.import_module(f"tritonaff.portable.{op}")
-    monkeypatch.setattr(portable, part, wrong_sign(getattr(portable, part)))
+    monkeypatch.setattr(portable, part, wrong_sign(getattr(portable, part), place))
     path = tmp_path / "rows.json"
     assert main([*QUICK, "--op", op, "--json", str(path)]) == 1
     printed = capsys.readouterr()
@@ -107,14 +120,15 @@ def test_it_refuses_to_time_what_goes_wrong_only_on_large_images(monkeypatch, ca
 def test_parity_sees_one_wrong_border_pixel(monkeypatch):
     from tritonaff.portable import affinity_field as portable
 
-    backward = portable.backward
+    compute = portable.compute
 
-    def wrong(*args):
-        gradient = backward(*args)
-        gradient[..., -1, -1] *= 1.01
-        return gradient
+    def wrong(*args, **options):
+        sums, log_loss, gradient = compute(*args, **options)
+        if gradient is not None:
+            gradient[..., -1, -1] *= 1.01
+        return sums, log_loss, gradient
 
-    monkeypatch.setattr(portable, "backward", wrong)
+    monkeypatch.setattr(portable, "compute", wrong)
     with pytest.raises(ParityError, match="gradient is off by"):
         check_parity(CASES["affinity_field"], "portable", *make_inputs((1, 5, 24, 24)))
 
@@ -202,7 +216,7 @@ def kernel_of(row):
 
 
 def test_static(static_table):
-    assert set(static_table) == {"device", "versions", "kernels", "implied", "cross_entropy_ms"}
+    assert set(static_table) == set(COMMITTED)
     assert [kernel_of(row) for row in static_table["kernels"]] == [
         kernel_of(row) for row in COMMITTED["kernels"]
     ]
@@ -226,6 +240,8 @@ def test_every_kernel_is_in_the_static_table():
 
 OPS_OF_VARIANTS = {
     "affinity_field_cross_entropy": "affinity_field",
+    "affinity_field_cross_entropy_bfloat16": "affinity_field",
+    "affinity_field_backward": "affinity_field",
     "affinity_regression_every_pixel": "affinity_regression",
     "square_root_affinity": "affinity_regression",
 }

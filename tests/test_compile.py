@@ -105,7 +105,7 @@ def test_inductor(backend, device):
     logits.requires_grad_()
 
     def loss(logits, target):
-        return tritonaff.affinity_field_loss(2 * logits, target, (3, 5))
+        return 3 * tritonaff.affinity_field_loss(2 * logits, target, (3, 5))
 
     with tritonaff.use_backend(backend):
         compiled = torch.compile(loss, fullgraph=True)(logits, target)
@@ -120,10 +120,10 @@ def test_changing_the_backend_reaches_a_compiled_function(monkeypatch):
     with tritonaff.use_backend("portable"):
         expected = compiled(logits, target)
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise RuntimeError("the portable implementation ran")
 
-    monkeypatch.setattr("tritonaff.portable.affinity_field.forward", refuse)
+    monkeypatch.setattr("tritonaff.portable.affinity_field.compute", refuse)
     with tritonaff.use_backend("reference"):
         torch.testing.assert_close(compiled(logits, target), expected)
     with tritonaff.use_backend("portable"), pytest.raises(RuntimeError, match="the portable"):

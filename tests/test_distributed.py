@@ -186,6 +186,11 @@ def facts_of(rank, size):
     logits = torch.randn(len(target), 4, 12, 14)
     facts["alone"] = [affinity_field_loss(logits, target, process_group=g) for g in (alone, None)]
 
+    facts["some"] = [
+        affinity_field_loss(x, target, process_group=dist.group.WORLD).detach()
+        for x in (logits, logits.clone().requires_grad_(rank == 0))
+    ]
+
     mesh = dist.init_device_mesh("cpu", (size,))
     sharded = DTensor.from_local(logits, mesh, [Shard(0)])
     facts["errors"] = []
@@ -279,9 +284,10 @@ def test_counts_are_exact_and_tables_keep_shape_and_dtype(facts, size):
             torch.testing.assert_close(table, total, rtol=0, atol=0)
 
 
-def test_one_collective_a_loss_and_none_for_its_gradient(facts):
+def test_collectives_of_a_loss_and_none_for_its_gradient(facts):
+    """The affinity field's: counts, then sums."""
     for by_rank in facts:
-        assert by_rank["collectives"] == (1, 0)
+        assert by_rank["collectives"] == (2, 0)
 
 
 def test_normalizers_of_several_processes(facts):
@@ -299,6 +305,12 @@ def test_copies_share_the_group(facts):
 def test_a_group_of_one_process_changes_nothing(facts):
     for by_rank in facts:
         torch.testing.assert_close(*by_rank["alone"])
+
+
+def test_some_processes_may_want_no_gradient(facts):
+    """They send as many numbers as the others."""
+    for by_rank in facts:
+        torch.testing.assert_close(*by_rank["some"])
 
 
 def test_distributed_logits_are_refused_with_the_remedy(facts):

@@ -46,12 +46,25 @@ import re
 from tritonaff.bench import static
 for tile in static.TILES:
     ir = static.compile_tile(tile, "sm_90").asm["ttir"]
-    for name in re.findall(r"(%\\S+) = tt.get_program_id x", ir):
+    for name in re.findall(r"(%\\S+) = tt.get_(?:program_id|num_programs) x", ir):
         products = re.findall(rf"arith.muli .*{name}\\b.* : i32", ir)
         assert not products, (tile.kernel.__name__, products)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def gradient_with_tables(logits, target):
+    """What carries the gradient that the affinity field's losses have ready; times 3."""
+    ops = torch.ops.tritonaff
+    sizes, ones = (3, 5, 7), torch.ones(2, logits.shape[1], 3, device=logits.device)
+    _, *pixels = ops.affinity_field_statistics(
+        logits.detach(), target, sizes, 255, "paper", "triton"
+    )
+    *_, zero = ops.affinity_field_with_gradient(
+        logits, ones, None, *pixels, sizes, 3.0, 1e-4, "paper", "triton"
+    )
+    return 3 * zero
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -75,6 +88,8 @@ def test_more_elements_than_2_to_the_31(op):
                 results = [affinity_propagation(logits, affinity, AFFINITY_RATES, iterations=2)]
             else:
                 results = [x for x in case.tables(*leaves) if x.is_floating_point()]
+                if op == "affinity_field":
+                    results.append(gradient_with_tables(*leaves))
             ones = [torch.ones((), dtype=x.dtype, device=x.device).expand_as(x) for x in results]
             return torch.autograd.grad(results, differentiable(leaves), ones)
 

@@ -4,7 +4,7 @@ for a loss, turns tables into it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,10 @@ from torch import distributed as dist
 from tritonaff import checks
 from tritonaff.distributed import all_reduce
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
+from tritonaff.ops.affinity_field import affinity_field_statistics as affinity_field_statistics_op
+from tritonaff.ops.affinity_field import (
+    affinity_field_with_gradient as affinity_field_with_gradient_op,
+)
 from tritonaff.ops.affinity_propagation import affinity_propagation as affinity_propagation_op
 from tritonaff.ops.affinity_regression import affinity_regression as affinity_regression_op
 from tritonaff.ops.affinity_regression import label_affinity as label_affinity_op
@@ -100,7 +104,7 @@ def affinity_field_terms(
         >>> terms.edge_sum.tolist(), terms.edge_count.tolist(), terms.non_edge_count.tolist()
         ([[6.0], [6.0]], [[2], [2]], [[0], [0]])
     """
-    terms, _, _ = _affinity_field(
+    (edge_count, non_edge_count, _), sums = affinity_field_counts(
         logits,
         target,
         kernel_sizes,
@@ -109,10 +113,12 @@ def affinity_field_terms(
         ignore_index=ignore_index,
         variant=variant,
     )
-    return terms
+    tables, _ = sums()
+    edge_sum, non_edge_sum = tables.unbind()
+    return AffinityFieldTerms(edge_sum, non_edge_sum, edge_count.contiguous(), non_edge_count)
 
 
-def _affinity_field(
+def affinity_field_counts(
     logits: Tensor,
     target: Tensor,
     kernel_sizes: Sequence[int],
@@ -121,23 +127,29 @@ def _affinity_field(
     eps: float,
     ignore_index: int,
     variant: str,
-) -> tuple[AffinityFieldTerms, Tensor, Tensor]:
-    """The terms, and those of cross-entropy by label (C,): the sum of -log p, the pixels."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """Numbers of edge and of non-edge entries (C, K) and of pixels of each label (C,); and a
+    function that gives their sums, those of entries (2, C, K) and of -log p (C,).
+
+    Without arguments these are differentiable. Given the gradients of a loss with respect to them
+    they may be constants, followed by a 0 that carries the gradient of the logits: add it to the
+    loss.
+    """
     checks.check_logits_and_target(logits, target)
     kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
     margin = checks.check_number("margin", margin, at_least=0)
-    precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    eps = checks.check_number("eps", eps, at_least=torch.finfo(precision).eps, below=0.5)
+    eps = checks.check_number("eps", eps, at_least=torch.finfo(_precision(logits)).eps, below=0.5)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_option("variant", variant, VARIANTS)
+    num_classes = logits.shape[1]
     if variant == "paper":
-        checks.check_label_values(target, logits.shape[1], ignore_index)
+        checks.check_label_values(target, num_classes, ignore_index)
 
     backend = current_backend()
     if backend == "reference":
         from tritonaff.reference import affinity_field as reference
 
-        tables = reference.affinity_field_terms(
+        edge_sum, non_edge_sum, *entries = reference.affinity_field_terms(
             logits,
             target,
             kernel_sizes,
@@ -146,12 +158,35 @@ def _affinity_field(
             ignore_index=ignore_index,
             variant=variant,
         )
-        cross_entropy = reference.cross_entropy_terms(logits, target, ignore_index=ignore_index)
-        return AffinityFieldTerms(*tables), *cross_entropy
-    sums, counts, log_loss, pixel_count, *_ = affinity_field_op(
-        logits, target, kernel_sizes, margin, eps, ignore_index, variant, backend
+        log_loss, pixel_count = reference.cross_entropy_terms(
+            logits, target, ignore_index=ignore_index
+        )
+        edge_count, non_edge_count = entries
+        tables = torch.stack((edge_sum, non_edge_sum))
+        return (edge_count, non_edge_count, pixel_count), lambda *_: (tables, log_loss)
+
+    counts, *pixels = affinity_field_statistics_op(
+        logits.detach(), target, kernel_sizes, ignore_index, variant, backend
     )
-    return AffinityFieldTerms(*sums.unbind(), *counts.unbind()), log_loss, pixel_count
+    edge_count, pixel_count = counts[:num_classes, :-1], counts[:num_classes, -1]
+    options = kernel_sizes, margin, eps, variant, backend
+
+    def sums(
+        grad_sums: Tensor | None = None, grad_log_loss: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        if grad_sums is not None and logits.requires_grad and torch.is_grad_enabled():
+            tables, log_loss, _, zero = affinity_field_with_gradient_op(
+                logits, grad_sums, grad_log_loss, *pixels, *options
+            )
+            return tables, log_loss, zero
+        return affinity_field_op(logits, *pixels, *options)  # type: ignore[no-any-return]
+
+    return (edge_count, counts[num_classes:, :-1] - edge_count, pixel_count), sums
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    """Of sums and losses."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def affinity_field_loss(
@@ -335,7 +370,7 @@ def affinity_field_and_cross_entropy(
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
     checks.check_process_group(process_group)
-    terms, log_loss, pixel_count = _affinity_field(
+    (edge_count, non_edge_count, pixel_count), sums = affinity_field_counts(
         logits,
         target,
         kernel_sizes,
@@ -344,24 +379,31 @@ def affinity_field_and_cross_entropy(
         ignore_index=ignore_index,
         variant=variant,
     )
+    entries = torch.stack((edge_count, non_edge_count)).sum(dim=1)
     if normalizer is not None:
-        shape = 2, terms.edge_sum.shape[1]
-        edge_count, non_edge_count = checks.check_normalizer(normalizer, shape, terms.edge_sum)
-        terms = terms._replace(edge_count=edge_count[None], non_edge_count=non_edge_count[None])
-    tables: tuple[Tensor, ...] = (*terms, log_loss, pixel_count) if cross_entropy else terms
-    tables = all_reduce(tables, process_group)
-    terms = AffinityFieldTerms(*tables[:4])
-    edge = _weighted_mean("edge_weight", edge_weight, terms.edge_sum, terms.edge_count)
-    non_edge = _weighted_mean(
-        "non_edge_weight", non_edge_weight, terms.non_edge_sum, terms.non_edge_count
+        entries = checks.check_normalizer(normalizer, tuple(entries.shape), logits)
+    entries, pixel_count = all_reduce((entries, pixel_count), process_group)
+    coefficients = torch.stack(
+        (
+            edge_lambda * _coefficients("edge_weight", edge_weight, entries[0], logits),
+            non_edge_lambda * _coefficients("non_edge_weight", non_edge_weight, entries[1], logits),
+        )
     )
-    loss = edge_lambda * edge + non_edge_lambda * non_edge
     if progress is not None:
-        loss = loss * _decay(progress, loss)
-    return _cross_entropy(weight, *tables[4:]) + loss if cross_entropy else loss
+        coefficients = coefficients * _decay(progress, coefficients)
+    of_log_loss = _coefficients_of_log_loss(weight, pixel_count, logits) if cross_entropy else None
+    tables, log_loss, *zero = sums(coefficients, of_log_loss)
+    tables, log_loss = all_reduce((tables, log_loss), process_group)
+    loss = (coefficients * tables).sum()
+    if of_log_loss is not None:
+        loss = loss + (of_log_loss * log_loss).sum()
+    if not zero:
+        return loss
+    # Not in the collective, in which all processes must have the same tables.
+    return loss + zero[0] * (1 if process_group is None else process_group.size())
 
 
-def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:
+def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
     """10 ** -progress, a tensor if progress is one."""
     if isinstance(progress, Tensor):
         if not progress.is_floating_point():
@@ -369,33 +411,35 @@ def _decay(progress: float | Tensor, loss: Tensor) -> float | Tensor:
         if progress.dim() != 0:
             shape = tuple(progress.shape)
             raise ValueError(f"progress must be a number or a 0-d tensor, got shape {shape}")
-        return torch.pow(10.0, -progress).to(loss.dtype)
+        return torch.pow(10.0, -progress).to(coefficients.dtype)
     return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))
 
 
-def _cross_entropy(weight: Tensor | None, log_loss: Tensor, pixel_count: Tensor) -> Tensor:
-    """The weighted mean over pixels; 0 where their weights are."""
-    total, weights = log_loss.sum(), pixel_count.sum().to(log_loss.dtype)
-    if weight is not None:
-        checks.check_tensor("weight", weight, checks.LOGITS_DTYPES, tuple(log_loss.shape))
-        checks.check_one_device("weight", weight, "logits", log_loss)
-        weight = weight.to(log_loss.dtype)
-        total, weights = (log_loss * weight).sum(), (pixel_count * weight).sum()
-    return total * (weights > 0) / weights.where(weights > 0, 1)
-
-
-def _weighted_mean(name: str, weight: Tensor | None, total: Tensor, count: Tensor) -> Tensor:
-    """Sum over sizes of weighted sum / count, both over classes; 0 where nothing counts."""
+def _coefficients_of_log_loss(weight: Tensor | None, pixel_count: Tensor, logits: Tensor) -> Tensor:
+    """(C,), which make the weighted mean over pixels; 0 where their weights are."""
     if weight is None:
-        weighted = total / total.shape[1]
+        weight = torch.ones_like(pixel_count, dtype=_precision(logits))
     else:
-        checks.check_tensor(name, weight, checks.LOGITS_DTYPES, tuple(total.shape))
-        checks.check_one_device(name, weight, "logits", total)
-        weighted = total * weight.to(total.dtype)
-    count = count.sum(dim=0)
+        checks.check_tensor("weight", weight, checks.LOGITS_DTYPES, tuple(pixel_count.shape))
+        checks.check_one_device("weight", weight, "logits", logits)
+        weight = weight.to(_precision(logits))
+    weights = (pixel_count * weight).sum()
+    return weight * (weights > 0) / weights.where(weights > 0, 1)
+
+
+def _coefficients(name: str, weight: Tensor | None, count: Tensor, logits: Tensor) -> Tensor:
+    """(C, K), which make the sum over sizes of weighted sum over classes / count (K,); 0 where
+    nothing counts.
+    """
+    shape = logits.shape[1], len(count)
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
     # them in rounding.
-    return (weighted.sum(dim=0) * (count > 0) / count.clamp(min=1)).sum()
+    of_size = (count > 0).to(_precision(logits)) / count.clamp(min=1)
+    if weight is None:
+        return (of_size / shape[1]).expand(shape)
+    checks.check_tensor(name, weight, checks.LOGITS_DTYPES, shape)
+    checks.check_one_device(name, weight, "logits", logits)
+    return weight.to(of_size.dtype) * of_size
 
 
 class AffinityRegressionTerms(NamedTuple):
@@ -897,7 +941,7 @@ def dilated_affinity_loss(
     weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in weighed_by))
     total = (loss_sum * weight).sum(dim=(1, 2))
     counted = pixel_count.sum(dim=1)
-    # The coefficient of a rate at which nothing counts is 0: see _weighted_mean.
+    # The coefficient of a rate at which nothing counts is 0: see _coefficients.
     return beta * (total * (counted > 0) / counted.clamp(min=1)).sum()
 
 

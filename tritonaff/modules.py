@@ -17,7 +17,7 @@ from tritonaff.functional import (
     VARIANTS,
     WEIGHTINGS,
     affinity_field_and_cross_entropy,
-    affinity_field_terms,
+    affinity_field_counts,
     affinity_propagation,
     affinity_regression_loss,
     affinity_regression_terms,
@@ -126,14 +126,16 @@ class AffinityFieldLoss(_Loss):
         checks.check_target(target)
         n, height, width = target.shape
         blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
-        terms = affinity_field_terms(
+        (edge_count, non_edge_count, _), _ = affinity_field_counts(
             blank,
             target,
             self.kernel_sizes,
+            margin=0.0,  # counts do not know it, nor eps
+            eps=0.25,
             ignore_index=self.ignore_index,
             variant=self.variant,
         )
-        return torch.stack((terms.edge_count, terms.non_edge_count)).sum(dim=1)
+        return torch.stack((edge_count, non_edge_count)).sum(dim=1)
 
     def _loss(
         self,

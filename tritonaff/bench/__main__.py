@@ -294,7 +294,14 @@ def _static(args: argparse.Namespace) -> int:
     if args.json:
         head = {"device": "none: compiled", "versions": versions()}
         yardsticks = {gpu.name: static.cross_entropy_ms(gpu.name) for gpu in static.GPUS.values()}
-        content = {"kernels": kernels, "implied": implied, "cross_entropy_ms": yardsticks}
+        content = {
+            "kernels": kernels,
+            "implied": implied,
+            "cross_entropy_ms": yardsticks,
+            "autocast_cross_entropy_ms": {
+                gpu: static.cross_entropy_ms(gpu, autocast=True) for gpu in yardsticks
+            },
+        }
         write_json(args.json, {**head, **content})
     return 0
 
@@ -335,12 +342,15 @@ def _implied_lines(implied: list[dict[str, Any]], gpu: str) -> list[list[str]]:
     """A line for every operation, with its ratio to cross-entropy, and one for each kernel."""
     from tritonaff.bench import static
 
-    yardstick = static.cross_entropy_ms(gpu)
-    lines = [["cross_entropy (CE)", "", "", "", "bytes", "", f"{yardstick:.2f}", "1.0"]]
+    float32, half = (static.cross_entropy_ms(gpu, autocast=half) for half in (False, True))
+    lines = [["cross_entropy (CE)", "", "", "", "bytes", "", f"{float32:.2f}", "1.0"]]
+    lines += [["  of bfloat16, autocast", "", "", "", "bytes", "", f"{half:.2f}", "1.0"]]
     for op in dict.fromkeys(row["op"] for row in implied):
         rows = [row for row in implied if (row["op"], row["gpu"]) == (op, gpu)]
+        yardstick = half if op.endswith("bfloat16") else float32
         total = sum(row["ms"] for row in rows)
-        lines.append([op, *[""] * 5, f"{total:.2f}", f"{total / yardstick:.1f}"])
+        name = op.replace("cross_entropy", "CE")
+        lines.append([name, *[""] * 5, f"{total:.2f}", f"{total / yardstick:.1f}"])
         for row in rows:
             numbers = [f"{row['bytes_per_element']:.0f}", f"{row['ps_per_element']:.0f}"]
             share = f"{row['percent_of_copy']}"

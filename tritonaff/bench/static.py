@@ -65,6 +65,8 @@ IMAGES = (8, 512, 512)
 # writes, its backward reads two tensors and writes one. That nll_loss's backward fills a tensor
 # with zeros first is left out: the yardstick should not be slower than it is.
 CROSS_ENTROPY_BYTES = 5 * 4
+# Of bfloat16 under autocast: also the conversion to float32 and that of the gradient back.
+AUTOCAST_CROSS_ENTROPY_BYTES = CROSS_ENTROPY_BYTES + 2 * (2 + 4)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Tile:
     launches: int = 1
     """In one forward and backward pass of a loss."""
     targets: tuple[str, ...] = tuple(TARGETS)
+    half: bool = False
+    """Logits and gradient in bfloat16."""
 
 
 # Bytes per element, 19 of which make up a pixel, of float32 and int64.
@@ -105,15 +109,15 @@ STRIPS = tuple(
 STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_programs(BATCH)
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
-PATCHES = affinity_field.patch_programs(BATCH)
+EDGE_PROGRAMS = affinity_field.patches_of(BATCH) // affinity_field.PATCHES_IN_A_PROGRAM
 # In street scenes of 480 x 360 pixels (CamVid), on average: patches that hold more than one label
-# within reach of three sizes; and of a part of these patches, steps to neighbours of a size in the
-# tables, labels that the gradient walks through, and its steps of a label and a size.
-EDGE_PATCHES, EDGE_STEPS, EDGE_LABELS, EDGE_LABEL_STEPS = 0.32, 2.55, 1.61, 3.33
+# within reach of three sizes; and of a part of these patches, labels that an edge kernel walks
+# through, and steps to neighbours that it takes for a label and a size: those of another label, if
+# the tables alone are asked for those of a pixel of this label; where it replaces a gradient all.
+EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
+EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
-# Largest logit, sum of the others and a label of 16 bits.
-PIXEL_STATISTICS = 2 * FLOAT_OF_PIXEL + 2 / 19
-PARTIAL_TABLES = 4 * (3 * 3 + 2) * 19 / PATCH_ELEMENTS
+PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / affinity_field.PATCHES_IN_A_PROGRAM
 SUM_OF_TABLES: dict[str, Any] = {"BLOCK": affinity_field.BLOCK_SUM, "num_warps": 8}
 PIXELS = affinity_field.pixel_blocks(BATCH)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
@@ -141,72 +145,109 @@ TABLES: dict[str, Any] = dilated_affinity.tables_blocks(LOGITS, OFFSETS, group_s
 TABLES_STEPS = dilated_affinity.steps(
     torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), 8, TABLES["BLOCK_P"]
 )
+
+
+def affinity_field_tiles(
+    op: str, *, tables: bool = True, gradient: bool = True, half: bool = False, launches: int = 1
+) -> tuple[Tile, ...]:
+    """Those of a pass that gives tables, a gradient or both."""
+    logit = grad = 2 if half else 4
+    # Largest logit, sum of the others and a label of 16 bits.
+    statistics = (logit + 4 + 2) / 19
+    asked = {"TABLES": tables, "GRADIENT": gradient}
+    edges = {"REPLACE": half, "CROSS_ENTROPY": True, "BLOCK_CLASSES": 32, **SIZES, **PATCH}
+    steps = EDGE_STEPS if gradient else EDGE_STEPS_OF_TABLES
+    patches = affinity_field.PATCHES_IN_A_PROGRAM
+    return (
+        *(
+            Tile(
+                op,
+                affinity_field.dense_kernel,
+                {**asked, "ADD": False, **SIZES, **STRIP, "BLOCK_C": classes},
+                STRIP_ELEMENTS // -(-19 // classes),
+                moved=logit + statistics + grad * gradient,
+                trips=STRIP_TRIPS,
+                launches=launches,
+                targets=targets,
+                half=half,
+            )
+            for targets, classes in STRIPS
+        ),
+        Tile(
+            op,
+            affinity_field.edge_kernel,
+            asked | edges,
+            patches * PATCH_ELEMENTS,
+            moved=FLOAT_OF_PIXEL
+            + statistics
+            + PARTIAL_TABLES * tables
+            + EDGE_PATCHES * EDGE_LABELS / 19 * (logit + 2 * grad) * gradient,
+            trips=(patches, PARTS, EDGE_LABELS, 3, EDGE_STEPS_TO_REPLACE if half else steps),
+            launches=launches,
+            half=half,
+        ),
+    )
+
+
+def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...]:
+    logit = grad = 2 if half else 4
+    statistics = (logit + 4 + 2) / 19
+    return (
+        Tile(
+            op,
+            affinity_field.statistics_kernel,
+            PIXELS,
+            PIXEL_ELEMENTS,
+            moved=logit + LABEL + statistics,
+            trips=PIXEL_TRIPS,
+            half=half,
+        ),
+        Tile(
+            op,
+            affinity_field.counts_kernel,
+            {"PIXELS": True, "BLOCK_CLASSES": 32, **SIZES, **affinity_field.undivided(PATCH)},
+            PATCH_ELEMENTS,
+            moved=2 / 19,
+            # Sizes where there are edges, 0.96; labels, 1.1 on average.
+            trips=1.1,
+        ),
+        *affinity_field_tiles(op, half=half),
+        Tile(
+            op,
+            affinity_field.sum_kernel,
+            SUM_OF_TABLES,
+            BATCH.numel() // (19 * 4),
+            moved=PARTIAL_TABLES,
+            trips=-(-EDGE_PROGRAMS // SUM_OF_TABLES["BLOCK"]),
+        ),
+        Tile(
+            op,
+            affinity_field.softmax_backward_kernel,
+            {"CROSS_ENTROPY": True, **PIXELS},
+            PIXEL_ELEMENTS,
+            moved=logit + statistics + 2 * grad,
+            trips=PIXEL_TRIPS,
+            half=half,
+        ),
+        # A loss that nothing multiplies has the gradient 1: then this kernel does nothing.
+        Tile(
+            op,
+            affinity_field.scale_kernel,
+            {"BLOCK": affinity_field.BLOCK_SCALE},
+            affinity_field.BLOCK_SCALE,
+            moved=2 * grad,
+            launches=0,
+            half=half,
+        ),
+    )
+
+
 TILES = (
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.statistics_kernel,
-        PIXELS,
-        PIXEL_ELEMENTS,
-        moved=LOGIT + LABEL + PIXEL_STATISTICS,
-        trips=PIXEL_TRIPS,
-    ),
-    *(
-        Tile(
-            "affinity_field_cross_entropy",
-            affinity_field.dense_tables_kernel,
-            {**SIZES, **STRIP, "BLOCK_C": classes},
-            STRIP_ELEMENTS // -(-19 // classes),
-            moved=LOGIT + PIXEL_STATISTICS,
-            trips=STRIP_TRIPS,
-            targets=targets,
-        )
-        for targets, classes in STRIPS
-    ),
-    # As if there were 3 labels to add up by: there are 1.17.
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.edge_tables_kernel,
-        {"CROSS_ENTROPY": True, "BLOCK_CLASSES": 32, **SIZES, **PATCH},
-        PATCH_ELEMENTS,
-        moved=FLOAT_OF_PIXEL + PIXEL_STATISTICS + PARTIAL_TABLES,
-        trips=(PARTS, 3, EDGE_STEPS),
-    ),
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.sum_kernel,
-        SUM_OF_TABLES,
-        BATCH.numel() // (19 * 4),
-        moved=PARTIAL_TABLES,
-        trips=-(-PATCHES // SUM_OF_TABLES["BLOCK"]),
-    ),
-    *(
-        Tile(
-            "affinity_field_cross_entropy",
-            affinity_field.dense_gradient_kernel,
-            {"ADD": False, **SIZES, **STRIP, "BLOCK_C": classes},
-            STRIP_ELEMENTS // -(-19 // classes),
-            moved=LOGIT + PIXEL_STATISTICS + GRAD,
-            trips=STRIP_TRIPS,
-            targets=targets,
-        )
-        for targets, classes in STRIPS
-    ),
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.edge_gradient_kernel,
-        {"REPLACE": False, **SIZES, **PATCH},
-        PATCH_ELEMENTS,
-        moved=EDGE_PATCHES * EDGE_LABELS / 19 * (LOGIT + 2 * GRAD) + PIXEL_STATISTICS,
-        trips=(PARTS, EDGE_LABELS, 3, EDGE_LABEL_STEPS),
-    ),
-    Tile(
-        "affinity_field_cross_entropy",
-        affinity_field.softmax_backward_kernel,
-        {"CROSS_ENTROPY": True, **PIXELS},
-        PIXEL_ELEMENTS,
-        moved=LOGIT + PIXEL_STATISTICS + 2 * GRAD,
-        trips=PIXEL_TRIPS,
-    ),
+    *affinity_field_loss_tiles("affinity_field_cross_entropy"),
+    *affinity_field_loss_tiles("affinity_field_cross_entropy_bfloat16", half=True),
+    # Without a gradient, and where the coefficients were not known: not in a training step.
+    *affinity_field_tiles("affinity_field", gradient=False, launches=0),
+    *affinity_field_tiles("affinity_field_backward", tables=False, launches=0),
     Tile(
         "affinity_regression",
         affinity_regression.pairs_kernel,
@@ -391,11 +432,12 @@ def _implied(gpu: Gpu, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def cross_entropy_ms(gpu: str) -> float:
+def cross_entropy_ms(gpu: str, *, autocast: bool = False) -> float:
     """What the yardstick's bytes take for the same images, 19 classes."""
+    each_bytes = AUTOCAST_CROSS_ENTROPY_BYTES if autocast else CROSS_ENTROPY_BYTES
     images, height, width = IMAGES
     (bytes_per_s,) = (each.bytes_per_s for each in GPUS.values() if each.name == gpu)
-    return 1e3 * CROSS_ENTROPY_BYTES * 19 * images * height * width / bytes_per_s
+    return 1e3 * each_bytes * 19 * images * height * width / bytes_per_s
 
 
 # Every other number is an int.
@@ -408,16 +450,19 @@ ALIGNED = (
 POINTERS = {
     "target_ptr": "*i64",
     "label_ptr": "*i16",
+    "entries_ptr": "*i64",
     "counts_ptr": "*i32",
     "count_ptr": "*i32",
     "pair_count_ptr": "*i64",
     "gram_ptr": "*fp64",
 }
+HALF = ("logits_ptr", "top_ptr", "grad_ptr", "x_ptr")
 
 
 def _source(tile: Tile, size_1: bool) -> ASTSource:
     """Types and alignments as the launcher finds them."""
     names = tile.kernel.arg_names
+    types = POINTERS | dict.fromkeys(HALF if tile.half else (), "*bf16")
     constants = {name: size for name, size in tile.blocks.items() if name != "num_warps"}
     signature, aligned = {}, {}
     for i, name in enumerate(names):
@@ -427,7 +472,7 @@ def _source(tile: Tile, size_1: bool) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
         elif is_pointer:
-            signature[name] = POINTERS.get(name, "*fp32")
+            signature[name] = types.get(name, "*fp32")
             aligned[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if is_float else "i32"

@@ -3,13 +3,16 @@
 Dense plus sparse, as docs/affinity_field.md derives it:
 
     statistics_kernel        logits, target -> label, largest logit, sum of the other exponentials
-    dense_tables_kernel      all pairs as if none were an edge -> partial tables
-    edge_tables_kernel       pairs of different labels, and cross-entropy -> partial tables
-    sum_kernel               partial tables -> tables; no atomics: the same input gives the same
-                             bits
-    dense_gradient_kernel    p d loss / d p as if no pair were an edge
-    edge_gradient_kernel     adds what edges change, where there are any
+    counts_kernel            label -> numbers of pixels, of pairs and of edges
+    dense_kernel             all pairs as if none were an edge -> partial tables, p d loss / d p
+    edge_kernel              what pairs of different labels change; cross-entropy -> partial tables
+    sum_kernel               partial tables -> tables; no float atomics: the same input gives the
+                             same bits
     softmax_backward_kernel  the gradient of the logits, in place, with that of cross-entropy
+    scale_kernel             times the gradient of the loss, which is known in the backward pass
+
+A loss knows the gradient of every table entry before its sum, from counts: tables and gradient come
+from one march. Without a gradient, or without tables, the same kernels leave the other out.
 
 The dense tiles march: one warp owns a strip of columns of a class and walks down the rows, with the
 rows that its stencils reach in registers. A thread holds four neighbouring columns, so a step to
@@ -38,7 +41,7 @@ from tritonaff.kernels.shared import (
     step_in,
     steps_in_32_bits,
 )
-from tritonaff.portable.blocks import in_layout_of
+from tritonaff.portable.blocks import grad_dtype, in_layout_of
 
 # What a strip reads beside the columns that it owns: the largest distance that it reaches.
 HALO = tl.constexpr(4)
@@ -46,7 +49,11 @@ HALO = tl.constexpr(4)
 CLASSES_IN_A_WARP = {"cuda": 1, "hip": 2}
 # Programs that march: a few for every processor of a large GPU.
 STRIP_PROGRAMS = 4096
-BLOCK_SUM = 8192
+# Partial tables of edges wait beside the gradient: one for every patch would be 11 % of bfloat16
+# logits.
+PATCHES_IN_A_PROGRAM = 2
+BLOCK_SUM = 4096
+BLOCK_SCALE = 4096
 # The interpreter takes its time per program and per operation, whatever the size.
 INTERPRETED_CLASSES = 64
 INTERPRETED_ROWS = 64
@@ -167,7 +174,7 @@ def load_row(
     us, ls, counts = (), (), tl.zeros(labels[0].shape, tl.uint32)
     for i in tl.static_range(4):
         x = xs[i].to(tl.float32)
-        u, log_odds = fields(x, tops[i], rests[i], labels[i] == c, limit, eps)
+        u, log_odds = fields(x, tops[i].to(tl.float32), rests[i], labels[i] == c, limit, eps)
         there = labels[i] >= 0
         us += (tl.where(there, u, 0.0),)
         ls += (tl.where(there, log_odds, 0.0),)
@@ -238,8 +245,8 @@ def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    logits_ptr, target_ptr, top_ptr, rest_ptr, label_ptr,
-    C, HW, stride_n, stride_c, target_stride_n, ignore_index,
+    logits_ptr, target_ptr, top_ptr, rest_ptr, label_ptr, entries_ptr,
+    C, HW, stride_n, stride_c, target_stride_n, ignore_index, ENTRIES,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, first = first_pixel(HW, BLOCK_P)
@@ -271,115 +278,50 @@ def statistics_kernel(
         ignore_index,
     )  # fmt: skip
     at = n * HW + first + pixel
-    tl.store(top_ptr + at, largest, mask=mask)
+    tl.store(top_ptr + at, largest.to(top_ptr.dtype.element_ty), mask=mask)
     tl.store(rest_ptr + at, rest, mask=mask)
     tl.store(label_ptr + at, label.to(label_ptr.dtype.element_ty), mask=mask)
 
+    # What the next kernel adds to.
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_P
+    while entry < ENTRIES:
+        tl.store(entries_ptr + entry + pixel, 0, mask=pixel < ENTRIES - entry)
+        entry += tl.num_programs(0).to(tl.int64) * BLOCK_P
+
 
 @triton.jit(do_not_specialize=["ROWS"])
-def dense_tables_kernel(
-    logits_ptr, label_ptr, top_ptr, rest_ptr, sums_ptr, pairs_ptr,
+def dense_kernel(
+    coefficients_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, sums_ptr, grad_ptr,
     N, C, H, W, stride_n, stride_c, limit, eps, ROWS, PROGRAMS,
+    TABLES: tl.constexpr, GRADIENT: tl.constexpr, ADD: tl.constexpr,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     place, c, n, first, w, owned = strip(N, C, H, W, ROWS, BLOCK_C, LANES)
-    some_c = tl.minimum(c, C - 1)[:, None, None].to(tl.int64)
-    logits_ptr += n[:, :, None] * stride_n + some_c * stride_c
-    label_ptr += n[:, :, None] * H * W
-    top_ptr += n[:, :, None] * H * W
-    rest_ptr += n[:, :, None] * H * W
-
-    first_classes = tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0
-    nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
-    none = tl.zeros((1, LANES), tl.uint32)
-    # Four columns of every size; pairs of every second column in 16 bits, and of the others.
-    sums, pairs = (), ()
-    for _ in tl.static_range(4 * len(RADII)):
-        sums += (nothing,)
-    for _ in tl.static_range(2 * len(RADII)):
-        pairs += (none,)
-    # The rows within reach of the middle one.
-    us, ls, vs = (), (), ()
-    for _ in tl.static_range(2 * REACH + 1):
-        us += (nothing, nothing, nothing, nothing)
-        vs += (none,)
-    for _ in tl.static_range(REACH + 1):
-        ls += (nothing, nothing, nothing, nothing)
-    row = -REACH
-    while row < ROWS + REACH:
-        for _ in tl.static_range(UNROLL):
-            u, log_odds, v = load_row(
-                logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
-                first + row, w, H, W, limit, eps,
-            )  # fmt: skip
-            us, ls, vs = us[4:] + u, ls[4:] + log_odds, vs[1:] + (v,)  # noqa: RUF005
-            if (row >= REACH) & (row < ROWS + REACH):
-                new_sums, neighbours = (), ()
-                for k in tl.static_range(len(RADII)):
-                    if REACH > 0:
-                        u_sum = box_sum(column_sum(us, RADII[k], 4), RADII[k])
-                        count = box_count(column_sum(vs, RADII[k], 1)[0], RADII[k])
-                    else:
-                        u_sum, _l_sum, count = far_box(
-                            logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
-                            first + row, w, H, W, limit, eps, RADII[k],
-                        )  # fmt: skip
-                    for i in tl.static_range(4):
-                        product = ls[i] * (byte(count, i) * us[4 * REACH + i] - u_sum[i])
-                        new_sums += (sums[4 * k + i] + product,)
-                    # Without the pixel itself.
-                    count = (vs[REACH] * 255 & count) - vs[REACH]
-                    neighbours += (count & 0xFF00FF, count >> 8 & 0xFF00FF)
-                sums = new_sums
-                if first_classes:
-                    pairs = add(pairs, neighbours)
-            row += 1
-
-    K: tl.constexpr = COLUMNS[len(RADII)]
-    for k in tl.static_range(len(RADII)):
-        total = nothing
-        for i in tl.static_range(4):
-            total += sums[4 * k + i]
-        total = tl.sum(tl.where(owned, total, 0.0), axis=1)
-        offs = (c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS + place
-        tl.store(sums_ptr + offs, total, mask=c < C)
-        both = none
-        for i in tl.static_range(2):
-            both += pairs[2 * k + i]
-        count = tl.where(owned, (both & 0xFFFF) + (both >> 16), 0)
-        if first_classes:
-            pairs_row = pairs_ptr + COLUMNS[k] * tl.cast(PROGRAMS, tl.int64)
-            tl.store(pairs_row + place, tl.sum(count.to(tl.float32)))
-
-
-@triton.jit(do_not_specialize=["ROWS"])
-def dense_gradient_kernel(
-    grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
-    N, C, H, W, stride_n, stride_c, limit, eps, ROWS,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
-    BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    ADD: tl.constexpr,
-):  # fmt: skip
-    _, c, n, first, w, owned = strip(N, C, H, W, ROWS, BLOCK_C, LANES)
     some_c = tl.minimum(c, C - 1).to(tl.int64)
     logits_ptr += n[:, :, None] * stride_n + some_c[:, None, None] * stride_c
-    grad_ptr += (n[:, :, None] * C + some_c[:, None, None]) * H * W
     label_ptr += n[:, :, None] * H * W
     top_ptr += n[:, :, None] * H * W
     rest_ptr += n[:, :, None] * H * W
-    owned = owned[:, :, None] & (w >= 0) & (w < W) & (c < C)[:, None, None]
+    if GRADIENT:
+        grad_ptr += (n[:, :, None] * C + some_c[:, None, None]) * H * W
+    written = owned[:, :, None] & (w >= 0) & (w < W) & (c < C)[:, None, None]
 
     K: tl.constexpr = COLUMNS[len(RADII)]
-    coefficients = ()
-    for k in tl.static_range(len(RADII)):
-        coefficients += (tl.load(grad_sums_ptr + (C + some_c[:, None]) * K + COLUMNS[k]),)
     nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
+    sums, coefficients = (), ()
+    for k in tl.static_range(len(RADII)):
+        sums += (nothing,)
+        if GRADIENT:
+            coefficients += (tl.load(coefficients_ptr + (C + some_c[:, None]) * K + COLUMNS[k]),)
+    # The rows within reach of the middle one; of l, without a gradient, none above it.
+    l_above: tl.constexpr = REACH if GRADIENT else 0
     us, ls, vs = (), (), ()
     for _ in tl.static_range(2 * REACH + 1):
         us += (nothing, nothing, nothing, nothing)
-        ls += (nothing, nothing, nothing, nothing)
         vs += (tl.zeros((1, LANES), tl.uint32),)
+    for _ in tl.static_range(l_above + REACH + 1):
+        ls += (nothing, nothing, nothing, nothing)
     row = -REACH
     while row < ROWS + REACH:
         for _ in tl.static_range(UNROLL):
@@ -393,45 +335,62 @@ def dense_gradient_kernel(
                 for k in tl.static_range(len(RADII)):
                     if REACH > 0:
                         u_sum = box_sum(column_sum(us, RADII[k], 4), RADII[k])
-                        l_sum = box_sum(column_sum(ls, RADII[k], 4), RADII[k])
                         count = box_count(column_sum(vs, RADII[k], 1)[0], RADII[k])
+                        if GRADIENT:
+                            l_sum = box_sum(column_sum(ls, RADII[k], 4), RADII[k])
+                        else:
+                            l_sum = u_sum
                     else:
                         u_sum, l_sum, count = far_box(
                             logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
                             first + row, w, H, W, limit, eps, RADII[k],
                         )  # fmt: skip
                     u_sums, l_sums, counts = u_sums + u_sum, l_sums + l_sum, counts + (count,)  # noqa: RUF005
-                grads = ()
+                grads, new_sums = (), sums
                 for i in tl.static_range(4):
-                    u_i, l_i = us[4 * REACH + i], ls[4 * REACH + i]
-                    from_u, from_l, boxes = nothing, nothing, nothing
+                    u_i, l_i = us[4 * REACH + i], ls[4 * l_above + i]
+                    from_u, from_l, products = nothing, nothing, ()
                     for k in tl.static_range(len(RADII)):
-                        from_u += coefficients[k] * u_sums[4 * k + i]
-                        from_l += coefficients[k] * l_sums[4 * k + i]
-                        boxes += coefficients[k] * byte(counts[k], i)
-                    # p d / d p of the sums; the clamp passes no gradient.
-                    odds = exp(l_i)
-                    root = tl.rsqrt(1 + odds)
-                    p = odds * (root * root)
-                    grad = (boxes * u_i - from_u) * (1 + odds) + (boxes * l_i - from_l) * p
-                    free = (tl.abs(l_i) < limit) & (byte(vs[REACH], i) > 0)
-                    grads += (tl.where(free, grad, 0.0),)
-                h = (first + row - REACH)[:, :, None]
-                mask = owned & (h < H)
-                grad_row = grad_ptr + (h.to(tl.int64) * W + w)
-                all_grads = join(grads)
-                if ADD:
-                    all_grads += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
-                tl.store(grad_row, all_grads.to(grad_ptr.dtype.element_ty), mask=mask)
+                        box = byte(counts[k], i)
+                        # How far the pixel is from its neighbours.
+                        u_step = box * u_i - u_sums[4 * k + i]
+                        products += (l_i * u_step,)
+                        if GRADIENT:
+                            from_u += coefficients[k] * u_step
+                            from_l += coefficients[k] * (box * l_i - l_sums[4 * k + i])
+                    new_sums = add(new_sums, products)
+                    if GRADIENT:
+                        # p d / d p of the sums; the clamp passes no gradient.
+                        odds = exp(l_i)
+                        root = tl.rsqrt(1 + odds)
+                        p = odds * (root * root)
+                        grad = from_u * (1 + odds) + from_l * p
+                        free = (tl.abs(l_i) < limit) & (byte(vs[REACH], i) > 0)
+                        grads += (tl.where(free, grad, 0.0),)
+                sums = new_sums
+                if GRADIENT:
+                    h = (first + row - REACH)[:, :, None]
+                    mask = written & (h < H)
+                    grad_row = grad_ptr + (h.to(tl.int64) * W + w)
+                    all_grads = join(grads)
+                    if ADD:
+                        all_grads += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
+                    tl.store(grad_row, all_grads.to(grad_ptr.dtype.element_ty), mask=mask)
             row += 1
+
+    if TABLES:
+        for k in tl.static_range(len(RADII)):
+            total = tl.sum(tl.where(owned, sums[k], 0.0), axis=1)
+            offs = (c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS + place
+            tl.store(sums_ptr + offs, total, mask=c < C)
 
 
 @triton.jit
-def patch(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Image, and first row and column, of this program's patch."""
+def patch(index, H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Image, and first row and column, of one of all images' patches."""
     patches_w = tl.cdiv(W, BLOCK_W)
     patches = tl.cdiv(H, BLOCK_H) * patches_w
-    n, place = tl.program_id(0) // patches, tl.program_id(0) % patches
+    n, place = index // patches, index % patches
     return n.to(tl.int64), place // patches_w * BLOCK_H, place % patches_w * BLOCK_W
 
 
@@ -489,16 +448,22 @@ def extremes(labels):
 
 
 @triton.jit
-def may_have_edges(label_ptr, h, w, H, W, REACH: tl.constexpr):
-    """Whether the pixels of a patch and those within reach have more than one label; true of sizes
-    that reach too far to look.
-    """
+def labels_in_reach(label_ptr, h, w, H, W, REACH: tl.constexpr):
+    """Those of the pixels of a patch and of all within reach, each at least once."""
     # A patch is at least twice as large as the reach: four shifted ones cover all.
     labels = ()
     for corner in tl.static_range(4):
         dy, dx = (corner // 2 * 2 - 1) * REACH, (corner % 2 * 2 - 1) * REACH
         labels += (label_at(label_ptr, h, w, dy, dx, H, W),)
-    smallest, largest = extremes(labels)
+    return labels
+
+
+@triton.jit
+def may_have_edges(label_ptr, h, w, H, W, REACH: tl.constexpr):
+    """Whether the pixels of a patch and those within reach have more than one label; true of sizes
+    that reach too far to look.
+    """
+    smallest, largest = extremes(labels_in_reach(label_ptr, h, w, H, W, REACH))
     return (REACH == 0) | (tl.min(smallest, axis=0).to(tl.int32) < tl.max(largest, axis=0))
 
 
@@ -550,85 +515,61 @@ def distribution(x, top, rest, limit):
 
 
 @triton.jit
-def edge_tables_kernel(
-    logits_ptr, label_ptr, top_ptr, rest_ptr, edges_ptr,
-    C, H, W, stride_n, stride_c, margin, limit, eps, PROGRAMS,
+def counts_kernel(
+    label_ptr, entries_ptr, C, H, W,
+    PIXELS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n, first_h, first_w = patch(H, W, BLOCK_H, BLOCK_W)
-    logits_ptr += n * stride_n
+    n, first_h, first_w = patch(tl.program_id(0), H, W, BLOCK_H, BLOCK_W)
     label_ptr += n * H * W
-    top_ptr += n * H * W
-    rest_ptr += n * H * W
+    h, w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
+    label = label_at(label_ptr, h, w, 0, 0, H, W)
+    # Most patches have one label, with all in reach: every pixel has its 8 neighbours, no edge.
+    pairs, edges = (), ()
+    for _ in tl.static_range(len(RADII)):
+        pairs += (tl.where(label >= 0, 8.0, 0.0),)
+        edges += (tl.zeros(label.shape, tl.float32),)
+    smallest, largest = label, label
+    around = labels_in_reach(label_ptr, h, w, H, W, REACH)
+    for i in tl.static_range(len(around)):
+        smallest, largest = tl.minimum(smallest, around[i]), tl.maximum(largest, around[i])
+    if (REACH == 0) | (tl.min(smallest, axis=0) < tl.max(largest, axis=0)):
+        for k in range(len(RADII)):
+            d = choose(k, RADII)
+            neighbours = tl.zeros(label.shape, tl.float32)
+            others = tl.zeros(label.shape, tl.float32)
+            for i in tl.static_range(8):
+                dy, dx = step_in(i)
+                label_b = label_at(label_ptr, h, w, dy * d, dx * d, H, W)
+                pair = tl.minimum(label, label_b) >= 0
+                neighbours += tl.where(pair, 1.0, 0.0)
+                others += tl.where(pair & (label != label_b), 1.0, 0.0)
+            new_pairs, new_edges = (), ()
+            for i in tl.static_range(len(RADII)):
+                new_pairs += (tl.where(k == i, neighbours, pairs[i]),)
+                new_edges += (tl.where(k == i, others, edges[i]),)
+            pairs, edges = new_pairs, new_edges
+
     K: tl.constexpr = COLUMNS[len(RADII)]
-    parts: tl.constexpr = (BLOCK_H // PART_H) * (BLOCK_W // PART_W)
+    pairs_ptr = entries_ptr + tl.cast(C, tl.int64) * (K + 1)
     nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
-
-    every_h, every_w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
-    if CROSS_ENTROPY:
-        cross_entropy = log_losses(
-            logits_ptr, label_ptr, top_ptr, rest_ptr, every_h, every_w, H, W, stride_c,
-            BLOCK_CLASSES,
-        )  # fmt: skip
-        store(cross_entropy, edges_ptr, 3 * K, C, PROGRAMS, BLOCK_CLASSES)
-
-    # The tables are zeroed: nothing to add where there is one label.
-    if may_have_edges(label_ptr, every_h, every_w, H, W, REACH):
-        tables = ()
-        for _ in tl.static_range(3 * len(RADII)):
-            tables += (nothing,)
-        for part in range(parts):
-            h, w = part_of_patch(first_h, first_w, part, BLOCK_W, PART_H, PART_W)
-            pixel = h.to(tl.int64) * W + w
-            labels, _pairs = labels_around(label_ptr, h, w, H, W, RADII)
-            label = labels[0]
-            # In the channel of its own label a pixel a has an edge to every neighbour b of another.
-            channel = channel_of(logits_ptr, label, stride_c)
-            x, top, rest = logit_at(channel, top_ptr, rest_ptr, pixel, label >= 0)
-            p_a, q_a, l_a, log_q_a = distribution(x, top, rest, limit)
-            edges, values, touched = (), (), tl.zeros(label.shape, tl.int1)
-            for k in tl.static_range(len(RADII)):
-                bits = 0 * label
-                for i in tl.static_range(8):
-                    bits |= tl.where(labels[1 + 8 * k + i] != label, 1 << i, 0)
-                edges += (bits,)
-                touched |= bits > 0
-                values += (tl.zeros_like(p_a), tl.zeros_like(p_a), tl.zeros_like(p_a))
-            for k in range(len(RADII)):
-                hinges = tl.zeros_like(p_a)
-                product = tl.zeros_like(p_a)
-                entries = tl.zeros_like(p_a)
-                todo, d = choose(k, edges), choose(k, RADII)
-                # Every lane goes to the next of its own edges.
-                while tl.max(todo, axis=0) > 0:
-                    edge = todo > 0
-                    dy, dx = step_to(todo, d)
-                    todo &= todo - 1
-                    pixel_b = pixel + dy.to(tl.int64) * W + dx
-                    x_b, top_b, rest_b = logit_at(channel, top_ptr, rest_ptr, pixel_b, edge)
-                    p_b, _q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
-                    kl_a = p_b * (l_b - l_a) + (log_q_b - log_q_a)  # a is the centre
-                    kl_b = p_a * (l_a - l_b) + (log_q_a - log_q_b)
-                    both = tl.maximum(margin - kl_a, 0.0) + tl.maximum(margin - kl_b, 0.0)
-                    hinges += tl.where(edge, both, 0.0)
-                    # What the dense tables hold of this pair, nothing where p is clamped.
-                    u_a = tl.where(l_a < limit, q_a - eps, 0.0)
-                    u_b = tl.where(l_b > -limit, p_b - eps, 0.0)
-                    product += tl.where(edge, (u_a + u_b) * (l_b - l_a), 0.0)
-                    entries += tl.where(edge, 2.0, 0.0)
-                new_values = ()
-                for i in tl.static_range(len(RADII)):
-                    new_values += (
-                        tl.where(k == i, hinges, values[3 * i]),
-                        tl.where(k == i, product, values[3 * i + 1]),
-                        tl.where(k == i, entries, values[3 * i + 2]),
-                    )
-                values = new_values
-            tables = by_label(tables, values, tl.where(touched, label, -1), BLOCK_CLASSES)
-        for k in tl.static_range(len(RADII)):
-            store(tables[3 * k : 3 * k + 3], edges_ptr, 3 * COLUMNS[k], C, PROGRAMS, BLOCK_CLASSES)
+    tables = (nothing,)
+    for k in tl.static_range(len(RADII)):
+        count = tl.sum(pairs[k], axis=0).to(tl.int64)
+        tl.atomic_add(pairs_ptr + COLUMNS[k], count, mask=count > 0, sem="relaxed")
+        tables += (nothing,)
+    values = (tl.full(label.shape, 1.0, tl.float32),) + edges  # noqa: RUF005
+    tables = by_label(tables, values, label, BLOCK_CLASSES)
+    classes = tl.arange(0, BLOCK_CLASSES)
+    row_ptr = entries_ptr + classes.to(tl.int64) * (K + 1)
+    if PIXELS:
+        count = tables[0].to(tl.int64)
+        tl.atomic_add(row_ptr + K, count, mask=count > 0, sem="relaxed")
+    for k in tl.static_range(len(RADII)):
+        # In both directions, in the channel of a pixel's own label.
+        count = 2 * tables[1 + k].to(tl.int64)
+        tl.atomic_add(row_ptr + COLUMNS[k], count, mask=count > 0, sem="relaxed")
 
 
 @triton.jit
@@ -640,21 +581,20 @@ def channel_of(logits_ptr, label, stride_c):
 def logit_at(channel_ptr, top_ptr, rest_ptr, pixel, mask):
     """The logit and the statistics of pixels."""
     x = tl.load(channel_ptr + pixel, mask=mask, other=0.0).to(tl.float32)
-    top = tl.load(top_ptr + pixel, mask=mask, other=0.0)
+    top = tl.load(top_ptr + pixel, mask=mask, other=0.0).to(tl.float32)
     return x, top, tl.load(rest_ptr + pixel, mask=mask, other=1.0)
 
 
 @triton.jit
 def log_losses(
-    logits_ptr, label_ptr, top_ptr, rest_ptr, h, w, H, W, stride_c, BLOCK_CLASSES: tl.constexpr
+    sums, logits_ptr, label_ptr, top_ptr, rest_ptr, h, w, H, W, stride_c,
+    BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """By label (classes,): sum of -log p, number of pixels."""
+    """Adds -log p by label, to (classes,)."""
     label = label_at(label_ptr, h, w, 0, 0, H, W)
     channel = channel_of(logits_ptr, label, stride_c)
     x, top, rest = logit_at(channel, top_ptr, rest_ptr, h.to(tl.int64) * W + w, label >= 0)
-    nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    values = (log_1p(rest) - (x - top), tl.full(x.shape, 1.0, tl.float32))
-    return by_label((nothing, nothing), values, label, BLOCK_CLASSES)
+    return by_label(sums, (log_1p(rest) - (x - top),), label, BLOCK_CLASSES)
 
 
 @triton.jit
@@ -689,85 +629,151 @@ def store(tables, table_ptr, first, C, PROGRAMS, BLOCK_CLASSES: tl.constexpr):
 
 
 @triton.jit
-def edge_gradient_kernel(
-    grad_sums_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
-    C, H, W, stride_n, stride_c, margin, limit, eps,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
-    REPLACE: tl.constexpr,
+def edges_of_patch(
+    tables, coefficients_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+    first_h, first_w, C, H, W, stride_c, margin, limit, eps,
+    TABLES: tl.constexpr, GRADIENT: tl.constexpr, REPLACE: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr, RADII: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
 ):  # fmt: skip
-    n, first_h, first_w = patch(H, W, BLOCK_H, BLOCK_W)
-    logits_ptr += n * stride_n
-    grad_ptr += n * C * H * W
-    label_ptr += n * H * W
-    top_ptr += n * H * W
-    rest_ptr += n * H * W
+    """Adds to the tables (classes,), two for each size, and to the gradient."""
     K: tl.constexpr = COLUMNS[len(RADII)]
-    parts: tl.constexpr = (BLOCK_H // PART_H) * (BLOCK_W // PART_W)
-
-    every_h, every_w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
-    if may_have_edges(label_ptr, every_h, every_w, H, W, REACH):
-        for part in range(parts):
-            h, w = part_of_patch(first_h, first_w, part, BLOCK_W, PART_H, PART_W)
-            pixel = h.to(tl.int64) * W + w
-            labels, pairs = labels_around(label_ptr, h, w, H, W, RADII)
-            label = labels[0]
-            counts = label >= 0
-            top = tl.load(top_ptr + pixel, mask=counts, other=0.0)
-            rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
-            smallest, largest = extremes(labels)
-            has_edge = smallest.to(tl.int32) < largest
-            c = next_label(labels, has_edge, -1)
-            while c < NO_LABEL:  # the labels that there are
-                channel = logits_ptr + c.to(tl.int64) * stride_c
-                x = tl.load(channel + pixel, mask=counts, other=0.0).to(tl.float32)
-                p, q, log_odds, log_q = distribution(x, top, rest, limit)
-                own = label == c
-                from_u = tl.zeros_like(p)
-                from_l = tl.zeros_like(p)
-                touched = tl.zeros(label.shape, tl.int1)
-                edges = ()
-                for k in tl.static_range(len(RADII)):
-                    bits = 0 * label
-                    for i in tl.static_range(8):
-                        bits |= tl.where(own != (labels[1 + 8 * k + i] == c), 1 << i, 0)
-                    edges += (bits,)
-                    touched |= bits > 0
-                for k in range(len(RADII)):
-                    d, column = choose(k, RADII), choose(k, COLUMNS)
-                    grad_edge = tl.load(grad_sums_ptr + c * K + column)
-                    grad_dense = tl.load(grad_sums_ptr + (C + c) * K + column)
-                    edges_of_size = choose(k, edges)
-                    todo = tl.where(touched, choose(k, pairs), 0) if REPLACE else edges_of_size
-                    while tl.max(todo, axis=0) > 0:
-                        taken = todo > 0
-                        edge = (todo & -todo & edges_of_size) > 0
-                        dy, dx = step_to(todo, d)
-                        todo &= todo - 1
-                        pixel_b = pixel + dy.to(tl.int64) * W + dx
-                        x_b, top_b, rest_b = logit_at(channel, top_ptr, rest_ptr, pixel_b, taken)
-                        p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
-                        l_step = log_odds - l_b
+    for part in range((BLOCK_H // PART_H) * (BLOCK_W // PART_W)):
+        h, w = part_of_patch(first_h, first_w, part, BLOCK_W, PART_H, PART_W)
+        pixel = h.to(tl.int64) * W + w
+        labels, pairs = labels_around(label_ptr, h, w, H, W, RADII)
+        label = labels[0]
+        counts = label >= 0
+        top = tl.load(top_ptr + pixel, mask=counts, other=0.0).to(tl.float32)
+        rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
+        least, most = extremes(labels)
+        has_edge = least.to(tl.int32) < most
+        values = ()
+        for _ in tl.static_range(len(tables)):
+            values += (tl.zeros(label.shape, tl.float32),)
+        c = next_label(labels, has_edge, -1)
+        while c < NO_LABEL:  # the labels that there are
+            channel = logits_ptr + c.to(tl.int64) * stride_c
+            x = tl.load(channel + pixel, mask=counts, other=0.0).to(tl.float32)
+            p, q, log_odds, log_q = distribution(x, top, rest, limit)
+            own = label == c
+            from_u = tl.zeros_like(p)
+            from_l = tl.zeros_like(p)
+            touched = tl.zeros(label.shape, tl.int1)
+            edges = ()
+            for k in tl.static_range(len(RADII)):
+                bits = 0 * label
+                for i in tl.static_range(8):
+                    bits |= tl.where(own != (labels[1 + 8 * k + i] == c), 1 << i, 0)
+                edges += (bits,)
+                touched |= bits > 0
+            for k in range(len(RADII)):
+                d, column = choose(k, RADII), choose(k, COLUMNS)
+                edges_of_size = choose(k, edges)
+                todo = edges_of_size
+                if GRADIENT:
+                    for_edge = tl.load(coefficients_ptr + c * K + column)
+                    for_dense = tl.load(coefficients_ptr + (C + c) * K + column)
+                    if REPLACE:
+                        todo = tl.where(touched, choose(k, pairs), 0)
+                else:
+                    todo = tl.where(own, todo, 0)
+                hinges = tl.zeros_like(p)
+                product = tl.zeros_like(p)
+                # Every lane goes to the next of its own neighbours.
+                while tl.max(todo, axis=0) > 0:
+                    taken = todo > 0
+                    edge = (todo & -todo & edges_of_size) > 0
+                    dy, dx = step_to(todo, d)
+                    todo &= todo - 1
+                    pixel_b = pixel + dy.to(tl.int64) * W + dx
+                    x_b, top_b, rest_b = logit_at(channel, top_ptr, rest_ptr, pixel_b, taken)
+                    p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
+                    l_step = log_odds - l_b
+                    # What is left of the margin with either pixel as the centre.
+                    centre = margin + p_b * l_step - (log_q_b - log_q)
+                    neighbour = margin - p * l_step - (log_q - log_q_b)
+                    if TABLES:
+                        counted = edge & own
+                        both = tl.maximum(centre, 0.0) + tl.maximum(neighbour, 0.0)
+                        hinges += tl.where(counted, both, 0.0)
+                        # What the dense tables hold of this pair, nothing where p is clamped.
+                        u_a = tl.where(log_odds < limit, q - eps, 0.0)
+                        u_b = tl.where(l_b > -limit, p_b - eps, 0.0)
+                        product -= tl.where(counted, (u_a + u_b) * l_step, 0.0)
+                    if GRADIENT:
                         # From the smaller of p and q: little is rounded away.
                         p_step = tl.where(p > 0.5, q_b - q, p - p_b)
-                        centre = -p_b * l_step + (log_q_b - log_q) < margin
-                        neighbour = p * l_step + (log_q - log_q_b) < margin
-                        by_p = tl.where(centre, -grad_edge, 0.0) * p_step
-                        by_l = tl.where(neighbour, -grad_edge, 0.0) * l_step
+                        by_p = tl.where(centre > 0, -for_edge, 0.0) * p_step
+                        by_l = tl.where(neighbour > 0, -for_edge, 0.0) * l_step
                         if REPLACE:
-                            by_p = tl.where(edge, by_p, grad_dense * p_step)
-                            by_l = tl.where(edge, by_l, grad_dense * l_step)
+                            by_p = tl.where(edge, by_p, for_dense * p_step)
+                            by_l = tl.where(edge, by_l, for_dense * l_step)
                         else:
-                            by_p -= grad_dense * tl.where(own, 2 * eps - q - p_b, p + q_b - 2 * eps)
-                            by_l -= grad_dense * l_step
+                            u_step = tl.where(own, 2 * eps - q - p_b, p + q_b - 2 * eps)
+                            by_p -= for_dense * u_step
+                            by_l -= for_dense * l_step
                         from_u += tl.where(taken, by_p, 0.0)
                         from_l += tl.where(taken, by_l, 0.0)
+                new_values = ()
+                for i in tl.static_range(len(RADII)):
+                    new_values += (
+                        values[2 * i] + tl.where(k == i, hinges, 0.0),
+                        values[2 * i + 1] + tl.where(k == i, product, 0.0),
+                    )
+                values = new_values
+            if GRADIENT:
                 grad = tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)
                 row = grad_ptr + c.to(tl.int64) * H * W + pixel
                 if not REPLACE:
                     grad += tl.load(row, mask=touched, other=0.0).to(tl.float32)
                 tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=touched)
-                c = next_label(labels, has_edge, c)
+            c = next_label(labels, has_edge, c)
+        if TABLES:
+            tables = by_label(tables, values, tl.where(has_edge, label, -1), BLOCK_CLASSES)
+    return tables
+
+
+@triton.jit
+def edge_kernel(
+    coefficients_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, edges_ptr, grad_ptr,
+    C, H, W, stride_n, stride_c, margin, limit, eps, PATCHES, PROGRAMS,
+    TABLES: tl.constexpr, GRADIENT: tl.constexpr, REPLACE: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
+):  # fmt: skip
+    nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
+    log_loss, tables = (nothing,), ()
+    for _ in tl.static_range(2 * len(RADII)):
+        tables += (nothing,)
+    index = tl.program_id(0)
+    while index < PATCHES:
+        n, h, w = patch(index, H, W, BLOCK_H, BLOCK_W)
+        logits, label = logits_ptr + n * stride_n, label_ptr + n * H * W
+        top, rest = top_ptr + n * H * W, rest_ptr + n * H * W
+        grad = grad_ptr
+        if GRADIENT:
+            grad = grad_ptr + n * C * H * W
+        every_h, every_w = rectangle(h, w, BLOCK_H, BLOCK_W)
+        if TABLES and CROSS_ENTROPY:
+            log_loss = log_losses(
+                log_loss, logits, label, top, rest, every_h, every_w, H, W, stride_c, BLOCK_CLASSES
+            )  # fmt: skip
+        if may_have_edges(label, every_h, every_w, H, W, REACH):
+            tables = edges_of_patch(
+                tables, coefficients_ptr, logits, label, top, rest, grad,
+                h, w, C, H, W, stride_c, margin, limit, eps,
+                TABLES, GRADIENT, REPLACE, BLOCK_CLASSES, RADII, COLUMNS,
+                BLOCK_H, BLOCK_W, PART_H, PART_W,
+            )  # fmt: skip
+        index += PROGRAMS
+    if TABLES:
+        K: tl.constexpr = COLUMNS[len(RADII)]
+        if CROSS_ENTROPY:
+            store(log_loss, edges_ptr, 2 * K, C, PROGRAMS, BLOCK_CLASSES)
+        for k in tl.static_range(len(RADII)):
+            store(tables[2 * k : 2 * k + 2], edges_ptr, 2 * COLUMNS[k], C, PROGRAMS, BLOCK_CLASSES)
 
 
 @triton.jit
@@ -780,7 +786,7 @@ def softmax_backward_kernel(
     pixel = tl.arange(0, BLOCK_P)[None, :]  # from there
     in_image = pixel < HW - first
     row = tl.arange(0, BLOCK_C)[:, None]
-    top = tl.load(top_ptr + n * HW + first + pixel, mask=in_image, other=0.0)
+    top = tl.load(top_ptr + n * HW + first + pixel, mask=in_image, other=0.0).to(tl.float32)
     rest = tl.load(rest_ptr + n * HW + first + pixel, mask=in_image, other=1.0)
     scale = reciprocal(1 + rest)
     label = tl.load(label_ptr + n * HW + first + pixel, mask=in_image, other=-1).to(tl.int32)
@@ -821,33 +827,37 @@ def softmax_backward_kernel(
 
 
 @triton.jit
+def scale_kernel(x_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        offs = tl.arange(0, BLOCK)
+        mask = offs < SIZE - first
+        x = tl.load(x_ptr + first + offs, mask=mask).to(tl.float32) * scale
+        tl.store(x_ptr + first + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sum_kernel(
-    dense_ptr, pairs_ptr, edges_ptr, sums_ptr, counts_ptr, log_loss_ptr, pixels_ptr,
+    dense_ptr, edges_ptr, sums_ptr, log_loss_ptr,
     C, K, DENSE_PROGRAMS, EDGE_PROGRAMS,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     c, k = (tl.program_id(0) // (K + 1)).to(tl.int64), tl.program_id(0) % (K + 1)
-    edges = edges_ptr + (3 * k * C + c) * EDGE_PROGRAMS
-    step = tl.cast(C, tl.int64) * EDGE_PROGRAMS
+    edges = edges_ptr + (2 * k * C + c) * EDGE_PROGRAMS
     first = sum_row(edges, EDGE_PROGRAMS, BLOCK)
-    second = sum_row(edges + step, EDGE_PROGRAMS, BLOCK)
     if k < K:
-        count = sum_row(edges + 2 * step, EDGE_PROGRAMS, BLOCK)
+        second = sum_row(edges + tl.cast(C, tl.int64) * EDGE_PROGRAMS, EDGE_PROGRAMS, BLOCK)
         dense = sum_row(dense_ptr + (c * K + k) * DENSE_PROGRAMS, DENSE_PROGRAMS, BLOCK)
-        pairs = sum_row(pairs_ptr + tl.cast(k, tl.int64) * DENSE_PROGRAMS, DENSE_PROGRAMS, BLOCK)
-        entry = c * K + k
-        tl.store(sums_ptr + entry, first.to(tl.float32))
-        tl.store(sums_ptr + C * K + entry, (dense - second).to(tl.float32))
-        tl.store(counts_ptr + entry, count.to(tl.int64))
-        tl.store(counts_ptr + C * K + entry, (pairs - count).to(tl.int64))
+        tl.store(sums_ptr + c * K + k, first.to(tl.float32))
+        tl.store(sums_ptr + (C + c) * K + k, (dense - second).to(tl.float32))
     else:
         tl.store(log_loss_ptr + c, first.to(tl.float32))
-        tl.store(pixels_ptr + c, second.to(tl.int64))
 
 
 @triton.jit
 def sum_row(row_ptr, num, BLOCK: tl.constexpr):
-    """float64: exact for counts, whatever the image."""
+    """float64: of millions of terms."""
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     left = tl.cast(num, tl.int32)  # an argument of 1 is a constant
@@ -858,64 +868,35 @@ def sum_row(row_ptr, num, BLOCK: tl.constexpr):
     return tl.sum(total)
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    kernel_sizes: list[int],
-    margin: float,
-    eps: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; log loss and pixels (C,); label, and the softmax
-    statistics top and rest (N, 1, H, W).
+def statistics(
+    logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts (C + 1, K + 1) as ops/affinity_field.py has them; labels and the softmax statistics
+    top and rest (N, 1, H, W).
     """
     n, num_classes, height, width = logits.shape
     logits, target = planes(logits), target.contiguous()
-    top = logits.new_empty(n, 1, height, width, dtype=torch.float32)
-    rest = torch.empty_like(top)
+    top = logits.new_empty(n, 1, height, width)  # one of them
+    rest = torch.empty_like(top, dtype=torch.float32)
     label = torch.empty_like(top, dtype=torch.int16)
-    k = len(kernel_sizes)
     new_table = logits.new_empty if n > 0 else logits.new_zeros
-    sums = new_table((2, num_classes, k), dtype=torch.float32)
-    counts = new_table((2, num_classes, k), dtype=torch.int64)
-    log_loss = new_table(num_classes, dtype=torch.float32)
-    pixels = new_table(num_classes, dtype=torch.int64)
-    if n == 0:
-        return sums, counts, log_loss, pixels, label, top, rest
-
-    shape = num_classes, height, width, logits.stride(0), logits.stride(1)
-    limit = math.log((1 - eps) / eps)
-    strips, patches = strip_programs(logits), patch_programs(logits)
-    # Programs last: what adds them up reads consecutive numbers.
-    dense = logits.new_empty(num_classes, k, strips, dtype=torch.float32)
-    pairs = logits.new_empty(k, strips, dtype=torch.float32)
-    edges = logits.new_zeros(3 * k + 2, num_classes, patches, dtype=torch.float32)
-    with on_device(logits):
-        statistics_kernel[pixel_grid(logits)](
-            logits, target, top, rest, label, num_classes, height * width,
-            logits.stride(0), logits.stride(1), target.stride(0), ignore_index,
-            **pixel_blocks(logits),
-        )  # fmt: skip
-        for i, (sizes, strip, patch) in enumerate(parts(kernel_sizes, logits)):
-            dense_tables_kernel[strip_grid(logits)](
-                logits, label, top, rest, dense, pairs, n, *shape, limit, eps, rows(logits), strips,
-                **sizes, **strip,
+    counts = new_table((num_classes + 1, len(kernel_sizes) + 1), dtype=torch.int64)
+    if n > 0:
+        with on_device(logits):
+            statistics_kernel[pixel_grid(logits)](
+                logits, target, top, rest, label, counts, num_classes, height * width,
+                logits.stride(0), logits.stride(1), target.stride(0), ignore_index, counts.numel(),
+                **pixel_blocks(logits),
             )  # fmt: skip
-            edge_tables_kernel[(patches,)](
-                logits, label, top, rest, edges, *shape, margin, limit, eps, patches,
-                CROSS_ENTROPY=i == 0, BLOCK_CLASSES=triton.next_power_of_2(num_classes),
-                **sizes, **patch,
-            )  # fmt: skip
-        sum_kernel[(num_classes * (k + 1),)](
-            dense, pairs, edges, sums, counts, log_loss, pixels, num_classes, k, strips, patches,
-            BLOCK=BLOCK_SUM, num_warps=8,
-        )  # fmt: skip
-    return sums, counts, log_loss, pixels, label, top, rest
+            for i, (sizes, _, patch) in enumerate(parts(kernel_sizes, logits)):
+                counts_kernel[(patches_of(logits),)](
+                    label, counts, num_classes, height, width, PIXELS=i == 0,
+                    BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **undivided(patch),
+                )  # fmt: skip
+    return counts, label, top, rest
 
 
-def backward(
-    grad_sums: Tensor,
-    grad_log_loss: Tensor | None,
+def compute(
     logits: Tensor,
     label: Tensor,
     top: Tensor,
@@ -923,37 +904,75 @@ def backward(
     kernel_sizes: list[int],
     margin: float,
     eps: float,
-) -> Tensor:
-    """The gradient with respect to the logits, given those with respect to sums and log loss."""
+    *,
+    with_tables: bool,
+    grad_sums: Tensor | None,
+    grad_log_loss: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """If asked for, sums (2, C, K), edges first, and log loss (C,); and, given the gradients with
+    respect to these, that with respect to the logits.
+    """
     given, logits = logits, planes(logits)
     n, num_classes, height, width = logits.shape
-    # First p d loss / d p, in the dtype and place of the result, unless it is added up. It may be
-    # 1 / eps times as large, which float16 does not hold. In bfloat16 edge tiles replace what the
-    # dense tile wrote: to take some of it out again would leave its rounding.
+    k = len(kernel_sizes)
+    with_gradient = grad_sums is not None
+    sums = log_loss = grad = dense = edges = None
+    strips, patches = strip_programs(logits), patches_of(logits)
+    edge_programs = triton.cdiv(patches, PATCHES_IN_A_PROGRAM)
     steps = parts(kernel_sizes, logits)
-    in_place = len(steps) == 1 and logits.dtype != torch.float16
-    dtype = logits.dtype if in_place else torch.float32
-    grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
-    shape = num_classes, height, width, logits.stride(0), logits.stride(1)
-    limit = math.log((1 - eps) / eps)
+    if with_tables:
+        new_table = logits.new_empty if n > 0 else logits.new_zeros
+        sums = new_table((2, num_classes, k), dtype=torch.float32)
+        log_loss = new_table(num_classes, dtype=torch.float32)
+        # Programs last: what adds them up reads consecutive numbers.
+        dense = logits.new_empty(num_classes, k, strips, dtype=torch.float32)
+        edges = logits.new_empty(2 * k + 1, num_classes, edge_programs, dtype=torch.float32)
+    if with_gradient:
+        # First p d loss / d p, in the dtype and place of the result, unless it is added up. In
+        # bfloat16 edge tiles replace what the dense tile wrote: to take some of it out again would
+        # leave its rounding.
+        dtype = grad_dtype(logits) if len(steps) == 1 else torch.float32
+        grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
     if n > 0:
+        shape = num_classes, height, width, logits.stride(0), logits.stride(1)
+        limit = math.log((1 - eps) / eps)
+        asked = {"TABLES": with_tables, "GRADIENT": with_gradient}
         with on_device(logits):
             for i, (sizes, strip, patch) in enumerate(steps):
-                dense_gradient_kernel[strip_grid(logits)](
-                    grad_sums, logits, label, top, rest, grad, n, *shape, limit, eps, rows(logits),
-                    ADD=i > 0, **sizes, **strip,
+                dense_kernel[strip_grid(logits)](
+                    grad_sums, logits, label, top, rest, dense, grad, n, *shape, limit, eps,
+                    rows(logits), strips, ADD=i > 0, **asked, **sizes, **strip,
                 )  # fmt: skip
-                edge_gradient_kernel[(patch_programs(logits),)](
-                    grad_sums, logits, label, top, rest, grad, *shape, margin, limit, eps,
-                    REPLACE=dtype != torch.float32, **sizes, **patch,
+                edge_kernel[(edge_programs,)](
+                    grad_sums, logits, label, top, rest, edges, grad, *shape, margin, limit, eps,
+                    patches, edge_programs, CROSS_ENTROPY=i == 0,
+                    REPLACE=grad is not None and grad.dtype != torch.float32,
+                    BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes, **patch,
                 )  # fmt: skip
-            softmax_backward_kernel[pixel_grid(logits)](
-                grad_log_loss, logits, label, top, rest, grad, num_classes, height * width,
-                logits.stride(0), logits.stride(1),
-                CROSS_ENTROPY=grad_log_loss is not None, **pixel_blocks(logits),
-            )  # fmt: skip
-    del logits
-    return in_layout_of(given, grad)
+            if with_tables:
+                sum_kernel[(num_classes * (k + 1),)](
+                    dense, edges, sums, log_loss, num_classes, k, strips, edge_programs,
+                    BLOCK=BLOCK_SUM, num_warps=8,
+                )  # fmt: skip
+            if with_gradient:
+                softmax_backward_kernel[pixel_grid(logits)](
+                    grad_log_loss, logits, label, top, rest, grad, num_classes, height * width,
+                    logits.stride(0), logits.stride(1),
+                    CROSS_ENTROPY=grad_log_loss is not None, **pixel_blocks(logits),
+                )  # fmt: skip
+    del logits, dense, edges
+    return sums, log_loss, None if grad is None else in_layout_of(given, grad, grad_dtype(given))
+
+
+def scale_(grad: Tensor, scale: Tensor) -> None:
+    """Multiplies a tensor without gaps by a number on its device; by 1, as it mostly is, in no
+    time.
+    """
+    if grad.numel() > 0:
+        with on_device(grad):
+            scale_kernel[(triton.cdiv(grad.numel(), BLOCK_SCALE),)](
+                grad, scale, grad.numel(), BLOCK=BLOCK_SCALE
+            )
 
 
 def planes(logits: Tensor) -> Tensor:
@@ -1035,7 +1054,11 @@ def patch_blocks(logits: Tensor) -> dict[str, int]:
     return {"BLOCK_H": 8, "BLOCK_W": 16, "PART_H": 4, "PART_W": 8, "num_warps": 1}
 
 
-def patch_programs(logits: Tensor) -> int:
+def undivided(patch: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in patch.items() if not name.startswith("PART")}
+
+
+def patches_of(logits: Tensor) -> int:
     n, _, height, width = logits.shape
     blocks = patch_blocks(logits)
     return n * triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])

@@ -1,5 +1,13 @@
 """The affinity field as custom ops: opaque to the compiler, differentiable, whatever implementation
 runs inside.
+
+A loss is coefficients times sums. It knows the coefficients before the sums, for they depend on
+counts alone:
+
+    affinity_field_statistics      counts, and what a pixel's pairs share
+    affinity_field_with_gradient   the sums, and the gradient of the loss with them
+    affinity_field                 the sums alone, where no gradient is wanted or the coefficients
+                                   are not known: its backward pass computes the rest
 """
 
 from __future__ import annotations
@@ -13,56 +21,92 @@ from torch import Tensor
 from tritonaff.ops.backend import tile_runs
 from tritonaff.portable import affinity_field as portable
 from tritonaff.portable import affinity_field_authors as portable_authors
-from tritonaff.portable.blocks import label_dtype
+from tritonaff.portable.blocks import grad_dtype, label_dtype
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+@torch.library.custom_op("tritonaff::affinity_field_statistics", mutates_args=())
+def affinity_field_statistics(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int],
+    ignore_index: int,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts (C + 1, K + 1): the edge entries of every class and size, then the pixels of every
+    label; below, the pairs of every size, each of which is an entry of all channels. Variant
+    "authors" has a row of entries for every label instead, (2 C, K + 1).
+
+    Labels, -1 where a pixel does not count, and the softmax statistics top and rest (N, 1, H, W).
+    """
+    implementation = _implementation(logits, variant, backend)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.statistics(
+        logits, target, list(kernel_sizes), ignore_index
+    )
+    return result
+
+
+@affinity_field_statistics.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int],
+    ignore_index: int,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, height, width = logits.shape
+    statistic = n, 1, height, width
+    below = 1 if variant == "paper" else c
+    return (
+        logits.new_empty(c + below, len(kernel_sizes) + 1, dtype=torch.int64),
+        logits.new_empty(statistic, dtype=label_dtype(c)),
+        logits.new_empty(statistic),
+        logits.new_empty(statistic, dtype=_precision(logits)),
+    )
 
 
 @torch.library.custom_op("tritonaff::affinity_field", mutates_args=())
 def affinity_field(
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
+    top: Tensor,
+    rest: Tensor,
     kernel_sizes: Sequence[int],
     margin: float,
     eps: float,
-    ignore_index: int,
     variant: str,
     backend: str,
-) -> Outputs:
-    """Sums and counts (2, C, K), edges first; of cross-entropy, by label, the sum of -log p and the
-    pixels that count (C,); what the backward pass needs (N, 1, H, W): labels, -1 where a pixel does
-    not count, and the softmax statistics top and rest.
-    """
-    implementation = _implementation(logits, variant, backend)
-    result: Outputs = implementation.forward(
-        logits, target, list(kernel_sizes), margin, eps, ignore_index
+) -> tuple[Tensor, Tensor]:
+    """Sums (2, C, K), edges first; of cross-entropy, by label, the sum of -log p (C,)."""
+    sums, log_loss, _ = _implementation(logits, variant, backend).compute(
+        logits,
+        label,
+        top,
+        rest,
+        list(kernel_sizes),
+        margin,
+        eps,
+        with_tables=True,
+        grad_sums=None,
+        grad_log_loss=None,
     )
-    return result
+    return sums, log_loss
 
 
 @affinity_field.register_fake
 def _(
     logits: Tensor,
-    target: Tensor,
+    label: Tensor,
+    top: Tensor,
+    rest: Tensor,
     kernel_sizes: Sequence[int],
     margin: float,
     eps: float,
-    ignore_index: int,
     variant: str,
     backend: str,
-) -> Outputs:
-    n, c, height, width = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    table, statistic = (2, c, len(kernel_sizes)), (n, 1, height, width)
-    return (
-        logits.new_empty(table, dtype=dtype),
-        logits.new_empty(table, dtype=torch.int64),
-        logits.new_empty(c, dtype=dtype),
-        logits.new_empty(c, dtype=torch.int64),
-        logits.new_empty(statistic, dtype=label_dtype(c)),
-        logits.new_empty(statistic, dtype=dtype),
-        logits.new_empty(statistic, dtype=dtype),
-    )
+) -> tuple[Tensor, Tensor]:
+    return _tables_like(logits, kernel_sizes)
 
 
 @torch.library.custom_op("tritonaff::affinity_field_backward", mutates_args=())
@@ -80,10 +124,7 @@ def affinity_field_backward(
     backend: str,
 ) -> Tensor:
     """The gradient with respect to the logits, in their dtype and memory format."""
-    implementation = _implementation(logits, variant, backend)
-    grad: Tensor = implementation.backward(
-        grad_sums.contiguous(),
-        None if grad_log_loss is None else grad_log_loss.contiguous(),
+    _, _, grad = _implementation(logits, variant, backend).compute(
         logits,
         label,
         top,
@@ -91,8 +132,12 @@ def affinity_field_backward(
         list(kernel_sizes),
         margin,
         eps,
+        with_tables=False,
+        grad_sums=grad_sums.contiguous(),
+        grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
     )
-    return grad
+    result: Tensor = grad.to(logits.dtype)
+    return result
 
 
 @affinity_field_backward.register_fake
@@ -112,28 +157,132 @@ def _(
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    logits, _, kernel_sizes, margin, eps, _, variant, backend = inputs
-    _, counts, _, pixels, label, top, rest = output
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, label, top, rest, *options = inputs
     ctx.save_for_backward(logits, label, top, rest)
-    ctx.options = kernel_sizes, margin, eps, variant, backend
-    ctx.mark_non_differentiable(counts, pixels, label, top, rest)
+    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_sums: Tensor | None, _: None, grad_log_loss: Tensor | None, *__: None
+    ctx: Any, grad_sums: Tensor | None, grad_log_loss: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_sums is None and grad_log_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     if grad_sums is None:
         logits, _, _, rest = ctx.saved_tensors
         grad_sums = rest.new_zeros(2, logits.shape[1], len(ctx.options[0]))
     grad = affinity_field_backward(grad_sums, grad_log_loss, *ctx.saved_tensors, *ctx.options)
-    return grad, *(None for _ in range(7))
+    return grad, *(None for _ in range(8))
 
 
 affinity_field.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("tritonaff::affinity_field_with_gradient", mutates_args=())
+def affinity_field_with_gradient(
+    logits: Tensor,
+    grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
+    label: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums and log loss as :func:`affinity_field` has them, but constants; the gradient of a loss
+    that has the given gradients with respect to them; and the number 0, to be added to the loss,
+    that carries this gradient.
+    """
+    sums, log_loss, grad = _implementation(logits, variant, backend).compute(
+        logits,
+        label,
+        top,
+        rest,
+        list(kernel_sizes),
+        margin,
+        eps,
+        with_tables=True,
+        grad_sums=grad_sums.contiguous(),
+        grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
+    )
+    return sums, log_loss, grad, torch.zeros_like(sums[0, 0, 0])
+
+
+@affinity_field_with_gradient.register_fake
+def _(
+    logits: Tensor,
+    grad_sums: Tensor,
+    grad_log_loss: Tensor | None,
+    label: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums, log_loss = _tables_like(logits, kernel_sizes)
+    grad = torch.empty_like(logits, dtype=grad_dtype(logits))
+    return sums, log_loss, grad, sums.new_empty(())
+
+
+@torch.library.custom_op("tritonaff::affinity_field_scale", mutates_args=("grad",))
+def affinity_field_scale(grad: Tensor, scale: Tensor, variant: str, backend: str) -> None:
+    """grad times scale, in place."""
+    _implementation(grad, variant, backend).scale_(grad, scale)
+
+
+def _setup_context_of_gradient(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    logits, grad_sums, grad_log_loss, label, top, rest, *options = inputs
+    sums, log_loss, grad, _ = output
+    ctx.save_for_backward(grad_sums, grad_log_loss, logits, label, top, rest)
+    ctx.options = options
+    ctx.grad, ctx.dtype = grad, logits.dtype
+    ctx.mark_non_differentiable(sums, log_loss, grad)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_gradient(
+    ctx: Any, _sums: None, _log_loss: None, _grad: None, scale: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if scale is None:
+        return (None,) * 11
+    if ctx.grad is None or torch.is_grad_enabled():
+        # Another pass through the same graph; or create_graph, which this op refuses when it is
+        # differentiated.
+        grad_sums, grad_log_loss, *rest = ctx.saved_tensors
+        grad_log_loss = None if grad_log_loss is None else scale * grad_log_loss
+        grad = affinity_field_backward(scale * grad_sums, grad_log_loss, *rest, *ctx.options)
+        return grad, *(None for _ in range(10))
+    # Its memory is handed on.
+    grad, ctx.grad = ctx.grad, None
+    if type(grad) is Tensor:
+        affinity_field_scale(grad, scale, *ctx.options[-2:])
+    else:  # traced, to be fused with what follows
+        grad = grad * scale
+    return grad.to(ctx.dtype), *(None for _ in range(10))
+
+
+affinity_field_with_gradient.register_autograd(
+    _backward_of_gradient, setup_context=_setup_context_of_gradient
+)
+
+
+def _tables_like(logits: Tensor, kernel_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    c, dtype = logits.shape[1], _precision(logits)
+    sums = logits.new_empty(2, c, len(kernel_sizes), dtype=dtype)
+    return sums, logits.new_empty(c, dtype=dtype)
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _implementation(logits: Tensor, variant: str, backend: str) -> Any:

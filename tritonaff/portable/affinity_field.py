@@ -27,6 +27,7 @@ from tritonaff.portable.blocks import (
     bands,
     blocks,
     counted_labels,
+    grad_dtype,
     in_layout_of,
     label_dtype,
     sum_dtype,
@@ -36,61 +37,31 @@ from tritonaff.portable.blocks import (
 CPU_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 22
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    kernel_sizes: list[int],
-    margin: float,
-    eps: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; log loss and pixels (C,); label, and the softmax
-    statistics top and rest (N, 1, H, W).
+def statistics(
+    logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts (C + 1, K + 1) as ops/affinity_field.py has them; labels and the softmax statistics
+    top and rest (N, 1, H, W).
     """
-    logits = at_least_float32(logits).contiguous()
-    label = counted_labels(target, logits.shape[1], ignore_index)
-    top, rest = softmax_statistics(logits)
-    image = Image.load(logits, label, top, rest, kernel_sizes, eps)
-    shape = logits.shape[1], len(kernel_sizes)
-    edge_sum = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
-    non_edge_sum = torch.zeros_like(edge_sum)
-    edge_count = torch.zeros_like(edge_sum, dtype=torch.int64)
-    pair_count = edge_count.new_zeros(len(kernel_sizes))
-
-    for k, d, boxes in image.sizes:
+    num_classes = logits.shape[1]
+    label = counted_labels(target, num_classes, ignore_index)
+    top, rest = softmax_statistics(at_least_float32(logits).contiguous())
+    counts = torch.zeros(
+        num_classes + 1, len(kernel_sizes) + 1, dtype=torch.int64, device=logits.device
+    )
+    counts[:-1, -1] = count_by_label(label, num_classes)
+    valid = torch.ge(label, 0, out=torch.empty_like(rest))
+    for k, d, boxes in sizes_with_pairs(valid, kernel_sizes):
         # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large
         # image.
-        pair_count[k] = (image.valid * (boxes - 1)).sum(dim=-1).to(torch.int64).sum()
-        for edge in edges(image, d):
-            hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba()))
-            product = edge.u_step().mul_(edge.l_step())
-            edge_sum[:, k].index_add_(0, edge.channel, hinge.mul_(edge.weight).to(edge_sum.dtype))
-            non_edge_sum[:, k].index_add_(
-                0, edge.channel, product.mul_(edge.weight).to(edge_sum.dtype), alpha=-1
-            )
-            edge_count[:, k].index_add_(0, edge.channel, edge.weight.to(edge_count.dtype), alpha=2)
-
-    for block in dense_blocks(image):
-        for k, d, boxes in image.sizes:
-            # The sum of u_i - u_j over the valid neighbours j, times l_i.
-            products = (
-                block.box_sum(block.u_padded, d)
-                .neg_()
-                .addcmul_(boxes[block.images], block.u)
-                .mul_(block.l)
-            )
-            per_plane = products.sum(dim=(2, 3))
-            non_edge_sum[block.classes, k] += per_plane.sum(dim=0, dtype=non_edge_sum.dtype)
-
-    sums = torch.stack((edge_sum, non_edge_sum)).to(logits.dtype)
-    counts = torch.stack((edge_count, pair_count - edge_count))
-    cross_entropy = cross_entropy_by_label(logits, label, top, rest)
-    return sums, counts, *cross_entropy, label.to(label_dtype(logits.shape[1])), top, rest
+        counts[-1, k] = (valid * (boxes - 1)).sum(dim=-1).to(torch.int64).sum()
+        for a, _, weight in pairs_of_different_labels(label.squeeze(1), d):
+            channel = label.view(-1).index_select(0, a).clamp_(min=0)
+            counts[:, k].index_add_(0, channel, weight.to(counts.dtype), alpha=2)
+    return counts, label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
 
 
-def backward(
-    grad_sums: Tensor,
-    grad_log_loss: Tensor | None,
+def compute(
     logits: Tensor,
     label: Tensor,
     top: Tensor,
@@ -98,45 +69,89 @@ def backward(
     kernel_sizes: list[int],
     margin: float,
     eps: float,
-) -> Tensor:
-    """The gradient with respect to the logits, given those with respect to sums and log loss."""
-    grad_edge_sum, grad_non_edge_sum = grad_sums
+    *,
+    with_tables: bool,
+    grad_sums: Tensor | None,
+    grad_log_loss: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """If asked for, sums (2, C, K), edges first, and log loss (C,); and, given the gradients with
+    respect to these, that with respect to the logits.
+    """
     given, logits = logits, at_least_float32(logits).contiguous()
-    label = label.to(torch.int64)
+    label, top = label.to(torch.int64), top.to(logits.dtype)
     image = Image.load(logits, label, top, rest, kernel_sizes, eps)
+    sums = logits.new_zeros(2, logits.shape[1], len(kernel_sizes), dtype=sum_dtype(logits.device))
+    grad_p = logits.new_zeros(0 if grad_sums is None else logits.shape)
 
-    grad_p = torch.zeros_like(logits)
     for k, d, _ in image.sizes:
         for edge in edges(image, d):
-            from_edge = grad_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
-            from_non_edge = grad_non_edge_sum[:, k].index_select(0, edge.channel).mul_(edge.weight)
-            ab = torch.lt(edge.kl_ab(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
-            ba = torch.lt(edge.kl_ba(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
-            u_step = edge.u_step().mul_(from_non_edge)
-            p_step, l_step = edge.p_a - edge.p_b, edge.l_step()
-            grad_a = torch.addcmul(u_step, ab, p_step).div_(edge.p_a * edge.q_a)
-            grad_b = torch.addcmul(u_step, ba, p_step).div_(edge.p_b * edge.q_b)
-            grad_a.addcmul_(ba.add_(from_non_edge), l_step)
-            grad_b.addcmul_(ab.add_(from_non_edge), l_step)
-            grad_p.view(-1).scatter_add_(0, edge.at_a, grad_a.neg_())
-            grad_p.view(-1).scatter_add_(0, edge.at_b, grad_b)
+            if with_tables:
+                add_to_tables(sums[..., k], edge, margin)
+            if grad_sums is not None:
+                add_to_gradient(grad_p, grad_sums[..., k], edge, margin)
 
     for block in dense_blocks(image):
-        coefficients = grad_non_edge_sum[block.classes, :, None, None]
-        all_boxes = block.spare.zero_()
-        for k, _, boxes in image.sizes:
-            all_boxes.addcmul_(boxes[block.images], coefficients[:, k])
-        grad_u = torch.mul(all_boxes, block.l, out=block.grad_u)
-        grad_l = torch.mul(all_boxes, block.u, out=block.grad_l)
-        for k, d, _ in image.sizes:
-            grad_u.addcmul_(block.box_sum(block.l_padded, d), coefficients[:, k], value=-1)
-            grad_l.addcmul_(block.box_sum(block.u_padded, d), coefficients[:, k], value=-1)
-        free = torch.gt(block.p, eps, out=block.box).mul_(torch.gt(block.q, eps, out=block.spare))
-        free.mul_(image.valid[block.images])
-        grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
-        grad_p[block.images, block.classes].add_(grad_u).mul_(free)
-    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
-    return in_layout_of(given, grad_p)
+        if grad_sums is not None:
+            coefficients = grad_sums[1, block.classes, :, None, None]
+            all_boxes, grad_u, grad_l = block.spare, block.grad_u, block.grad_l
+            for buffer in (all_boxes, grad_u, grad_l):
+                buffer.zero_()
+        for k, d, boxes in image.sizes:
+            # The sum of u_i - u_j over the valid neighbours j.
+            u_step = block.box_sum(block.u_padded, d).neg_()
+            u_step.addcmul_(boxes[block.images], block.u)
+            if grad_sums is not None:
+                grad_l.addcmul_(u_step, coefficients[:, k])
+            if with_tables:
+                per_plane = u_step.mul_(block.l).sum(dim=(2, 3))
+                sums[1, block.classes, k] += per_plane.sum(dim=0, dtype=sums.dtype)
+            if grad_sums is not None:
+                all_boxes.addcmul_(boxes[block.images], coefficients[:, k])
+                l_sum = block.box_sum(block.l_padded, d)
+                grad_u.addcmul_(l_sum, coefficients[:, k], value=-1)
+        if grad_sums is not None:
+            grad_u.addcmul_(all_boxes, block.l)
+            free = torch.gt(block.p, eps, out=block.box)
+            free.mul_(torch.gt(block.q, eps, out=block.spare)).mul_(image.valid[block.images])
+            grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
+            grad_p[block.images, block.classes].add_(grad_u).mul_(free)
+
+    grad = None
+    if grad_sums is not None:
+        softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
+        grad = in_layout_of(given, grad_p, grad_dtype(given))
+    if not with_tables:
+        return None, None, grad
+    return sums.to(logits.dtype), log_loss_by_label(logits, label, top, rest), grad
+
+
+def scale_(grad: Tensor, scale: Tensor) -> None:
+    grad.mul_(scale)
+
+
+def add_to_tables(sums: Tensor, edge: Edge, margin: float) -> None:
+    """To those of one size (2, C): hinges; what the dense sums hold of edges is taken out."""
+    hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba())).mul_(edge.weight)
+    product = edge.u_step().mul_(edge.l_step()).mul_(edge.weight)
+    sums[0].index_add_(0, edge.channel, hinge.to(sums.dtype))
+    sums[1].index_add_(0, edge.channel, product.to(sums.dtype), alpha=-1)
+
+
+def add_to_gradient(grad_p: Tensor, grad_sums: Tensor, edge: Edge, margin: float) -> None:
+    """The same of the gradient with respect to p, given that of the sums of one size (2, C)."""
+    from_edge, from_non_edge = (
+        grad.index_select(0, edge.channel).mul_(edge.weight) for grad in grad_sums
+    )
+    ab = torch.lt(edge.kl_ab(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
+    ba = torch.lt(edge.kl_ba(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
+    u_step = edge.u_step().mul_(from_non_edge)
+    p_step, l_step = edge.p_a - edge.p_b, edge.l_step()
+    grad_a = torch.addcmul(u_step, ab, p_step).div_(edge.p_a * edge.q_a)
+    grad_b = torch.addcmul(u_step, ba, p_step).div_(edge.p_b * edge.q_b)
+    grad_a.addcmul_(ba.add_(from_non_edge), l_step)
+    grad_b.addcmul_(ab.add_(from_non_edge), l_step)
+    grad_p.view(-1).scatter_add_(0, edge.at_a, grad_a.neg_())
+    grad_p.view(-1).scatter_add_(0, edge.at_b, grad_b)
 
 
 class Size(NamedTuple):
@@ -145,6 +160,16 @@ class Size(NamedTuple):
     k: int  # its column in the tables
     d: int
     boxes: Tensor  # (N, 1, H, W): how many of a pixel and its 8 neighbours are valid
+
+
+def sizes_with_pairs(valid: Tensor, kernel_sizes: list[int]) -> list[Size]:
+    sizes = []
+    for k, size in enumerate(kernel_sizes):
+        d = (size - 1) // 2
+        if d < max(valid.shape[-2:]):
+            boxes = box_sum(F.pad(valid, [d] * 4), d, torch.empty_like(valid))
+            sizes.append(Size(k, d, boxes))
+    return sizes
 
 
 class Image(NamedTuple):
@@ -175,13 +200,6 @@ class Image(NamedTuple):
         float_label = label.to(logits.dtype)
         valid = torch.ge(float_label, 0, out=torch.empty_like(rest))
         n, num_classes, height, width = logits.shape
-        sizes = []
-        for k, size in enumerate(kernel_sizes):
-            d = (size - 1) // 2
-            if d < max(height, width):
-                boxes = box_sum(F.pad(valid, [d] * 4), d, torch.empty_like(valid))
-                sizes.append(Size(k, d, boxes))
-
         some_label = label.clamp(min=0)
         own_p, own_q = probabilities((logits.gather(1, some_label) - top).exp_(), rest, eps)
         image = torch.arange(n, device=label.device).view(n, 1, 1, 1)
@@ -196,7 +214,7 @@ class Image(NamedTuple):
             own_p=own_p,
             own_q=own_q,
             own_channel=own_channel,
-            sizes=sizes,
+            sizes=sizes_with_pairs(valid, kernel_sizes),
             eps=eps,
         )
 
@@ -360,19 +378,22 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, rest
 
 
-def cross_entropy_by_label(
-    logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of the pixels of each label (C,): the sum of -log p there, unclamped, and their number."""
+def log_loss_by_label(logits: Tensor, label: Tensor, top: Tensor, rest: Tensor) -> Tensor:
+    """The sum of -log p there, unclamped, over the pixels of each label (C,)."""
     own = label.clamp(min=0)
     log_loss = torch.log1p(rest).sub_(logits.gather(1, own).sub_(top))
-    counted = label >= 0
+    # It may be infinite: pixels that do not count are not multiplied by 0.
+    log_loss = log_loss.where(label >= 0, 0)
     total = logits.new_zeros(logits.shape[1], dtype=sum_dtype(logits.device))
-    pixels = torch.zeros_like(total, dtype=torch.int64)
-    # -log p may be infinite: pixels that do not count are not multiplied by 0.
-    total.index_add_(0, own.view(-1), log_loss.where(counted, 0).view(-1).to(total.dtype))
-    pixels.index_add_(0, own.view(-1), counted.view(-1).to(pixels.dtype))
-    return total.to(logits.dtype), pixels
+    total.index_add_(0, own.view(-1), log_loss.view(-1).to(total.dtype))
+    return total.to(logits.dtype)
+
+
+def count_by_label(label: Tensor, num_classes: int) -> Tensor:
+    """The number of pixels of each label (C,)."""
+    counted = (label >= 0).view(-1).to(torch.int64)
+    pixels = counted.new_zeros(num_classes)
+    return pixels.index_add_(0, label.clamp(min=0).view(-1), counted)
 
 
 def softmax_backward_(

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonaff.portable.affinity_field import (
-    cross_entropy_by_label,
+    count_by_label,
+    log_loss_by_label,
+    scale_,  # noqa: F401
     softmax_backward_,
     softmax_statistics,
 )
@@ -23,58 +25,36 @@ from tritonaff.portable.blocks import (
     at_least_float32,
     blocks,
     counted_labels,
+    grad_dtype,
     in_layout_of,
     label_dtype,
     sum_dtype,
 )
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    kernel_sizes: list[int],
-    margin: float,
-    eps: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums and counts (2, C, K), edges first; log loss and pixels (C,); label, and the softmax
-    statistics top and rest (N, 1, H, W).
+def statistics(
+    logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts (2 C, K + 1) as ops/affinity_field.py has them; labels and the softmax statistics top
+    and rest (N, 1, H, W).
     """
-    logits = at_least_float32(logits).contiguous()
-    label = counted_labels(target, logits.shape[1], ignore_index)
-    top, rest = softmax_statistics(logits)
-    shape = logits.shape[1], len(kernel_sizes)
-    edge_sum = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
-    non_edge_sum = torch.zeros_like(edge_sum)
-    edge_count = torch.zeros_like(edge_sum, dtype=torch.int64)
-    pair_count = torch.zeros_like(edge_count)
-
-    for images, classes in blocks(logits):
-        a, b, own = fields(logits, label, top, rest, eps, images, classes)
-        row = label[images].clamp(min=0)
-        for k, here, there, pair in directions(label[images], kernel_sizes):
-            edge = (own[here] - own[there]).abs_().mul_(pair)
-            kl = a[there] * (a[there] / a[here]).log_()
-            kl.addcmul_(b[there], (b[there] / b[here]).log_())
-            for table, values in (
-                (edge_sum, F.relu(margin - kl).mul_(edge)),
-                (non_edge_sum, kl.mul_(pair - edge)),
-                (edge_count, edge),
-            ):
-                per_pixel = values.sum(dim=1).view(-1).to(table.dtype)
-                table[:, k].index_add_(0, row[here].flatten(), per_pixel)
-            entries = (own.shape[1] * pair).view(-1).to(pair_count.dtype)
-            pair_count[:, k].index_add_(0, row[here].flatten(), entries)
-
-    sums = torch.stack((edge_sum, non_edge_sum)).to(logits.dtype)
-    counts = torch.stack((edge_count, pair_count - edge_count))
-    cross_entropy = cross_entropy_by_label(logits, label, top, rest)
-    return sums, counts, *cross_entropy, label.to(label_dtype(logits.shape[1])), top, rest
+    num_classes = logits.shape[1]
+    label = counted_labels(target, num_classes, ignore_index)
+    top, rest = softmax_statistics(at_least_float32(logits).contiguous())
+    counts = torch.zeros(
+        2, num_classes, len(kernel_sizes) + 1, dtype=torch.int64, device=logits.device
+    )
+    counts[0, :, -1] = count_by_label(label, num_classes)
+    row = label.clamp(min=0)
+    for k, here, there, pair in directions(label, kernel_sizes):
+        pair = pair.view(-1).to(counts.dtype)
+        edge = 2 * pair * (label[here] != label[there]).view(-1)
+        counts[0, :, k].index_add_(0, row[here].flatten(), edge)
+        counts[1, :, k].index_add_(0, row[here].flatten(), pair, alpha=num_classes)
+    return counts.flatten(0, 1), label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
 
 
-def backward(
-    grad_sums: Tensor,
-    grad_log_loss: Tensor | None,
+def compute(
     logits: Tensor,
     label: Tensor,
     top: Tensor,
@@ -82,34 +62,52 @@ def backward(
     kernel_sizes: list[int],
     margin: float,
     eps: float,
-) -> Tensor:
-    """The gradient with respect to the logits, given those with respect to sums and log loss."""
-    grad_edge_sum, grad_non_edge_sum = grad_sums
+    *,
+    with_tables: bool,
+    grad_sums: Tensor | None,
+    grad_log_loss: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """If asked for, sums (2, C, K), edges first, and log loss (C,); and, given the gradients with
+    respect to these, that with respect to the logits.
+    """
     given, logits = logits, at_least_float32(logits).contiguous()
-    label = label.to(torch.int64)
-    grad_p = torch.zeros_like(logits)
+    label, top = label.to(torch.int64), top.to(logits.dtype)
+    sums = logits.new_zeros(2, logits.shape[1], len(kernel_sizes), dtype=sum_dtype(logits.device))
+    grad_p = logits.new_zeros(0 if grad_sums is None else logits.shape)
     for images, classes in blocks(logits):
         a, b, own = fields(logits, label, top, rest, eps, images, classes)
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-        row = label[images].clamp(min=0)
+        rows = label[images].clamp(min=0)
         for k, here, there, pair in directions(label[images], kernel_sizes):
+            row = rows[here]
             edge = (own[here] - own[there]).abs_().mul_(pair)
             ratio_a, ratio_b = a[there] / a[here], b[there] / b[here]
             log_a, log_b = ratio_a.log(), ratio_b.log()
             kl = (a[there] * log_a).addcmul_(b[there], log_b)
-            active = torch.lt(kl, margin, out=kl).mul_(edge)
-            from_non_edge = grad_non_edge_sum[:, k][row[here]]
-            from_edge = grad_edge_sum[:, k][row[here]]
-            from_kl = (pair - edge).mul_(from_non_edge).addcmul_(active, from_edge, value=-1)
-            grad_a[there].addcmul_(from_kl, log_a.add_(1))
-            grad_b[there].addcmul_(from_kl, log_b.add_(1))
-            grad_a[here].addcmul_(from_kl, ratio_a, value=-1)
-            grad_b[here].addcmul_(from_kl, ratio_b, value=-1)
-        grad_a.mul_(a > eps)
-        grad_b.mul_(b > eps)
-        grad_p[images, classes] = grad_a.sub_(grad_b)
-    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
-    return in_layout_of(given, grad_p)
+            if with_tables:
+                values = F.relu(margin - kl).mul_(edge), kl * (pair - edge)
+                for table, value in zip(sums[..., k], values, strict=True):
+                    table.index_add_(0, row.flatten(), value.sum(dim=1).view(-1).to(table.dtype))
+            if grad_sums is not None:
+                active = torch.lt(kl, margin, out=kl).mul_(edge)
+                from_edge, from_non_edge = grad_sums[:, row, k]
+                from_kl = (pair - edge).mul_(from_non_edge).addcmul_(active, from_edge, value=-1)
+                grad_a[there].addcmul_(from_kl, log_a.add_(1))
+                grad_b[there].addcmul_(from_kl, log_b.add_(1))
+                grad_a[here].addcmul_(from_kl, ratio_a, value=-1)
+                grad_b[here].addcmul_(from_kl, ratio_b, value=-1)
+        if grad_sums is not None:
+            grad_a.mul_(a > eps)
+            grad_b.mul_(b > eps)
+            grad_p[images, classes] = grad_a.sub_(grad_b)
+
+    grad = None
+    if grad_sums is not None:
+        softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
+        grad = in_layout_of(given, grad_p, grad_dtype(given))
+    if not with_tables:
+        return None, None, grad
+    return sums.to(logits.dtype), log_loss_by_label(logits, label, top, rest), grad
 
 
 def fields(

@@ -52,12 +52,19 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
 
-def in_layout_of(logits: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the dtype and strides that torch.empty_like gives for the logits."""
-    like = torch.empty_like(logits, device="meta")
+def grad_dtype(logits: Tensor) -> torch.dtype:
+    """Of a gradient that waits for a factor, which is large where float16 needs one."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
+
+
+def in_layout_of(logits: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient in the strides that torch.empty_like gives for the logits, and their dtype if
+    not another.
+    """
+    like = torch.empty_like(logits, dtype=dtype, device="meta")
     if (like.dtype, like.stride()) == (grad.dtype, grad.stride()):
         return grad
-    return torch.empty_like(logits).copy_(grad)
+    return torch.empty_like(logits, dtype=dtype).copy_(grad)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
