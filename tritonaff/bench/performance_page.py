@@ -196,7 +196,7 @@ def _implied(static: dict[str, Any]) -> list[str]:
                 )
             title = criterion.title
             if title.startswith("... "):
-                title = f"{op.replace('_', ' ')}: {title[4:]}"
+                title = f"{op.removesuffix('_bfloat16').replace('_', ' ')}: {title[4:]}"
             figure = f"{value:.0f}" if value >= 10 else f"{value:.2f}"
             cells = [title, gpu, figure, criterion.bound(criterion.least)]
             rows.append([*cells, criterion.bound(criterion.aim), criterion.holds(value)])
