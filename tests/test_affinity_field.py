@@ -548,9 +548,11 @@ def test_a_loss_is_multiplied_in_place(backend, device, factor):
     logits, target = make_inputs((2, 3, 20, 50), device=device)
     logits.requires_grad_()
     ops = torch.ops.tritonaff
-    _, *pixels = ops.affinity_field_statistics(logits.detach(), target, (3,), 255, "paper", backend)
+    _, _, *pixels = ops.affinity_field_statistics(
+        logits.detach(), target, (3,), 255, "paper", backend
+    )
     grad_sums = torch.ones(2, 3, 1, device=device)
-    *_, grad, zero = ops.affinity_field_with_gradient(
+    *_, zero, grad = ops.affinity_field_with_gradient(
         logits, grad_sums, None, *pixels, (3,), 3.0, 1e-4, "paper", backend
     )
     expected = factor * grad
@@ -611,7 +613,7 @@ def test_opcheck(backend, device, variant, memory_format):
     ops = torch.ops.tritonaff
     of_labels = logits.detach(), target, (3, 7), 255, variant, backend
     torch.library.opcheck(ops.affinity_field_statistics.default, of_labels)
-    _, *pixels = ops.affinity_field_statistics(*of_labels)
+    _, _, *pixels = ops.affinity_field_statistics(*of_labels)
     options = *pixels, (3, 7), 3.0, 1e-4, variant, backend
     torch.library.opcheck(ops.affinity_field.default, (logits, *options))
     tables = ops.affinity_field(logits, *options)
@@ -629,10 +631,10 @@ def test_opcheck(backend, device, variant, memory_format):
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
         results = ops.affinity_field_with_gradient(logits, *grads, *options)
-        assert [result.requires_grad for result in results] == [False, False, False, True]
-        assert results[3].item() == 0
+        assert [result.requires_grad for result in results] == [False, False, True, False]
+        assert results[2].item() == 0
     torch.library.opcheck(
-        ops.affinity_field_scale.default, (results[2], log_loss[0], variant, backend)
+        ops.affinity_field_scale.default, (results[3], log_loss[0], variant, backend)
     )
 
 

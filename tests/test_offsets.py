@@ -58,10 +58,10 @@ def gradient_with_tables(logits, target):
     """What carries the gradient that the affinity field's losses have ready; times 3."""
     ops = torch.ops.tritonaff
     sizes, ones = (3, 5, 7), torch.ones(2, logits.shape[1], 3, device=logits.device)
-    _, *pixels = ops.affinity_field_statistics(
+    _, _, *pixels = ops.affinity_field_statistics(
         logits.detach(), target, sizes, 255, "paper", "triton"
     )
-    *_, zero = ops.affinity_field_with_gradient(
+    *_, zero, _ = ops.affinity_field_with_gradient(
         logits, ones, None, *pixels, sizes, 3.0, 1e-4, "paper", "triton"
     )
     return 3 * zero

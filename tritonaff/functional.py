@@ -104,7 +104,7 @@ def affinity_field_terms(
         >>> terms.edge_sum.tolist(), terms.edge_count.tolist(), terms.non_edge_count.tolist()
         ([[6.0], [6.0]], [[2], [2]], [[0], [0]])
     """
-    (edge_count, non_edge_count, _), sums = affinity_field_counts(
+    totals, counts, sums = affinity_field_counts(
         logits,
         target,
         kernel_sizes,
@@ -113,9 +113,15 @@ def affinity_field_terms(
         ignore_index=ignore_index,
         variant=variant,
     )
+    edge_count, non_edge_count = counts[: logits.shape[1], :-1], counts[logits.shape[1] :, :-1]
+    if not len(non_edge_count):
+        # Every class has as many entries.
+        non_edge_count = totals.sum(dim=0) // len(edge_count) - edge_count
     tables, _ = sums()
     edge_sum, non_edge_sum = tables.unbind()
-    return AffinityFieldTerms(edge_sum, non_edge_sum, edge_count.contiguous(), non_edge_count)
+    return AffinityFieldTerms(
+        edge_sum, non_edge_sum, edge_count.contiguous(), non_edge_count.contiguous()
+    )
 
 
 def affinity_field_counts(
@@ -127,9 +133,10 @@ def affinity_field_counts(
     eps: float,
     ignore_index: int,
     variant: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., tuple[Tensor, ...]]]:
-    """Numbers of edge and of non-edge entries (C, K) and of pixels of each label (C,); and a
-    function that gives their sums, those of entries (2, C, K) and of -log p (C,).
+) -> tuple[Tensor, Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """Totals (2, K) and counts of entries and pixels as ops/affinity_field.py has them; and a
+    function that gives the sums over entries (2, C, K), and of -log p over the pixels of each label
+    (C,).
 
     Without arguments these are differentiable. Given the gradients of a loss with respect to them
     they may be constants, followed by a 0 that carries the gradient of the logits: add it to the
@@ -141,9 +148,8 @@ def affinity_field_counts(
     eps = checks.check_number("eps", eps, at_least=torch.finfo(_precision(logits)).eps, below=0.5)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_option("variant", variant, VARIANTS)
-    num_classes = logits.shape[1]
     if variant == "paper":
-        checks.check_label_values(target, num_classes, ignore_index)
+        checks.check_label_values(target, logits.shape[1], ignore_index)
 
     backend = current_backend()
     if backend == "reference":
@@ -161,27 +167,27 @@ def affinity_field_counts(
         log_loss, pixel_count = reference.cross_entropy_terms(
             logits, target, ignore_index=ignore_index
         )
-        edge_count, non_edge_count = entries
         tables = torch.stack((edge_sum, non_edge_sum))
-        return (edge_count, non_edge_count, pixel_count), lambda *_: (tables, log_loss)
+        counts = torch.cat([torch.column_stack((table, pixel_count)) for table in entries])
+        totals = torch.stack(entries).sum(dim=1)
+        return totals, counts, lambda *_: (tables, log_loss)
 
-    counts, *pixels = affinity_field_statistics_op(
+    totals, counts, *pixels = affinity_field_statistics_op(
         logits.detach(), target, kernel_sizes, ignore_index, variant, backend
     )
-    edge_count, pixel_count = counts[:num_classes, :-1], counts[:num_classes, -1]
     options = kernel_sizes, margin, eps, variant, backend
 
     def sums(
         grad_sums: Tensor | None = None, grad_log_loss: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         if grad_sums is not None and logits.requires_grad and torch.is_grad_enabled():
-            tables, log_loss, _, zero = affinity_field_with_gradient_op(
+            *tables_and_zero, _ = affinity_field_with_gradient_op(
                 logits, grad_sums, grad_log_loss, *pixels, *options
             )
-            return tables, log_loss, zero
+            return tuple(tables_and_zero)
         return affinity_field_op(logits, *pixels, *options)  # type: ignore[no-any-return]
 
-    return (edge_count, counts[num_classes:, :-1] - edge_count, pixel_count), sums
+    return totals, counts, sums
 
 
 def _precision(logits: Tensor) -> torch.dtype:
@@ -370,7 +376,7 @@ def affinity_field_and_cross_entropy(
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
     checks.check_process_group(process_group)
-    (edge_count, non_edge_count, pixel_count), sums = affinity_field_counts(
+    totals, counts, sums = affinity_field_counts(
         logits,
         target,
         kernel_sizes,
@@ -379,16 +385,13 @@ def affinity_field_and_cross_entropy(
         ignore_index=ignore_index,
         variant=variant,
     )
-    entries = torch.stack((edge_count, non_edge_count)).sum(dim=1)
+    pixel_count = counts[: logits.shape[1], -1]
     if normalizer is not None:
-        entries = checks.check_normalizer(normalizer, tuple(entries.shape), logits)
-    entries, pixel_count = all_reduce((entries, pixel_count), process_group)
-    coefficients = torch.stack(
-        (
-            edge_lambda * _coefficients("edge_weight", edge_weight, entries[0], logits),
-            non_edge_lambda * _coefficients("non_edge_weight", non_edge_weight, entries[1], logits),
-        )
-    )
+        totals = checks.check_normalizer(normalizer, tuple(totals.shape), logits)
+    totals, pixel_count = all_reduce((totals, pixel_count), process_group)
+
+    weights = edge_weight, non_edge_weight
+    coefficients = _coefficients(weights, (edge_lambda, non_edge_lambda), totals, logits)
     if progress is not None:
         coefficients = coefficients * _decay(progress, coefficients)
     of_log_loss = _coefficients_of_log_loss(weight, pixel_count, logits) if cross_entropy else None
@@ -427,19 +430,33 @@ def _coefficients_of_log_loss(weight: Tensor | None, pixel_count: Tensor, logits
     return weight * (weights > 0) / weights.where(weights > 0, 1)
 
 
-def _coefficients(name: str, weight: Tensor | None, count: Tensor, logits: Tensor) -> Tensor:
-    """(C, K), which make the sum over sizes of weighted sum over classes / count (K,); 0 where
-    nothing counts.
+def _coefficients(
+    weights: tuple[Tensor | None, Tensor | None],
+    lambdas: tuple[float, float],
+    totals: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """(2, C, K), which make the sums over sizes of lambda * weighted sum over classes / total; 0
+    where nothing counts.
     """
-    shape = logits.shape[1], len(count)
+    dtype, shape = _precision(logits), (logits.shape[1], totals.shape[1])
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
     # them in rounding.
-    of_size = (count > 0).to(_precision(logits)) / count.clamp(min=1)
-    if weight is None:
-        return (of_size / shape[1]).expand(shape)
-    checks.check_tensor(name, weight, checks.LOGITS_DTYPES, shape)
-    checks.check_one_device(name, weight, "logits", logits)
-    return weight.to(of_size.dtype) * of_size
+    of_size = (totals > 0).to(dtype)[:, None] / totals.clamp(min=1)[:, None]
+    # Not a stack of two: that would be a launch for each under torch.compile.
+    is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
+    of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
+    if weights[0] is None and weights[1] is None:
+        return (of_size / shape[1]).expand(2, *shape)
+    tables = []
+    for name, weight in zip(("edge_weight", "non_edge_weight"), weights, strict=True):
+        if weight is None:
+            tables.append(of_size.new_full(shape, 1 / shape[1]))
+            continue
+        checks.check_tensor(name, weight, checks.LOGITS_DTYPES, shape)
+        checks.check_one_device(name, weight, "logits", logits)
+        tables.append(weight.to(dtype))
+    return torch.stack(tables) * of_size
 
 
 class AffinityRegressionTerms(NamedTuple):

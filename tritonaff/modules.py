@@ -126,7 +126,7 @@ class AffinityFieldLoss(_Loss):
         checks.check_target(target)
         n, height, width = target.shape
         blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
-        (edge_count, non_edge_count, _), _ = affinity_field_counts(
+        totals, _, _ = affinity_field_counts(
             blank,
             target,
             self.kernel_sizes,
@@ -135,7 +135,7 @@ class AffinityFieldLoss(_Loss):
             ignore_index=self.ignore_index,
             variant=self.variant,
         )
-        return torch.stack((edge_count, non_edge_count)).sum(dim=1)
+        return totals
 
     def _loss(
         self,

@@ -154,6 +154,10 @@ IMPLIED = {
 }
 
 
+def implied_by(criterion: Criterion) -> tuple[str, ...]:
+    return f"{criterion.row} {criterion.dtype}", criterion.value, criterion.row
+
+
 def _implied(static: dict[str, Any]) -> list[str]:
     """Figures of a compiler, named as such."""
     versions = static["versions"]
@@ -182,7 +186,7 @@ def _implied(static: dict[str, Any]) -> list[str]:
     lines += [*table(["", *columns], rows), ""]
     rows = []
     for criterion in CRITERIA:
-        names = f"{criterion.row} {criterion.dtype}", criterion.value, criterion.row
+        names = implied_by(criterion)
         op, kernel = next((IMPLIED[name] for name in names if name in IMPLIED), ("", None))
         if not any(row["op"] == op for row in static["implied"]):
             continue

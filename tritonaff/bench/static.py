@@ -109,7 +109,6 @@ STRIPS = tuple(
 STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_programs(BATCH)
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
-EDGE_PROGRAMS = affinity_field.patches_of(BATCH) // affinity_field.PATCHES_IN_A_PROGRAM
 # In street scenes of 480 x 360 pixels (CamVid), on average: patches that hold more than one label
 # within reach of three sizes; and of a part of these patches, labels that an edge kernel walks
 # through, and steps to neighbours that it takes for a label and a size: those of another label, if
@@ -118,7 +117,7 @@ EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
 PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / affinity_field.PATCHES_IN_A_PROGRAM
-SUM_OF_TABLES: dict[str, Any] = {"BLOCK": affinity_field.BLOCK_SUM, "num_warps": 8}
+SUM_OF_TABLES = {"BLOCK_SUM": affinity_field.BLOCK_SUM}
 PIXELS = affinity_field.pixel_blocks(BATCH)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
 PIXEL_TRIPS = -(-19 // PIXELS["BLOCK_C"])
@@ -214,18 +213,11 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
         *affinity_field_tiles(op, half=half),
         Tile(
             op,
-            affinity_field.sum_kernel,
-            SUM_OF_TABLES,
-            BATCH.numel() // (19 * 4),
-            moved=PARTIAL_TABLES,
-            trips=-(-EDGE_PROGRAMS // SUM_OF_TABLES["BLOCK"]),
-        ),
-        Tile(
-            op,
-            affinity_field.softmax_backward_kernel,
-            {"CROSS_ENTROPY": True, **PIXELS},
+            affinity_field.finish_kernel,
+            {"TABLES": True, "GRADIENT": True, "CROSS_ENTROPY": True, **SUM_OF_TABLES, **PIXELS},
             PIXEL_ELEMENTS,
-            moved=logit + statistics + 2 * grad,
+            moved=logit + statistics + 2 * grad + PARTIAL_TABLES,
+            # As if every program added up tables too.
             trips=PIXEL_TRIPS,
             half=half,
         ),
@@ -450,6 +442,7 @@ ALIGNED = (
 POINTERS = {
     "target_ptr": "*i64",
     "label_ptr": "*i16",
+    "totals_ptr": "*i64",
     "entries_ptr": "*i64",
     "counts_ptr": "*i32",
     "count_ptr": "*i32",

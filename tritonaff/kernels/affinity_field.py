@@ -6,9 +6,9 @@ Dense plus sparse, as docs/affinity_field.md derives it:
     counts_kernel            label -> numbers of pixels, of pairs and of edges
     dense_kernel             all pairs as if none were an edge -> partial tables, p d loss / d p
     edge_kernel              what pairs of different labels change; cross-entropy -> partial tables
-    sum_kernel               partial tables -> tables; no float atomics: the same input gives the
-                             same bits
-    softmax_backward_kernel  the gradient of the logits, in place, with that of cross-entropy
+    finish_kernel            partial tables -> tables; no float atomics: the same input gives the
+                             same bits. p d loss / d p -> the gradient of the logits, in place, with
+                             that of cross-entropy
     scale_kernel             times the gradient of the loss, which is known in the backward pass
 
 A loss knows the gradient of every table entry before its sum, from counts: tables and gradient come
@@ -52,7 +52,7 @@ STRIP_PROGRAMS = 4096
 # Partial tables of edges wait beside the gradient: one for every patch would be 11 % of bfloat16
 # logits.
 PATCHES_IN_A_PROGRAM = 2
-BLOCK_SUM = 4096
+BLOCK_SUM = 512
 BLOCK_SCALE = 4096
 # The interpreter takes its time per program and per operation, whatever the size.
 INTERPRETED_CLASSES = 64
@@ -245,8 +245,8 @@ def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    logits_ptr, target_ptr, top_ptr, rest_ptr, label_ptr, entries_ptr,
-    C, HW, stride_n, stride_c, target_stride_n, ignore_index, ENTRIES,
+    logits_ptr, target_ptr, top_ptr, rest_ptr, label_ptr, totals_ptr, entries_ptr,
+    C, HW, stride_n, stride_c, target_stride_n, ignore_index, TOTALS, ENTRIES,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, first = first_pixel(HW, BLOCK_P)
@@ -283,10 +283,17 @@ def statistics_kernel(
     tl.store(label_ptr + at, label.to(label_ptr.dtype.element_ty), mask=mask)
 
     # What the next kernel adds to.
-    entry = tl.program_id(0).to(tl.int64) * BLOCK_P
-    while entry < ENTRIES:
-        tl.store(entries_ptr + entry + pixel, 0, mask=pixel < ENTRIES - entry)
-        entry += tl.num_programs(0).to(tl.int64) * BLOCK_P
+    store_zeros(totals_ptr, TOTALS, BLOCK_P)
+    store_zeros(entries_ptr, ENTRIES, BLOCK_P)
+
+
+@triton.jit
+def store_zeros(table_ptr, SIZE, BLOCK: tl.constexpr):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK
+    while entry < SIZE:
+        offs = tl.arange(0, BLOCK)
+        tl.store(table_ptr + entry + offs, 0, mask=offs < SIZE - entry)
+        entry += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -516,7 +523,7 @@ def distribution(x, top, rest, limit):
 
 @triton.jit
 def counts_kernel(
-    label_ptr, entries_ptr, C, H, W,
+    label_ptr, totals_ptr, entries_ptr, C, H, W,
     PIXELS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -552,12 +559,16 @@ def counts_kernel(
             pairs, edges = new_pairs, new_edges
 
     K: tl.constexpr = COLUMNS[len(RADII)]
-    pairs_ptr = entries_ptr + tl.cast(C, tl.int64) * (K + 1)
     nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
     tables = (nothing,)
     for k in tl.static_range(len(RADII)):
-        count = tl.sum(pairs[k], axis=0).to(tl.int64)
-        tl.atomic_add(pairs_ptr + COLUMNS[k], count, mask=count > 0, sem="relaxed")
+        # A pair is an entry of every channel, and an edge in that of a pixel's own label in both
+        # directions.
+        edge_count = 2 * tl.sum(edges[k], axis=0).to(tl.int64)
+        other_count = C * tl.sum(pairs[k], axis=0).to(tl.int64) - edge_count
+        column_ptr = totals_ptr + COLUMNS[k]
+        tl.atomic_add(column_ptr, edge_count, mask=edge_count > 0, sem="relaxed")
+        tl.atomic_add(column_ptr + K, other_count, mask=other_count > 0, sem="relaxed")
         tables += (nothing,)
     values = (tl.full(label.shape, 1.0, tl.float32),) + edges  # noqa: RUF005
     tables = by_label(tables, values, label, BLOCK_CLASSES)
@@ -567,7 +578,6 @@ def counts_kernel(
         count = tables[0].to(tl.int64)
         tl.atomic_add(row_ptr + K, count, mask=count > 0, sem="relaxed")
     for k in tl.static_range(len(RADII)):
-        # In both directions, in the channel of a pixel's own label.
         count = 2 * tables[1 + k].to(tl.int64)
         tl.atomic_add(row_ptr + COLUMNS[k], count, mask=count > 0, sem="relaxed")
 
@@ -777,12 +787,55 @@ def edge_kernel(
 
 
 @triton.jit
-def softmax_backward_kernel(
+def scale_kernel(x_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        offs = tl.arange(0, BLOCK)
+        mask = offs < SIZE - first
+        x = tl.load(x_ptr + first + offs, mask=mask).to(tl.float32) * scale
+        tl.store(x_ptr + first + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_up(
+    dense_ptr, edges_ptr, sums_ptr, log_loss_ptr, C, K, DENSE_PROGRAMS, EDGE_PROGRAMS,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From partial tables to one class and size of the tables."""
+    c, k = (tl.program_id(0) // (K + 1)).to(tl.int64), tl.program_id(0) % (K + 1)
+    edges = edges_ptr + (2 * k * C + c) * EDGE_PROGRAMS
+    first = sum_row(edges, EDGE_PROGRAMS, BLOCK)
+    if k < K:
+        second = sum_row(edges + tl.cast(C, tl.int64) * EDGE_PROGRAMS, EDGE_PROGRAMS, BLOCK)
+        dense = sum_row(dense_ptr + (c * K + k) * DENSE_PROGRAMS, DENSE_PROGRAMS, BLOCK)
+        tl.store(sums_ptr + c * K + k, first.to(tl.float32))
+        tl.store(sums_ptr + (C + c) * K + k, (dense - second).to(tl.float32))
+    else:
+        tl.store(log_loss_ptr + c, first.to(tl.float32))
+
+
+@triton.jit
+def sum_row(row_ptr, num, BLOCK: tl.constexpr):
+    """float64: of millions of terms."""
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    left = tl.cast(num, tl.int32)  # an argument of 1 is a constant
+    while left > 0:
+        total += tl.load(row_ptr + offs, mask=offs < left, other=0.0).to(tl.float64)
+        row_ptr += BLOCK
+        left -= BLOCK
+    return tl.sum(total)
+
+
+@triton.jit
+def softmax_backward(
     grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
-    C, HW, stride_n, stride_c,
+    C, HW, stride_n, stride_c, SUMS,
     CROSS_ENTROPY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n, first = first_pixel(HW, BLOCK_P)
+    """From p d loss / d p to the gradient of the logits, in place."""
+    n, first = first_pixel(HW, BLOCK_P, SUMS)
     pixel = tl.arange(0, BLOCK_P)[None, :]  # from there
     in_image = pixel < HW - first
     row = tl.arange(0, BLOCK_C)[:, None]
@@ -827,52 +880,33 @@ def softmax_backward_kernel(
 
 
 @triton.jit
-def scale_kernel(x_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
-    scale = tl.load(scale_ptr).to(tl.float32)
-    if scale != 1:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        offs = tl.arange(0, BLOCK)
-        mask = offs < SIZE - first
-        x = tl.load(x_ptr + first + offs, mask=mask).to(tl.float32) * scale
-        tl.store(x_ptr + first + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def sum_kernel(
-    dense_ptr, edges_ptr, sums_ptr, log_loss_ptr,
-    C, K, DENSE_PROGRAMS, EDGE_PROGRAMS,
-    BLOCK: tl.constexpr,
+def finish_kernel(
+    dense_ptr, edges_ptr, sums_ptr, log_loss_ptr, zero_ptr,
+    grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+    C, K, HW, stride_n, stride_c, DENSE_PROGRAMS, EDGE_PROGRAMS, SUMS,
+    TABLES: tl.constexpr, GRADIENT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+    BLOCK_SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    c, k = (tl.program_id(0) // (K + 1)).to(tl.int64), tl.program_id(0) % (K + 1)
-    edges = edges_ptr + (2 * k * C + c) * EDGE_PROGRAMS
-    first = sum_row(edges, EDGE_PROGRAMS, BLOCK)
-    if k < K:
-        second = sum_row(edges + tl.cast(C, tl.int64) * EDGE_PROGRAMS, EDGE_PROGRAMS, BLOCK)
-        dense = sum_row(dense_ptr + (c * K + k) * DENSE_PROGRAMS, DENSE_PROGRAMS, BLOCK)
-        tl.store(sums_ptr + c * K + k, first.to(tl.float32))
-        tl.store(sums_ptr + (C + c) * K + k, (dense - second).to(tl.float32))
-    else:
-        tl.store(log_loss_ptr + c, first.to(tl.float32))
-
-
-@triton.jit
-def sum_row(row_ptr, num, BLOCK: tl.constexpr):
-    """float64: of millions of terms."""
-    offs = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    left = tl.cast(num, tl.int32)  # an argument of 1 is a constant
-    while left > 0:
-        total += tl.load(row_ptr + offs, mask=offs < left, other=0.0).to(tl.float64)
-        row_ptr += BLOCK
-        left -= BLOCK
-    return tl.sum(total)
+    # Two passes in one launch, of which the first takes a few programs.
+    if tl.program_id(0) < SUMS:
+        if TABLES:
+            add_up(
+                dense_ptr, edges_ptr, sums_ptr, log_loss_ptr, C, K, DENSE_PROGRAMS, EDGE_PROGRAMS,
+                BLOCK_SUM,
+            )  # fmt: skip
+            tl.store(zero_ptr, 0.0)
+    elif GRADIENT:
+        softmax_backward(
+            grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+            C, HW, stride_n, stride_c, SUMS, CROSS_ENTROPY, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
 def statistics(
     logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (C + 1, K + 1) as ops/affinity_field.py has them; labels and the softmax statistics
-    top and rest (N, 1, H, W).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Totals (2, K) and counts (C, K + 1) as ops/affinity_field.py has them; labels and the softmax
+    statistics top and rest (N, 1, H, W).
     """
     n, num_classes, height, width = logits.shape
     logits, target = planes(logits), target.contiguous()
@@ -880,20 +914,21 @@ def statistics(
     rest = torch.empty_like(top, dtype=torch.float32)
     label = torch.empty_like(top, dtype=torch.int16)
     new_table = logits.new_empty if n > 0 else logits.new_zeros
-    counts = new_table((num_classes + 1, len(kernel_sizes) + 1), dtype=torch.int64)
+    totals = new_table((2, len(kernel_sizes)), dtype=torch.int64)
+    counts = new_table((num_classes, len(kernel_sizes) + 1), dtype=torch.int64)
     if n > 0:
         with on_device(logits):
             statistics_kernel[pixel_grid(logits)](
-                logits, target, top, rest, label, counts, num_classes, height * width,
-                logits.stride(0), logits.stride(1), target.stride(0), ignore_index, counts.numel(),
-                **pixel_blocks(logits),
+                logits, target, top, rest, label, totals, counts, num_classes, height * width,
+                logits.stride(0), logits.stride(1), target.stride(0), ignore_index,
+                totals.numel(), counts.numel(), **pixel_blocks(logits),
             )  # fmt: skip
             for i, (sizes, _, patch) in enumerate(parts(kernel_sizes, logits)):
                 counts_kernel[(patches_of(logits),)](
-                    label, counts, num_classes, height, width, PIXELS=i == 0,
+                    label, totals, counts, num_classes, height, width, PIXELS=i == 0,
                     BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **undivided(patch),
                 )  # fmt: skip
-    return counts, label, top, rest
+    return totals, counts, label, top, rest
 
 
 def compute(
@@ -908,15 +943,15 @@ def compute(
     with_tables: bool,
     grad_sums: Tensor | None,
     grad_log_loss: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """If asked for, sums (2, C, K), edges first, and log loss (C,); and, given the gradients with
-    respect to these, that with respect to the logits.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """If asked for, sums (2, C, K), edges first, log loss (C,) and the number 0; and, given the
+    gradients with respect to sums and log loss, that with respect to the logits.
     """
     given, logits = logits, planes(logits)
     n, num_classes, height, width = logits.shape
     k = len(kernel_sizes)
     with_gradient = grad_sums is not None
-    sums = log_loss = grad = dense = edges = None
+    sums = log_loss = zero = grad = dense = edges = None
     strips, patches = strip_programs(logits), patches_of(logits)
     edge_programs = triton.cdiv(patches, PATCHES_IN_A_PROGRAM)
     steps = parts(kernel_sizes, logits)
@@ -924,6 +959,7 @@ def compute(
         new_table = logits.new_empty if n > 0 else logits.new_zeros
         sums = new_table((2, num_classes, k), dtype=torch.float32)
         log_loss = new_table(num_classes, dtype=torch.float32)
+        zero = new_table((), dtype=torch.float32)
         # Programs last: what adds them up reads consecutive numbers.
         dense = logits.new_empty(num_classes, k, strips, dtype=torch.float32)
         edges = logits.new_empty(2 * k + 1, num_classes, edge_programs, dtype=torch.float32)
@@ -949,19 +985,19 @@ def compute(
                     REPLACE=grad is not None and grad.dtype != torch.float32,
                     BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes, **patch,
                 )  # fmt: skip
-            if with_tables:
-                sum_kernel[(num_classes * (k + 1),)](
-                    dense, edges, sums, log_loss, num_classes, k, strips, edge_programs,
-                    BLOCK=BLOCK_SUM, num_warps=8,
-                )  # fmt: skip
-            if with_gradient:
-                softmax_backward_kernel[pixel_grid(logits)](
-                    grad_log_loss, logits, label, top, rest, grad, num_classes, height * width,
-                    logits.stride(0), logits.stride(1),
-                    CROSS_ENTROPY=grad_log_loss is not None, **pixel_blocks(logits),
-                )  # fmt: skip
+            sum_programs = num_classes * (k + 1) if with_tables else 0
+            pixel_programs = pixel_grid(logits)[0] if with_gradient else 0
+            finish_kernel[(sum_programs + pixel_programs,)](
+                dense, edges, sums, log_loss, zero,
+                grad_log_loss, logits, label, top, rest, grad, num_classes, k, height * width,
+                logits.stride(0), logits.stride(1), strips, edge_programs, sum_programs,
+                CROSS_ENTROPY=grad_log_loss is not None, BLOCK_SUM=BLOCK_SUM, **asked,
+                **pixel_blocks(logits),
+            )  # fmt: skip
     del logits, dense, edges
-    return sums, log_loss, None if grad is None else in_layout_of(given, grad, grad_dtype(given))
+    if grad is not None:
+        grad = in_layout_of(given, grad, grad_dtype(given))
+    return sums, log_loss, zero, grad
 
 
 def scale_(grad: Tensor, scale: Tensor) -> None:

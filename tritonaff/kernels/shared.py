@@ -51,11 +51,14 @@ def rows_and_columns(first, W, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def first_pixel(HW, pixels_per_program):
-    """Image, and index of the first of this program's consecutive pixels, as int64."""
+def first_pixel(HW, pixels_per_program, others=0):
+    """Image, and index of the first of this program's consecutive pixels, as int64. The first
+    programs do something else.
+    """
     programs = tl.cdiv(HW, pixels_per_program)
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    return n, (tl.program_id(0) % programs).to(tl.int64) * pixels_per_program
+    program = tl.program_id(0) - others
+    n = (program // programs).to(tl.int64)
+    return n, (program % programs).to(tl.int64) * pixels_per_program
 
 
 @triton.jit

@@ -32,15 +32,15 @@ def affinity_field_statistics(
     ignore_index: int,
     variant: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (C + 1, K + 1): the edge entries of every class and size, then the pixels of every
-    label; below, the pairs of every size, each of which is an entry of all channels. Variant
-    "authors" has a row of entries for every label instead, (2 C, K + 1).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Totals (2, K) of edge and of non-edge entries over the classes. Counts (C, K + 1): the edge
+    entries of every class and size, then the pixels of every label; non-edge entries below,
+    (2 C, K + 1), where they do not follow from the totals: of variant "authors".
 
     Labels, -1 where a pixel does not count, and the softmax statistics top and rest (N, 1, H, W).
     """
     implementation = _implementation(logits, variant, backend)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.statistics(
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation.statistics(
         logits, target, list(kernel_sizes), ignore_index
     )
     return result
@@ -54,12 +54,13 @@ def _(
     ignore_index: int,
     variant: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = logits.shape
+    k = len(kernel_sizes)
     statistic = n, 1, height, width
-    below = 1 if variant == "paper" else c
     return (
-        logits.new_empty(c + below, len(kernel_sizes) + 1, dtype=torch.int64),
+        logits.new_empty(2, k, dtype=torch.int64),
+        logits.new_empty(c if variant == "paper" else 2 * c, k + 1, dtype=torch.int64),
         logits.new_empty(statistic, dtype=label_dtype(c)),
         logits.new_empty(statistic),
         logits.new_empty(statistic, dtype=_precision(logits)),
@@ -79,7 +80,7 @@ def affinity_field(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Sums (2, C, K), edges first; of cross-entropy, by label, the sum of -log p (C,)."""
-    sums, log_loss, _ = _implementation(logits, variant, backend).compute(
+    sums, log_loss, _, _ = _implementation(logits, variant, backend).compute(
         logits,
         label,
         top,
@@ -124,7 +125,7 @@ def affinity_field_backward(
     backend: str,
 ) -> Tensor:
     """The gradient with respect to the logits, in their dtype and memory format."""
-    _, _, grad = _implementation(logits, variant, backend).compute(
+    _, _, _, grad = _implementation(logits, variant, backend).compute(
         logits,
         label,
         top,
@@ -193,11 +194,13 @@ def affinity_field_with_gradient(
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and log loss as :func:`affinity_field` has them, but constants; the gradient of a loss
-    that has the given gradients with respect to them; and the number 0, to be added to the loss,
-    that carries this gradient.
+    """Sums and log loss as :func:`affinity_field` has them, but constants; the number 0, to be
+    added to a loss that has the given gradients with respect to them, for it carries that of the
+    logits; and this gradient.
     """
-    sums, log_loss, grad = _implementation(logits, variant, backend).compute(
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(
+        logits, variant, backend
+    ).compute(
         logits,
         label,
         top,
@@ -209,7 +212,7 @@ def affinity_field_with_gradient(
         grad_sums=grad_sums.contiguous(),
         grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
     )
-    return sums, log_loss, grad, torch.zeros_like(sums[0, 0, 0])
+    return result
 
 
 @affinity_field_with_gradient.register_fake
@@ -228,7 +231,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums, log_loss = _tables_like(logits, kernel_sizes)
     grad = torch.empty_like(logits, dtype=grad_dtype(logits))
-    return sums, log_loss, grad, sums.new_empty(())
+    return sums, log_loss, sums.new_empty(()), grad
 
 
 @torch.library.custom_op("tritonaff::affinity_field_scale", mutates_args=("grad",))
@@ -241,7 +244,7 @@ def _setup_context_of_gradient(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
     logits, grad_sums, grad_log_loss, label, top, rest, *options = inputs
-    sums, log_loss, grad, _ = output
+    sums, log_loss, _, grad = output
     ctx.save_for_backward(grad_sums, grad_log_loss, logits, label, top, rest)
     ctx.options = options
     ctx.grad, ctx.dtype = grad, logits.dtype
@@ -250,7 +253,7 @@ def _setup_context_of_gradient(
 
 
 def _backward_of_gradient(
-    ctx: Any, _sums: None, _log_loss: None, _grad: None, scale: Tensor | None
+    ctx: Any, _sums: None, _log_loss: None, scale: Tensor | None, _grad: None
 ) -> tuple[Tensor | None, ...]:
     if scale is None:
         return (None,) * 11

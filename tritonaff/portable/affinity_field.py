@@ -39,26 +39,29 @@ CPU_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 22
 
 def statistics(
     logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (C + 1, K + 1) as ops/affinity_field.py has them; labels and the softmax statistics
-    top and rest (N, 1, H, W).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Totals (2, K) and counts (C, K + 1) as ops/affinity_field.py has them; labels and the softmax
+    statistics top and rest (N, 1, H, W).
     """
     num_classes = logits.shape[1]
     label = counted_labels(target, num_classes, ignore_index)
     top, rest = softmax_statistics(at_least_float32(logits).contiguous())
     counts = torch.zeros(
-        num_classes + 1, len(kernel_sizes) + 1, dtype=torch.int64, device=logits.device
+        num_classes, len(kernel_sizes) + 1, dtype=torch.int64, device=logits.device
     )
-    counts[:-1, -1] = count_by_label(label, num_classes)
+    counts[:, -1] = count_by_label(label, num_classes)
+    pair_count = counts.new_zeros(len(kernel_sizes))
     valid = torch.ge(label, 0, out=torch.empty_like(rest))
     for k, d, boxes in sizes_with_pairs(valid, kernel_sizes):
         # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large
         # image.
-        counts[-1, k] = (valid * (boxes - 1)).sum(dim=-1).to(torch.int64).sum()
+        pair_count[k] = (valid * (boxes - 1)).sum(dim=-1).to(torch.int64).sum()
         for a, _, weight in pairs_of_different_labels(label.squeeze(1), d):
             channel = label.view(-1).index_select(0, a).clamp_(min=0)
             counts[:, k].index_add_(0, channel, weight.to(counts.dtype), alpha=2)
-    return counts, label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
+    edge_count = counts[:, :-1].sum(dim=0)
+    totals = torch.stack((edge_count, num_classes * pair_count - edge_count))
+    return totals, counts, label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
 
 
 def compute(
@@ -73,9 +76,9 @@ def compute(
     with_tables: bool,
     grad_sums: Tensor | None,
     grad_log_loss: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """If asked for, sums (2, C, K), edges first, and log loss (C,); and, given the gradients with
-    respect to these, that with respect to the logits.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """If asked for, sums (2, C, K), edges first, log loss (C,) and the number 0; and, given the
+    gradients with respect to sums and log loss, that with respect to the logits.
     """
     given, logits = logits, at_least_float32(logits).contiguous()
     label, top = label.to(torch.int64), top.to(logits.dtype)
@@ -121,8 +124,9 @@ def compute(
         softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
         grad = in_layout_of(given, grad_p, grad_dtype(given))
     if not with_tables:
-        return None, None, grad
-    return sums.to(logits.dtype), log_loss_by_label(logits, label, top, rest), grad
+        return None, None, None, grad
+    log_loss = log_loss_by_label(logits, label, top, rest)
+    return sums.to(logits.dtype), log_loss, logits.new_zeros(()), grad
 
 
 def scale_(grad: Tensor, scale: Tensor) -> None:

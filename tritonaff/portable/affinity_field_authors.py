@@ -34,9 +34,9 @@ from tritonaff.portable.blocks import (
 
 def statistics(
     logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (2 C, K + 1) as ops/affinity_field.py has them; labels and the softmax statistics top
-    and rest (N, 1, H, W).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Totals (2, K) and counts (2 C, K + 1) as ops/affinity_field.py has them; labels and the
+    softmax statistics top and rest (N, 1, H, W).
     """
     num_classes = logits.shape[1]
     label = counted_labels(target, num_classes, ignore_index)
@@ -50,8 +50,10 @@ def statistics(
         pair = pair.view(-1).to(counts.dtype)
         edge = 2 * pair * (label[here] != label[there]).view(-1)
         counts[0, :, k].index_add_(0, row[here].flatten(), edge)
-        counts[1, :, k].index_add_(0, row[here].flatten(), pair, alpha=num_classes)
-    return counts.flatten(0, 1), label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
+        counts[1, :, k].index_add_(0, row[here].flatten(), num_classes * pair - edge)
+    totals = counts[:, :, :-1].sum(dim=1)
+    counts = counts.flatten(0, 1)
+    return totals, counts, label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
 
 
 def compute(
@@ -66,9 +68,9 @@ def compute(
     with_tables: bool,
     grad_sums: Tensor | None,
     grad_log_loss: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """If asked for, sums (2, C, K), edges first, and log loss (C,); and, given the gradients with
-    respect to these, that with respect to the logits.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """If asked for, sums (2, C, K), edges first, log loss (C,) and the number 0; and, given the
+    gradients with respect to sums and log loss, that with respect to the logits.
     """
     given, logits = logits, at_least_float32(logits).contiguous()
     label, top = label.to(torch.int64), top.to(logits.dtype)
@@ -106,8 +108,9 @@ def compute(
         softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
         grad = in_layout_of(given, grad_p, grad_dtype(given))
     if not with_tables:
-        return None, None, grad
-    return sums.to(logits.dtype), log_loss_by_label(logits, label, top, rest), grad
+        return None, None, None, grad
+    log_loss = log_loss_by_label(logits, label, top, rest)
+    return sums.to(logits.dtype), log_loss, logits.new_zeros(()), grad
 
 
 def fields(
