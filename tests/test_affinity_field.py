@@ -763,6 +763,18 @@ def test_a_size_beyond_the_image_does_not_disturb_the_others(backend, device, sh
         assert not evaluate(CASES["affinity_field"], backend, *values)["gradient"].any()
 
 
+def test_a_size_whose_pairs_are_all_ignored_does_not_disturb_the_others(backend, device):
+    logits, target = make_inputs((1, 5, 40, 48), device=device)
+    target[:, 20:], target[:, :, 20:] = 255, 255
+    logits.requires_grad_()
+    with tritonaff.use_backend(backend):
+        loss = tritonaff.affinity_field_loss(logits, target, (3, 41))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    exact = tritonaff.affinity_field_loss(logits.double(), target, (3, 41))
+    (expected,) = torch.autograd.grad(exact, logits)
+    assert (gradient - expected).norm() <= 1e-6 * expected.norm()  # 1e-7 of ours, 2e-7 of eager
+
+
 def test_gigantic_sizes_cost_nothing(backend, device):
     logits, target = make_inputs((1, 3, 8, 8), device=device)
     with tritonaff.use_backend(backend):
