@@ -400,10 +400,10 @@ def affinity_field_and_cross_entropy(
     loss = (coefficients * tables).sum()
     if of_log_loss is not None:
         loss = loss + (of_log_loss * log_loss).sum()
-    if not zero:
-        return loss
     # Not in the collective, in which all processes must have the same tables.
-    return loss + zero[0] * (1 if process_group is None else process_group.size())
+    for carrier in zero:
+        loss = loss + (carrier if process_group is None else process_group.size() * carrier)
+    return loss
 
 
 def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
@@ -447,7 +447,7 @@ def _coefficients(
     is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
     of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
     if weights[0] is None and weights[1] is None:
-        return (of_size / shape[1]).expand(2, *shape)
+        return (of_size / shape[1]).expand(2, *shape).contiguous()
     tables = []
     for name, weight in zip(("edge_weight", "non_edge_weight"), weights, strict=True):
         if weight is None:
