@@ -119,14 +119,11 @@ def compute(
             grad_u.addcdiv_(grad_l, block.p.mul_(block.q))
             grad_p[block.images, block.classes].add_(grad_u).mul_(free)
 
-    grad = None
-    if grad_sums is not None:
-        softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
-        grad = in_layout_of(given, grad_p, grad_dtype(given))
-    if not with_tables:
-        return None, None, None, grad
-    log_loss = log_loss_by_label(logits, label, top, rest)
-    return sums.to(logits.dtype), log_loss, logits.new_zeros(()), grad
+    tables = tables_of(sums, logits, label, top, rest) if with_tables else (None, None, None)
+    if grad_sums is None:
+        return *tables, None
+    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
+    return *tables, in_layout_of(given, grad_p, grad_dtype(given))
 
 
 def scale_(grad: Tensor, scale: Tensor) -> None:
@@ -382,15 +379,17 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, rest
 
 
-def log_loss_by_label(logits: Tensor, label: Tensor, top: Tensor, rest: Tensor) -> Tensor:
-    """The sum of -log p there, unclamped, over the pixels of each label (C,)."""
+def tables_of(
+    sums: Tensor, logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums; of -log p, unclamped, the sum over the pixels of each label (C,); and the number 0."""
     own = label.clamp(min=0)
     log_loss = torch.log1p(rest).sub_(logits.gather(1, own).sub_(top))
     # It may be infinite: pixels that do not count are not multiplied by 0.
     log_loss = log_loss.where(label >= 0, 0)
     total = logits.new_zeros(logits.shape[1], dtype=sum_dtype(logits.device))
     total.index_add_(0, own.view(-1), log_loss.view(-1).to(total.dtype))
-    return total.to(logits.dtype)
+    return sums.to(logits.dtype), total.to(logits.dtype), logits.new_zeros(())
 
 
 def count_by_label(label: Tensor, num_classes: int) -> Tensor:

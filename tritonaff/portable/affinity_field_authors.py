@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from tritonaff.portable.affinity_field import (
     count_by_label,
-    log_loss_by_label,
     scale_,  # noqa: F401
     softmax_backward_,
     softmax_statistics,
+    tables_of,
 )
 from tritonaff.portable.blocks import (
     at_least_float32,
@@ -103,14 +103,11 @@ def compute(
             grad_b.mul_(b > eps)
             grad_p[images, classes] = grad_a.sub_(grad_b)
 
-    grad = None
-    if grad_sums is not None:
-        softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
-        grad = in_layout_of(given, grad_p, grad_dtype(given))
-    if not with_tables:
-        return None, None, None, grad
-    log_loss = log_loss_by_label(logits, label, top, rest)
-    return sums.to(logits.dtype), log_loss, logits.new_zeros(()), grad
+    tables = tables_of(sums, logits, label, top, rest) if with_tables else (None, None, None)
+    if grad_sums is None:
+        return *tables, None
+    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
+    return *tables, in_layout_of(given, grad_p, grad_dtype(given))
 
 
 def fields(
