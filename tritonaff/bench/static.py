@@ -117,7 +117,6 @@ EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
 PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / affinity_field.PATCHES_IN_A_PROGRAM
-SUM_OF_TABLES = {"BLOCK_SUM": affinity_field.BLOCK_SUM}
 PIXELS = affinity_field.pixel_blocks(BATCH)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
 PIXEL_TRIPS = -(-19 // PIXELS["BLOCK_C"])
@@ -146,13 +145,17 @@ TABLES_STEPS = dilated_affinity.steps(
 )
 
 
+def pixel_statistics(logit: int) -> float:
+    """Bytes per element of the largest logit, the sum of the others and a label of 16 bits."""
+    return (logit + 4 + 2) / 19
+
+
 def affinity_field_tiles(
     op: str, *, tables: bool = True, gradient: bool = True, half: bool = False, launches: int = 1
 ) -> tuple[Tile, ...]:
     """Those of a pass that gives tables, a gradient or both."""
     logit = grad = 2 if half else 4
-    # Largest logit, sum of the others and a label of 16 bits.
-    statistics = (logit + 4 + 2) / 19
+    statistics = pixel_statistics(logit)
     asked = {"TABLES": tables, "GRADIENT": gradient}
     edges = {"REPLACE": half, "CROSS_ENTROPY": True, "BLOCK_CLASSES": 32, **SIZES, **PATCH}
     steps = EDGE_STEPS if gradient else EDGE_STEPS_OF_TABLES
@@ -190,7 +193,7 @@ def affinity_field_tiles(
 
 def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...]:
     logit = grad = 2 if half else 4
-    statistics = (logit + 4 + 2) / 19
+    statistics = pixel_statistics(logit)
     return (
         Tile(
             op,
@@ -214,7 +217,9 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
         Tile(
             op,
             affinity_field.finish_kernel,
-            {"TABLES": True, "GRADIENT": True, "CROSS_ENTROPY": True, **SUM_OF_TABLES, **PIXELS},
+            {"TABLES": True, "GRADIENT": True, "CROSS_ENTROPY": True}
+            | {"BLOCK_SUM": affinity_field.BLOCK_SUM}
+            | PIXELS,
             PIXEL_ELEMENTS,
             moved=logit + statistics + 2 * grad + PARTIAL_TABLES,
             # As if every program added up tables too.

@@ -80,18 +80,8 @@ def affinity_field(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Sums (2, C, K), edges first; of cross-entropy, by label, the sum of -log p (C,)."""
-    sums, log_loss, _, _ = _implementation(logits, variant, backend).compute(
-        logits,
-        label,
-        top,
-        rest,
-        list(kernel_sizes),
-        margin,
-        eps,
-        with_tables=True,
-        grad_sums=None,
-        grad_log_loss=None,
-    )
+    options = kernel_sizes, margin, eps, variant, backend
+    sums, log_loss, _, _ = _compute(logits, label, top, rest, *options)
     return sums, log_loss
 
 
@@ -125,18 +115,9 @@ def affinity_field_backward(
     backend: str,
 ) -> Tensor:
     """The gradient with respect to the logits, in their dtype and memory format."""
-    _, _, _, grad = _implementation(logits, variant, backend).compute(
-        logits,
-        label,
-        top,
-        rest,
-        list(kernel_sizes),
-        margin,
-        eps,
-        with_tables=False,
-        grad_sums=grad_sums.contiguous(),
-        grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
-    )
+    options = kernel_sizes, margin, eps, variant, backend
+    grads = grad_sums, grad_log_loss
+    *_, grad = _compute(logits, label, top, rest, *options, *grads, with_tables=False)
     result: Tensor = grad.to(logits.dtype)
     return result
 
@@ -198,19 +179,9 @@ def affinity_field_with_gradient(
     added to a loss that has the given gradients with respect to them, for it carries that of the
     logits; and this gradient.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(
-        logits, variant, backend
-    ).compute(
-        logits,
-        label,
-        top,
-        rest,
-        list(kernel_sizes),
-        margin,
-        eps,
-        with_tables=True,
-        grad_sums=grad_sums.contiguous(),
-        grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
+    options = kernel_sizes, margin, eps, variant, backend
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _compute(
+        logits, label, top, rest, *options, grad_sums, grad_log_loss
     )
     return result
 
@@ -276,6 +247,35 @@ def _backward_of_gradient(
 affinity_field_with_gradient.register_autograd(
     _backward_of_gradient, setup_context=_setup_context_of_gradient
 )
+
+
+def _compute(
+    logits: Tensor,
+    label: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    kernel_sizes: Sequence[int],
+    margin: float,
+    eps: float,
+    variant: str,
+    backend: str,
+    grad_sums: Tensor | None = None,
+    grad_log_loss: Tensor | None = None,
+    *,
+    with_tables: bool = True,
+) -> Any:
+    return _implementation(logits, variant, backend).compute(
+        logits,
+        label,
+        top,
+        rest,
+        list(kernel_sizes),
+        margin,
+        eps,
+        with_tables=with_tables,
+        grad_sums=None if grad_sums is None else grad_sums.contiguous(),
+        grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
+    )
 
 
 def _tables_like(logits: Tensor, kernel_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
