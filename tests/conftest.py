@@ -1,19 +1,33 @@
 """Where there is no GPU the tiles run through Triton's interpreter, chosen before Triton is
-imported.
+imported; or, with ``--ptx``, compiled for a GPU and through an emulator of it.
 """
 
 import os
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # Most tensors here are tiny: waking a second thread for them costs more than it saves.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", action="store_true", help="tiles are compiled and emulated")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--ptx"):
+        from ptx import emulated
+
+        emulation = emulated()
+        emulation.__enter__()
+        config.add_cleanup(lambda: emulation.__exit__(None, None, None))
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+
 
 settings.register_profile(
     "quick",

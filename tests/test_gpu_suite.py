@@ -3,6 +3,7 @@ it was, and judges.
 """
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from tritonaff.bench import gpu_suite, measure, performance_page
 from tritonaff.bench.cases import CASES
-from tritonaff.bench.gpu_suite import NotHere, Row, main
+from tritonaff.bench.gpu_suite import NotHere, OutOfTime, Row, main
 from tritonaff.bench.performance_page import CRITERIA, Criterion, write_page
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -22,10 +23,11 @@ def suite(tmp_path, monkeypatch):
     """Runs it on tiny shapes: exit status and rows."""
     monkeypatch.setattr(measure, "compiler_works", lambda device: False)  # it takes minutes
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda file: {"summary": "1 passed"})
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda file, seconds: {"summary": "1 passed"})
 
-    def run(*arguments):
-        status = main(["--device", "cpu", "--quick", "--results", str(tmp_path), *arguments])
+    def run(*arguments, quick=True):
+        arguments = [*arguments, *(["--quick"] if quick else [])]
+        status = main(["--device", "cpu", "--results", str(tmp_path), *arguments])
         paths = list(tmp_path.glob("*.json"))
         return status, json.loads(paths[0].read_text())["rows"] if paths else {}
 
@@ -56,7 +58,7 @@ def test_every_criterion_has_its_row():
 
 
 def test_it_refuses_figures_while_tests_are_red(suite, monkeypatch, capsys):
-    def red(file):
+    def red(file, seconds):
         raise AssertionError("1 failed")
 
     assert suite("--only", "figures") == (2, {})
@@ -68,9 +70,20 @@ def test_it_refuses_figures_while_tests_are_red(suite, monkeypatch, capsys):
 
 
 def test_the_tests_really_run():
-    assert "passed" in gpu_suite.run_tests("test_rates.py")["summary"]
+    assert "passed" in gpu_suite.run_tests("test_rates.py", 60)["summary"]
     with pytest.raises(AssertionError, match=r"no tests ran|not found"):
-        gpu_suite.run_tests("test_nothing.py")
+        gpu_suite.run_tests("test_nothing.py", 60)
+    with pytest.raises(OutOfTime):
+        gpu_suite.run_tests("test_rates.py", 0.1)
+
+
+def test_the_test_files_run_side_by_side(suite, monkeypatch):
+    both_run = threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(gpu_suite, "TEST_FILES", ("one", "two"))
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda file, seconds: {"first": both_run.wait()})
+    monkeypatch.setattr(gpu_suite, "jobs", lambda quick: ())
+    _, rows = suite("--only", "correctness", quick=False)
+    assert {row["status"] for row in rows.values()} == {"ok"}
 
 
 def test_a_row_that_fails_is_recorded_and_the_others_run(suite, monkeypatch):

@@ -359,11 +359,22 @@ TILES = (
 )
 
 
+@dataclass(frozen=True)
+class Device:
+    """In place of one: what tiles may ask of the device that they are compiled for."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
 def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
     """For contiguous float32 logits; or for those whose every size is 1, which Triton takes for a
     constant.
     """
     options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS)}
+    triton.runtime.driver.set_active(Device(TARGETS[target]))
     return triton.compile(_source(tile, size_1), target=TARGETS[target], options=options)
 
 

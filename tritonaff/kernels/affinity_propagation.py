@@ -37,7 +37,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import is_inside, on_device, pixels, step_in, steps_in_32_bits
+from tritonaff.kernels.shared import (
+    INTERPRETED,
+    is_inside,
+    on_device,
+    pixels,
+    step_in,
+    steps_in_32_bits,
+)
 from tritonaff.portable.blocks import in_layout_of
 
 # Pixels of a step: two for each thread of 4 warps.
@@ -488,7 +495,7 @@ def new_total(probs: Tensor) -> Tensor:
 def tile(probs: Tensor) -> dict[str, int]:
     """Not more pixels than an image has: see pixels_to_load."""
     _, classes, height, width = probs.shape
-    block_p = INTERPRETED_BLOCK // 8 if probs.device.type == "cpu" else BLOCK_P
+    block_p = INTERPRETED_BLOCK // 8 if INTERPRETED else BLOCK_P
     blocks = 1 if classes <= MAX_CLASSES else triton.cdiv(classes, CLASSES_OF_MANY)
     return {
         "C": classes,
@@ -500,7 +507,7 @@ def tile(probs: Tensor) -> dict[str, int]:
 def all_classes(probs: Tensor) -> dict[str, int]:
     """A tile (BLOCK_C, BLOCK_P) of all classes."""
     classes = triton.next_power_of_2(probs.shape[1])
-    block = INTERPRETED_BLOCK if probs.device.type == "cpu" else BLOCK
+    block = INTERPRETED_BLOCK if INTERPRETED else BLOCK
     return {"BLOCK_C": classes, "BLOCK_P": max(4, block // classes)}
 
 
@@ -510,7 +517,7 @@ def grid(probs: Tensor, blocks: dict[str, int]) -> tuple[int]:
 
 
 def gates_tile(affinity: Tensor) -> dict[str, int]:
-    return {"BLOCK_P": (INTERPRETED_BLOCK if affinity.device.type == "cpu" else BLOCK) // 8}
+    return {"BLOCK_P": (INTERPRETED_BLOCK if INTERPRETED else BLOCK) // 8}
 
 
 def gates_grid(affinity: Tensor) -> tuple[int]:

@@ -32,7 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonaff.kernels.shared import first_pixel, load_label, on_device, rows_and_columns
+from tritonaff.kernels.shared import (
+    INTERPRETED,
+    first_pixel,
+    load_label,
+    on_device,
+    rows_and_columns,
+)
 from tritonaff.portable.affinity_regression import factors, squared_error_of
 
 # Blocks are small because products in full precision keep their operands in registers; those below
@@ -583,7 +589,7 @@ def all_classes(logits: Tensor) -> dict[str, int]:
 
 def pixels_per_program(logits: Tensor) -> int:
     """With all their classes. A thread has 64 elements at most, and of many classes fewer."""
-    if logits.device.type == "cpu":
+    if INTERPRETED:
         return 512
     block_c = all_classes(logits)["BLOCK_C"]
     return (8192 if block_c <= 64 else 4096) // block_c
@@ -592,7 +598,7 @@ def pixels_per_program(logits: Tensor) -> int:
 def pairs_blocks(logits: Tensor, points: int) -> dict[str, int]:
     classes = all_classes(logits)
     block = 64 if classes["BLOCK_C"] <= 32 else 32
-    if logits.device.type == "cpu":  # the interpreter takes its time per step, whatever the size
+    if INTERPRETED:  # the interpreter takes its time per step, whatever the size
         block = 128
     return {
         **classes,
@@ -604,7 +610,7 @@ def pairs_blocks(logits: Tensor, points: int) -> dict[str, int]:
 
 def pairs_gradient_blocks(logits: Tensor, points: int) -> dict[str, int]:
     classes = all_classes(logits)
-    block = 128 if logits.device.type == "cpu" else 16
+    block = 128 if INTERPRETED else 16
     return {
         **classes,
         "BLOCK_A": min(32, classes["BLOCK_C"]),
@@ -626,7 +632,7 @@ def gram_blocks(logits: Tensor) -> dict[str, int]:
     block_p, pixels = 32, GRAM_PIXELS_PER_CLASS * classes["BLOCK_C"]
     if logits[:, 0].numel() < GRAM_PROGRAMS * pixels:
         pixels //= 4
-    if logits.device.type == "cpu":
+    if INTERPRETED:
         block_p, pixels = 128, 1024
     return {
         **classes,
@@ -642,5 +648,5 @@ def gradient_blocks(logits: Tensor) -> dict[str, int]:
 
 
 def matrix_blocks(logits: Tensor) -> dict[str, int]:
-    block = 128 if logits.device.type == "cpu" else 32
+    block = 128 if INTERPRETED else 32
     return {**all_classes(logits), "BLOCK_A": 16, "BLOCK_I": block}

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonaff.kernels.shared import (
+    INTERPRETED,
     first_pixel,
     is_inside,
     on_device,
@@ -331,7 +332,7 @@ def blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, Any
     return {
         "OFFSETS": steps_in_32_bits(offsets),
         "GROUP_SIZE": group_size,
-        "BLOCK_P": INTERPRETED_BLOCK_P if logits.device.type == "cpu" else BLOCK_P,
+        "BLOCK_P": INTERPRETED_BLOCK_P if INTERPRETED else BLOCK_P,
     }
 
 
@@ -339,7 +340,7 @@ def tables_blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[s
     return {
         **blocks(logits, offsets, group_size),
         "BLOCK_K": triton.next_power_of_2(group_size),
-        "BLOCK_P": INTERPRETED_BLOCK_P if logits.device.type == "cpu" else TABLES_BLOCK_P,
+        "BLOCK_P": INTERPRETED_BLOCK_P if INTERPRETED else TABLES_BLOCK_P,
         "num_warps": TABLES_WARPS,
     }
 

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Chosen when Triton decorates the tiles. The interpreter takes its time per program and per operation,
+# whatever the size: its blocks are larger than a GPU's.
+INTERPRETED: bool = triton.knobs.runtime.interpret
 # A step in pixels that is outside any image, from wherever, and does not overflow 32 bits.
 FAR = 1 << 30
 
@@ -71,7 +74,7 @@ def pixels(HW, W, BLOCK_P: tl.constexpr):
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to the tensor's device, not to the current one."""
-    if tensor.device.type == "cpu":  # interpreted
+    if tensor.device.type == "cpu":
         return nullcontext()
     guard: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(
         tensor.device

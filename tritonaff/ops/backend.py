@@ -89,9 +89,13 @@ def _obstacle(logits: Tensor, max_classes: int | None) -> str | None:
         return f"the tiles take at most {max_classes} classes, got {logits.shape[1]}"
     if not _triton_installed():
         return "triton is not installed"
-    if logits.device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"no Triton on device {logits.device} (TRITON_INTERPRET=1 would interpret the tiles)"
-    return None
+    return _no_triton_on(logits.device)
+
+
+def _no_triton_on(device: torch.device) -> str | None:
+    if device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"no Triton on device {device} (TRITON_INTERPRET=1 would interpret the tiles)"
 
 
 @cache
