@@ -162,24 +162,30 @@ class Warp:
         values = self.load("global", source, wanted, np.uint32, zeros, what)
         self.store("shared", to, values, mask, np.uint32, what)
 
-    def load_matrix(
-        self, address: Array, i: int, trans: bool, mask: Array | None, what: str
-    ) -> Array:
-        """Two numbers of 16 bits of the i-th matrix (8, 8): lanes from 8 i on know its rows."""
-        lane, numbers = np.arange(LANES), []
+    def numbers_of_matrix(self, address: Array, i: int, trans: bool) -> Iterator[Array]:
+        """Where the two numbers of 16 bits are that a lane has of the i-th matrix (8, 8). Where its
+        rows are, lanes from 8 i on know.
+        """
+        lane = np.arange(LANES)
         for half in range(2):
             row, column = lane // 4, 2 * (lane % 4) + half
             row, column = (column, row) if trans else (row, column)
-            at = self.all_of(address)[:, 8 * i + row] + 2 * column.astype(np.uint32)
-            numbers += self.load("shared", at, mask, np.uint16, [self.zero], what)
-        return numbers[0] | numbers[1] << 16
+            yield self.all_of(address)[:, 8 * i + row] + 2 * column.astype(np.uint32)
+
+    def load_matrix(
+        self, address: Array, i: int, trans: bool, mask: Array | None, what: str
+    ) -> Array:
+        low, high = (
+            self.load("shared", at, mask, np.uint16, [self.zero], what)[0]
+            for at in self.numbers_of_matrix(address, i, trans)
+        )
+        return low | high << 16
 
     def store_matrix(
-        self, address: Array, i: int, value: Array, mask: Array | None, what: str
+        self, address: Array, i: int, trans: bool, value: Array, mask: Array | None, what: str
     ) -> None:
-        lane = np.arange(LANES)
-        at = self.all_of(address)[:, 8 * i + lane // 4] + 4 * (lane % 4).astype(np.uint32)
-        self.store("shared", at, [value], mask, np.uint32, what)
+        for half, at in enumerate(self.numbers_of_matrix(address, i, trans)):
+            self.store("shared", at, [value >> 16 * half], mask, np.uint16, what)
 
     def shuffle(self, mode: str, value: Array, b: Array, c: Array) -> Array:
         """From the lane that b says, as far as it is in the part of a warp that c says."""
@@ -334,6 +340,7 @@ RESULTS = {
     "min": "np.minimum({0}, {1})", "max": "np.maximum({0}, {1})",
     "min.NaN": "np.minimum({0}, {1})", "max.NaN": "np.maximum({0}, {1})",
     "min.number": "np.fmin({0}, {1})", "max.number": "np.fmax({0}, {1})",  # of float, by default
+    "popc": "np.bitwise_count({0})",
     "selp": "np.where({2}, {0}, {1})",
     "ex2.approx": "off_by(np.exp2({0}), 2.0**-22)",
     "lg2.approx": "logarithm({0})",
@@ -578,8 +585,6 @@ class Kernel:
         names, address = names_in(o[not loads]), self.address(o[loads])
         if head in ("ldmatrix", "stmatrix"):
             trans = "trans" in parts
-            if trans and not loads:
-                raise NotImplementedError(what)
             lines = []
             for i, name in enumerate(names):
                 if loads:
@@ -587,7 +592,9 @@ class Kernel:
                     lines += self.assign(name, value)
                 else:
                     value = self.operand(name, "u32")
-                    lines.append(f"W.store_matrix({address}, {i}, {value}, {mask}, {what})")
+                    lines.append(
+                        f"W.store_matrix({address}, {i}, {trans}, {value}, {mask}, {what})"
+                    )
             return lines
         if loads:
             old = self.old(names)

@@ -266,10 +266,11 @@ def test_only_what_needs_a_gradient_gets_one(backend, device, iterations):
     both = gradients((True, True))
     probs_alone, none = gradients((True, False))
     assert none is None
-    assert torch.equal(probs_alone, both[0])
+    # Compiled apart, they may fuse other products with sums.
+    torch.testing.assert_close(probs_alone, both[0], rtol=1e-6, atol=1e-7)
     none, affinity_alone = gradients((False, True))
     assert none is None
-    assert torch.equal(affinity_alone, both[1])
+    torch.testing.assert_close(affinity_alone, both[1], rtol=1e-6, atol=1e-7)
 
 
 def test_a_second_derivative_is_refused():

@@ -116,6 +116,9 @@ PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
+COUNTED_PATCHES = affinity_field.patches_of(BATCH) / affinity_field.count_programs(
+    affinity_field.patches_of(BATCH)
+)
 PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / affinity_field.PATCHES_IN_A_PROGRAM
 PIXELS = affinity_field.pixel_blocks(BATCH)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
@@ -208,10 +211,10 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
             op,
             affinity_field.counts_kernel,
             {"PIXELS": True, "BLOCK_CLASSES": 32, **SIZES, **affinity_field.undivided(PATCH)},
-            PATCH_ELEMENTS,
+            COUNTED_PATCHES * PATCH_ELEMENTS,
             moved=2 / 19,
             # Sizes where there are edges, 0.96; labels, 1.1 on average.
-            trips=1.1,
+            trips=(COUNTED_PATCHES, 1.1),
         ),
         *affinity_field_tiles(op, half=half),
         Tile(
@@ -373,7 +376,7 @@ def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
     """For contiguous float32 logits; or for those whose every size is 1, which Triton takes for a
     constant.
     """
-    options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS)}
+    options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS), "enable_fp_fusion": True}
     triton.runtime.driver.set_active(Device(TARGETS[target]))
     return triton.compile(_source(tile, size_1), target=TARGETS[target], options=options)
 
@@ -476,7 +479,7 @@ def _source(tile: Tile, size_1: bool) -> ASTSource:
     signature, aligned = {}, {}
     for i, name in enumerate(names):
         is_pointer, is_float = name.endswith("_ptr"), name in FLOATS
-        if name.endswith("stride_w") or (size_1 and not is_pointer and not is_float):
+        if name.endswith(("stride_w", "stride_p")) or (size_1 and not is_pointer and not is_float):
             constants.setdefault(name, 1)
         if name in constants:
             signature[name] = "constexpr"

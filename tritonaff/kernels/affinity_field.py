@@ -39,8 +39,9 @@ from tritonaff.kernels.shared import (
     INTERPRETED,
     first_pixel,
     is_inside,
+    launch,
     load_label,
-    on_device,
+    pixel_step,
     step_in,
     steps_in_32_bits,
 )
@@ -55,6 +56,9 @@ STRIP_PROGRAMS = 4096
 # Partial tables of edges wait beside the gradient: one for every patch would be 11 % of bfloat16
 # logits.
 PATCHES_IN_A_PROGRAM = 2
+# Every program of the counts adds to the same few numbers, and those wait for each other. Counts of
+# the patches that one program goes through fit 32 bits.
+COUNT_PROGRAMS, MAX_PATCHES = 2048, 1 << 16
 BLOCK_SUM = 512
 BLOCK_SCALE = 4096
 # The interpreter takes its time per program and per operation, whatever the size.
@@ -520,56 +524,75 @@ def distribution(x, top, rest, limit):
 
 
 @triton.jit
-def counts_kernel(
-    label_ptr, totals_ptr, entries_ptr, C, H, W,
-    PIXELS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+def pairs_and_edges(
+    pairs, edges, label_ptr, label, h, w, H, W, RADII: tl.constexpr, REACH: tl.constexpr
 ):  # fmt: skip
-    n, first_h, first_w = patch(tl.program_id(0), H, W, BLOCK_H, BLOCK_W)
-    label_ptr += n * H * W
-    h, w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
-    label = label_at(label_ptr, h, w, 0, 0, H, W)
-    # Most patches have one label, with all in reach: every pixel has its 8 neighbours, no edge.
-    pairs, edges = (), ()
-    for _ in tl.static_range(len(RADII)):
-        pairs += (tl.where(label >= 0, 8.0, 0.0),)
-        edges += (tl.zeros(label.shape, tl.float32),)
+    """Adds the neighbours that every pixel makes a pair with, and those of another label."""
     smallest, largest = label, label
     around = labels_in_reach(label_ptr, h, w, H, W, REACH)
     for i in tl.static_range(len(around)):
         smallest, largest = tl.minimum(smallest, around[i]), tl.maximum(largest, around[i])
-    if (REACH == 0) | (tl.min(smallest, axis=0) < tl.max(largest, axis=0)):
+    if (REACH > 0) & (tl.min(smallest, axis=0) == tl.max(largest, axis=0)):
+        # Most patches: every pixel has its 8 neighbours, no edge.
+        new_pairs = ()
+        for i in tl.static_range(len(RADII)):
+            new_pairs += (pairs[i] + tl.where(label >= 0, 8, 0),)
+        pairs = new_pairs
+    else:
         for k in range(len(RADII)):
             d = choose(k, RADII)
-            neighbours = tl.zeros(label.shape, tl.float32)
-            others = tl.zeros(label.shape, tl.float32)
+            neighbours, others = tl.zeros_like(label), tl.zeros_like(label)
             for i in tl.static_range(8):
                 dy, dx = step_in(i)
                 label_b = label_at(label_ptr, h, w, dy * d, dx * d, H, W)
                 pair = tl.minimum(label, label_b) >= 0
-                neighbours += tl.where(pair, 1.0, 0.0)
-                others += tl.where(pair & (label != label_b), 1.0, 0.0)
+                neighbours += pair.to(tl.int32)
+                others += (pair & (label != label_b)).to(tl.int32)
             new_pairs, new_edges = (), ()
             for i in tl.static_range(len(RADII)):
-                new_pairs += (tl.where(k == i, neighbours, pairs[i]),)
-                new_edges += (tl.where(k == i, others, edges[i]),)
+                new_pairs += (pairs[i] + tl.where(k == i, neighbours, 0),)
+                new_edges += (edges[i] + tl.where(k == i, others, 0),)
             pairs, edges = new_pairs, new_edges
+    return pairs, edges
+
+
+@triton.jit
+def counts_kernel(
+    label_ptr, totals_ptr, entries_ptr, C, H, W, PATCHES,
+    PIXELS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+    RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    none = tl.zeros((BLOCK_H * BLOCK_W,), tl.int32)
+    all_pairs, all_edges, tables = (), (), (tl.zeros((BLOCK_CLASSES,), tl.int32),)
+    for _ in tl.static_range(len(RADII)):
+        all_pairs += (none,)
+        all_edges += (none,)
+        tables += (tables[0],)
+    index = tl.program_id(0)
+    while index < PATCHES:
+        n, first_h, first_w = patch(index, H, W, BLOCK_H, BLOCK_W)
+        h, w = rectangle(first_h, first_w, BLOCK_H, BLOCK_W)
+        label = label_at(label_ptr + n * H * W, h, w, 0, 0, H, W)
+        edges = ()
+        for _ in tl.static_range(len(RADII)):
+            edges += (none,)
+        all_pairs, edges = pairs_and_edges(
+            all_pairs, edges, label_ptr + n * H * W, label, h, w, H, W, RADII, REACH
+        )  # fmt: skip
+        all_edges = add(all_edges, edges)
+        tables = by_label(tables, (none + 1,) + edges, label, BLOCK_CLASSES)  # noqa: RUF005
+        index += tl.num_programs(0)
 
     K: tl.constexpr = COLUMNS[len(RADII)]
-    nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    tables = (nothing,)
     for k in tl.static_range(len(RADII)):
         # A pair is an entry of every channel, and an edge in that of a pixel's own label in both
         # directions.
-        edge_count = 2 * tl.sum(edges[k], axis=0).to(tl.int64)
-        other_count = C * tl.sum(pairs[k], axis=0).to(tl.int64) - edge_count
+        edge_count = 2 * tl.sum(all_edges[k], axis=0).to(tl.int64)
+        other_count = C * tl.sum(all_pairs[k], axis=0).to(tl.int64) - edge_count
         column_ptr = totals_ptr + COLUMNS[k]
         tl.atomic_add(column_ptr, edge_count, mask=edge_count > 0, sem="relaxed")
         tl.atomic_add(column_ptr + K, other_count, mask=other_count > 0, sem="relaxed")
-        tables += (nothing,)
-    values = (tl.full(label.shape, 1.0, tl.float32),) + edges  # noqa: RUF005
-    tables = by_label(tables, values, label, BLOCK_CLASSES)
     classes = tl.arange(0, BLOCK_CLASSES)
     row_ptr = entries_ptr + classes.to(tl.int64) * (K + 1)
     if PIXELS:
@@ -620,8 +643,8 @@ def by_label(tables, values, label, BLOCK_CLASSES: tl.constexpr):
     while c < NO_LABEL:  # the labels that there are
         sums = ()
         for i in tl.static_range(len(tables)):
-            value = tl.sum(tl.where(label == c, values[i], 0.0), axis=0)
-            sums += (tables[i] + tl.where(classes == c, value, 0.0),)
+            value = tl.sum(tl.where(label == c, values[i], 0), axis=0)
+            sums += (tables[i] + tl.where(classes == c, value, 0),)
         tables = sums
         c = tl.min(tl.where(label > c, label, NO_LABEL), axis=0)
     return tables
@@ -915,17 +938,17 @@ def statistics(
     totals = new_table((2, len(kernel_sizes)), dtype=torch.int64)
     counts = new_table((num_classes, len(kernel_sizes) + 1), dtype=torch.int64)
     if n > 0:
-        with on_device(logits):
-            statistics_kernel[pixel_grid(logits)](
-                logits, target, top, rest, label, totals, counts, num_classes, height * width,
-                logits.stride(0), logits.stride(1), target.stride(0), ignore_index,
-                totals.numel(), counts.numel(), **pixel_blocks(logits),
+        launch(statistics_kernel, pixel_grid(logits),
+            logits, target, top, rest, label, totals, counts, num_classes, height * width,
+            logits.stride(0), logits.stride(1), target.stride(0), ignore_index,
+            totals.numel(), counts.numel(), **pixel_blocks(logits),
+        )  # fmt: skip
+        for i, (sizes, _, patch) in enumerate(parts(kernel_sizes, logits)):
+            patches = patches_of(logits)
+            launch(counts_kernel, (count_programs(patches),),
+                label, totals, counts, num_classes, height, width, patches, PIXELS=i == 0,
+                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **undivided(patch),
             )  # fmt: skip
-            for i, (sizes, _, patch) in enumerate(parts(kernel_sizes, logits)):
-                counts_kernel[(patches_of(logits),)](
-                    label, totals, counts, num_classes, height, width, PIXELS=i == 0,
-                    BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **undivided(patch),
-                )  # fmt: skip
     return totals, counts, label, top, rest
 
 
@@ -971,27 +994,26 @@ def compute(
         shape = num_classes, height, width, logits.stride(0), logits.stride(1)
         limit = math.log((1 - eps) / eps)
         asked = {"TABLES": with_tables, "GRADIENT": with_gradient}
-        with on_device(logits):
-            for i, (sizes, strip, patch) in enumerate(steps):
-                dense_kernel[strip_grid(logits)](
-                    grad_sums, logits, label, top, rest, dense, grad, n, *shape, limit, eps,
-                    rows(logits), strips, ADD=i > 0, **asked, **sizes, **strip,
-                )  # fmt: skip
-                edge_kernel[(edge_programs,)](
-                    grad_sums, logits, label, top, rest, edges, grad, *shape, margin, limit, eps,
-                    patches, edge_programs, CROSS_ENTROPY=i == 0,
-                    REPLACE=grad is not None and grad.dtype != torch.float32,
-                    BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes, **patch,
-                )  # fmt: skip
-            sum_programs = num_classes * (k + 1) if with_tables else 0
-            pixel_programs = pixel_grid(logits)[0] if with_gradient else 0
-            finish_kernel[(sum_programs + pixel_programs,)](
-                dense, edges, sums, log_loss, zero,
-                grad_log_loss, logits, label, top, rest, grad, num_classes, k, height * width,
-                logits.stride(0), logits.stride(1), strips, edge_programs, sum_programs,
-                CROSS_ENTROPY=grad_log_loss is not None, BLOCK_SUM=BLOCK_SUM, **asked,
-                **pixel_blocks(logits),
+        for i, (sizes, strip, patch) in enumerate(steps):
+            launch(dense_kernel, strip_grid(logits),
+                grad_sums, logits, label, top, rest, dense, grad, n, *shape, limit, eps,
+                rows(logits), strips, ADD=i > 0, **asked, **sizes, **strip,
             )  # fmt: skip
+            launch(edge_kernel, (edge_programs,),
+                grad_sums, logits, label, top, rest, edges, grad, *shape, margin, limit, eps,
+                patches, edge_programs, CROSS_ENTROPY=i == 0,
+                REPLACE=grad is not None and grad.dtype != torch.float32,
+                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes, **patch,
+            )  # fmt: skip
+        sum_programs = num_classes * (k + 1) if with_tables else 0
+        pixel_programs = pixel_grid(logits)[0] if with_gradient else 0
+        launch(finish_kernel, (sum_programs + pixel_programs,),
+            dense, edges, sums, log_loss, zero,
+            grad_log_loss, logits, label, top, rest, grad, num_classes, k, height * width,
+            logits.stride(0), logits.stride(1), strips, edge_programs, sum_programs,
+            CROSS_ENTROPY=grad_log_loss is not None, BLOCK_SUM=BLOCK_SUM, **asked,
+            **pixel_blocks(logits),
+        )  # fmt: skip
     del logits, dense, edges
     if grad is not None:
         grad = in_layout_of(given, grad, grad_dtype(given))
@@ -1003,19 +1025,21 @@ def scale_(grad: Tensor, scale: Tensor) -> None:
     time.
     """
     if grad.numel() > 0:
-        with on_device(grad):
-            scale_kernel[(triton.cdiv(grad.numel(), BLOCK_SCALE),)](
-                grad, scale, grad.numel(), BLOCK=BLOCK_SCALE
-            )
+        launch(
+            scale_kernel,
+            (triton.cdiv(grad.numel(), BLOCK_SCALE),),
+            grad,
+            scale,
+            grad.numel(),
+            BLOCK=BLOCK_SCALE,
+        )
 
 
 def planes(logits: Tensor) -> Tensor:
     """Logits whose pixels follow one another: others are copied. A march through them would move
     a sector of 32 bytes for every number.
     """
-    _, _, height, width = logits.shape
-    follow = (width == 1 or logits.stride(3) == 1) and (height == 1 or logits.stride(2) == width)
-    return logits if follow else logits.contiguous()
+    return logits if pixel_step(logits) == 1 else logits.contiguous()
 
 
 def parts(
@@ -1096,6 +1120,10 @@ def patches_of(logits: Tensor) -> int:
     n, _, height, width = logits.shape
     blocks = patch_blocks(logits)
     return n * triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
+
+
+def count_programs(patches: int) -> int:
+    return max(min(patches, COUNT_PROGRAMS), triton.cdiv(patches, MAX_PATCHES))
 
 
 def pixel_blocks(logits: Tensor) -> dict[str, int]:

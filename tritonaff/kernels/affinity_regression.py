@@ -35,11 +35,13 @@ from torch import Tensor
 from tritonaff.kernels.shared import (
     INTERPRETED,
     first_pixel,
+    launch,
     load_label,
-    on_device,
+    pixel_step,
     rows_and_columns,
 )
 from tritonaff.portable.affinity_regression import factors, squared_error_of
+from tritonaff.portable.blocks import in_layout_of
 
 # Blocks are small because products in full precision keep their operands in registers; those below
 # spill none on the GPUs that `tritonaff-bench static` compiles for, from Triton 3.7 on.
@@ -107,9 +109,15 @@ def grid_point(index, L, H, W, GRIDS: tl.constexpr):
 
 
 @triton.jit
-def load_logits(logits_ptr, c, h, w, mask, C, stride_c, stride_h, stride_w):
+def place_of(h, w, stride_h, stride_w):
+    """Where a pixel's first class is, in numbers from the image's first."""
+    return h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+
+
+@triton.jit
+def load_logits(logits_ptr, c, place, mask, C, stride_c):
     """(BLOCK_C, points), -inf where masked and in classes that do not exist."""
-    offs = c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+    offs = c.to(tl.int64) * stride_c + place
     return tl.load(logits_ptr + offs, mask=mask & (c < C), other=-float("inf")).to(tl.float32)
 
 
@@ -149,10 +157,8 @@ def roots(x, c, label, top, scale, own_s, own_q):
 
 
 @triton.jit
-def load_roots(
-    logits_ptr, c, h, w, C, stride_c, stride_h, stride_w, label, top, scale, own_s, own_q
-):  # fmt: skip
-    x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
+def load_roots(logits_ptr, c, place, C, stride_c, label, top, scale, own_s, own_q):
+    x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
     s, d, m = roots(x, c, label, top, scale, own_s, own_q)
     return s, d, m
 
@@ -163,18 +169,20 @@ def load_statistics(
     stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The labels of points, and what :func:`statistics` gives of them."""
+    """The places and labels of points, and what :func:`statistics` gives of them."""
     c = tl.arange(0, BLOCK_C)[:, None]
     label = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
-    x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
+    place = place_of(h, w, stride_h, stride_w)
+    x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
     top, scale, own_s, own_q = statistics(x, c, label)
-    return label, top, scale, own_s, own_q
+    return place, label, top, scale, own_s, own_q
 
 
 @triton.jit
 def twice_difference(
-    logits_ptr, h_i, w_i, h_j, w_j, C, stride_c, stride_h, stride_w,
-    label_i, top_i, scale_i, own_s_i, own_q_i, label_j, top_j, scale_j, own_s_j, own_q_j,
+    logits_ptr, C, stride_c,
+    place_i, label_i, top_i, scale_i, own_s_i, own_q_i,
+    place_j, label_j, top_j, scale_j, own_s_j, own_q_j,
     BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """2 (A - M) of the points j (rows) and i (columns), some classes at a time: a product of all
@@ -184,12 +192,10 @@ def twice_difference(
     for start in range(0, BLOCK_C, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)[:, None]
         _s_i, d_i, m_i = load_roots(
-            logits_ptr, a, h_i, w_i, C, stride_c, stride_h, stride_w,
-            label_i, top_i, scale_i, own_s_i, own_q_i,
+            logits_ptr, a, place_i, C, stride_c, label_i, top_i, scale_i, own_s_i, own_q_i
         )  # fmt: skip
         _s_j, d_j, m_j = load_roots(
-            logits_ptr, a, h_j, w_j, C, stride_c, stride_h, stride_w,
-            label_j, top_j, scale_j, own_s_j, own_q_j,
+            logits_ptr, a, place_j, C, stride_c, label_j, top_j, scale_j, own_s_j, own_q_j
         )  # fmt: skip
         result += tl.dot(tl.trans(d_j), m_i, input_precision="ieee")
         result += tl.dot(tl.trans(m_j), d_i, input_precision="ieee")
@@ -228,7 +234,7 @@ def pairs_kernel(
         start_i = (program * STEPS + step) * BLOCK
         i = start_i + tl.arange(0, BLOCK)[None, :]
         h_i, w_i, _times_i, _first_i = grid_point(i, L, H, W, GRIDS)
-        label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
+        place_i, label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
             logits_ptr, target_ptr, h_i, w_i, H, W, C,
             stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
         )  # fmt: skip
@@ -237,15 +243,15 @@ def pairs_kernel(
         while start_j < L:
             j = start_j + tl.arange(0, BLOCK)[None, :]
             h_j, w_j, _times_j, _first_j = grid_point(j, L, H, W, GRIDS)
-            label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
+            place_j, label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
                 logits_ptr, target_ptr, h_j, w_j, H, W, C,
                 stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index,
                 BLOCK_C,
             )  # fmt: skip
             difference = twice_difference(
-                logits_ptr, h_i, w_i, h_j, w_j, C, stride_c, stride_h, stride_w,
-                label_i, top_i, scale_i, own_s_i, own_q_i,
-                label_j, top_j, scale_j, own_s_j, own_q_j,
+                logits_ptr, C, stride_c,
+                place_i, label_i, top_i, scale_i, own_s_i, own_q_i,
+                place_j, label_j, top_j, scale_j, own_s_j, own_q_j,
                 BLOCK_C, BLOCK_A, BLOCK, BLOCK,
             )  # fmt: skip
             times = tl.where(start_j == start_i, 1, 2)
@@ -311,7 +317,7 @@ def pairs_gradient_kernel(
     c = tl.arange(0, BLOCK_C)[:, None]
     i = (tl.program_id(0) % blocks) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
     h_i, w_i, times, first = grid_point(i, L, H, W, GRIDS)
-    label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
+    place_i, label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
         logits_ptr, target_ptr, h_i, w_i, H, W, C,
         stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
     )  # fmt: skip
@@ -319,26 +325,24 @@ def pairs_gradient_kernel(
     for step in range(STEPS_J):
         j = step * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
         h_j, w_j, _times_j, _first_j = grid_point(j, L, H, W, GRIDS)
-        label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
+        place_j, label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
             logits_ptr, target_ptr, h_j, w_j, H, W, C,
             stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
         )  # fmt: skip
         difference = twice_difference(
-            logits_ptr, h_i, w_i, h_j, w_j, C, stride_c, stride_h, stride_w,
-            label_i, top_i, scale_i, own_s_i, own_q_i,
-            label_j, top_j, scale_j, own_s_j, own_q_j,
+            logits_ptr, C, stride_c,
+            place_i, label_i, top_i, scale_i, own_s_i, own_q_i,
+            place_j, label_j, top_j, scale_j, own_s_j, own_q_j,
             BLOCK_C, BLOCK_A, BLOCK_I, BLOCK_J,
         )  # fmt: skip
         s_j, _d_j, _m_j = load_roots(
-            logits_ptr, c, h_j, w_j, C, stride_c, stride_h, stride_w,
-            label_j, top_j, scale_j, own_s_j, own_q_j,
+            logits_ptr, c, place_j, C, stride_c, label_j, top_j, scale_j, own_s_j, own_q_j
         )  # fmt: skip
         grad_s += tl.dot(s_j, difference, input_precision="ieee")
     # d error / d S = 4 S (A - M).
     grad_s *= 2 * tl.load(grad_error_ptr + n)
     s_i, _d_i, _m_i = load_roots(
-        logits_ptr, c, h_i, w_i, C, stride_c, stride_h, stride_w,
-        label_i, top_i, scale_i, own_s_i, own_q_i,
+        logits_ptr, c, place_i, C, stride_c, label_i, top_i, scale_i, own_s_i, own_q_i
     )  # fmt: skip
     grad = through_softmax(grad_s, s_i, c, label_i, own_s_i, own_q_i) * times
     offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
@@ -350,9 +354,7 @@ def pairs_gradient_kernel(
 @triton.jit
 def gram_kernel(
     logits_ptr, target_ptr, gram_ptr, count_ptr,
-    H, W, N,
-    stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
-    ignore_index,
+    HW, N, stride_n, stride_c, stride_p, ignore_index,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
     BLOCK_Y: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -360,7 +362,7 @@ def gram_kernel(
     split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
     tiles = tl.cdiv(C, BLOCK_A)
     logits_ptr += n * stride_n
-    target_ptr += n * target_stride_n
+    target_ptr += n * HW
     c = tl.arange(0, BLOCK_C)[:, None]
     row = (tl.program_id(1) // tiles) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
     column = (tl.program_id(1) % tiles) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
@@ -377,25 +379,20 @@ def gram_kernel(
     count = tl.zeros((BLOCK_A, BLOCK_P), tl.int32)
     # Registers are better spent on more programs than on what the next step will need.
     for step in tl.range(STEPS, num_stages=1):
-        first = (split.to(tl.int64) * STEPS + step) * BLOCK_P
-        h, w = rows_and_columns(first, W, BLOCK_P)
-        h, w = h[None, :], w[None, :]
-        label = load_label(
-            target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index
-        )
-        x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
+        pixel = (split.to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        place = pixel * stride_p
+        label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+        x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
         top, scale, own_s, own_q = statistics(x, c, label)
         if BLOCK_A == BLOCK_C:
             _s, d_a, _m = roots(x, c, label, top, scale, own_s, own_q)
             d_b = d_a
         else:
             _s_a, d_a, _m_a = load_roots(
-                logits_ptr, row, h, w, C, stride_c, stride_h, stride_w,
-                label, top, scale, own_s, own_q,
+                logits_ptr, row, place, C, stride_c, label, top, scale, own_s, own_q
             )  # fmt: skip
             _s_b, d_b, _m_b = load_roots(
-                logits_ptr, column, h, w, C, stride_c, stride_h, stride_w,
-                label, top, scale, own_s, own_q,
+                logits_ptr, column, place, C, stride_c, label, top, scale, own_s, own_q
             )  # fmt: skip
         d_b = tl.where(column < C, d_b, tl.where(column == C + label, 1.0, 0.0))
         y = tl.where(rest == C + label, 1.0, 0.0)
@@ -414,21 +411,18 @@ def gram_kernel(
 @triton.jit
 def gradient_kernel(
     factor_ptr, logits_ptr, target_ptr, grad_ptr,
-    H, W, HW,
-    stride_n, stride_c, stride_h, stride_w, target_stride_n, target_stride_h, target_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
-    ignore_index,
+    HW, stride_n, stride_c, stride_p, grad_stride_n, grad_stride_c, grad_stride_p, ignore_index,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, first = first_pixel(HW, BLOCK_P)
     logits_ptr += n * stride_n
-    target_ptr += n * target_stride_n
+    target_ptr += n * HW
     factor_ptr += n * 2 * C * C
-    h, w = rows_and_columns(first, W, BLOCK_P)
-    h, w = h[None, :], w[None, :]
+    pixel = first + tl.arange(0, BLOCK_P)[None, :]
+    place = pixel * stride_p
     c = tl.arange(0, BLOCK_C)[:, None]
-    label = load_label(target_ptr, h, w, H, W, C, target_stride_h, target_stride_w, ignore_index)
-    x = load_logits(logits_ptr, c, h, w, label >= 0, C, stride_c, stride_h, stride_w)
+    label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+    x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
     top, scale, own_s, own_q = statistics(x, c, label)
     # The product with Y is a column of its matrix.
     labelled = (c < C) & (label >= 0)
@@ -437,7 +431,7 @@ def gradient_kernel(
     # needs them.
     for a in range(C):
         _s, d, _m = load_roots(
-            logits_ptr, a + tl.zeros_like(label), h, w, C, stride_c, stride_h, stride_w,
+            logits_ptr, a + tl.zeros_like(label), place, C, stride_c,
             label, top, scale, own_s, own_q,
         )  # fmt: skip
         factor = tl.load(factor_ptr + c * 2 * C + a, mask=c < C, other=0.0)
@@ -445,9 +439,8 @@ def gradient_kernel(
         grad_s = tl.where(c < C, grad_s + factor * d, 0.0)
     s, _d, _m = roots(x, c, label, top, scale, own_s, own_q)
     grad = through_softmax(grad_s, s, c, label, own_s, own_q)
-    offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
-    offs = offs + h.to(tl.int64) * grad_stride_h + w.to(tl.int64) * grad_stride_w
-    tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=(c < C) & (h < H))
+    offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c + pixel * grad_stride_p
+    tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=(c < C) & (pixel < HW))
 
 
 @triton.jit
@@ -466,16 +459,18 @@ def matrix_kernel(
     j = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     h_i, w_i, _times_i, _first_i = grid_point(i[None, :], L, H, W, GRIDS)
     h_j, w_j, _times_j, _first_j = grid_point(j[None, :], L, H, W, GRIDS)
-    x_i = load_logits(logits_ptr, c, h_i, w_i, h_i >= 0, C, stride_c, stride_h, stride_w)
-    x_j = load_logits(logits_ptr, c, h_j, w_j, h_j >= 0, C, stride_c, stride_h, stride_w)
+    place_i = place_of(h_i, w_i, stride_h, stride_w)
+    place_j = place_of(h_j, w_j, stride_h, stride_w)
+    x_i = load_logits(logits_ptr, c, place_i, h_i >= 0, C, stride_c)
+    x_j = load_logits(logits_ptr, c, place_j, h_j >= 0, C, stride_c)
     # Class 0 plays the label: any will do for the square roots alone.
     top_i, scale_i, _own_s_i, _own_q_i = statistics(x_i, c, tl.where(h_i >= 0, 0, -1))
     top_j, scale_j, _own_s_j, _own_q_j = statistics(x_j, c, tl.where(h_j >= 0, 0, -1))
     affinity = tl.zeros((BLOCK_I, BLOCK_I), tl.float32)
     for start in range(0, BLOCK_C, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)[:, None]
-        x_ai = load_logits(logits_ptr, a, h_i, w_i, h_i >= 0, C, stride_c, stride_h, stride_w)
-        x_aj = load_logits(logits_ptr, a, h_j, w_j, h_j >= 0, C, stride_c, stride_h, stride_w)
+        x_ai = load_logits(logits_ptr, a, place_i, h_i >= 0, C, stride_c)
+        x_aj = load_logits(logits_ptr, a, place_j, h_j >= 0, C, stride_c)
         s_i = half_exp(x_ai, top_i) * scale_i
         s_j = half_exp(x_aj, top_j) * scale_j
         affinity += tl.dot(tl.trans(s_i), s_j, input_precision="ieee")
@@ -495,27 +490,26 @@ def forward(
         error = logits.new_empty(n, programs, dtype=torch.float32)
         pair_count = logits.new_empty(n, dtype=torch.int64)
         if n > 0:
-            with on_device(logits):
-                pairs_kernel[(n * programs,)](
-                    logits, target, error, pair_count, height, width, points,
-                    *logits.stride(), *target.stride(), ignore_index,
-                    GRIDS=tuple(grid_sizes), **blocks,
-                )  # fmt: skip
+            launch(pairs_kernel, (n * programs,),
+                logits, target, error, pair_count, height, width, points,
+                *logits.stride(), *target.stride(), ignore_index,
+                GRIDS=tuple(grid_sizes), **blocks,
+            )  # fmt: skip
         squared_error = error.view(n) if programs == 1 else error.sum(dim=1)
         gram = logits.new_empty(n, 0, num_classes, num_classes, dtype=torch.float64)
         return squared_error, pair_count, gram
 
+    logits = evenly_spaced(logits)
     blocks = gram_blocks(logits)
     splits = triton.cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
     partial = logits.new_empty(splits, n, num_classes, 2 * num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
     if n > 0:
         tiles = triton.cdiv(num_classes, blocks["BLOCK_A"])
-        with on_device(logits):
-            gram_kernel[(splits * n, tiles * tiles)](
-                logits, target, partial, count, height, width, n,
-                *logits.stride(), *target.stride(), ignore_index, **blocks,
-            )  # fmt: skip
+        launch(gram_kernel, (splits * n, tiles * tiles),
+            logits, target.contiguous(), partial, count, height * width, n,
+            *strides(logits), ignore_index, **blocks,
+        )  # fmt: skip
     dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
     # M = D + 2 Y, and Y Y^T is diagonal.
@@ -535,34 +529,34 @@ def backward(
 ) -> Tensor:
     """The gradient with respect to the logits, given that with respect to the squared errors."""
     n, _, height, width = logits.shape
-    grad = torch.empty_like(logits)
     if grid_sizes:
+        grad = torch.empty_like(logits)
         points = sum(size * size for size in grid_sizes)
         blocks = pairs_gradient_blocks(logits, points)
         programs = triton.cdiv(points, blocks["BLOCK_I"]) + triton.cdiv(
             height * width, blocks["BLOCK_P"]
         )
         if n > 0:
-            with on_device(logits):
-                pairs_gradient_kernel[(n * programs,)](
-                    grad_squared_error, logits, target, grad,
-                    height, width, points, n, height * width,
-                    *logits.stride(), *target.stride(), *grad.stride(), ignore_index,
-                    GRIDS=tuple(grid_sizes), **blocks,
-                )  # fmt: skip
+            launch(pairs_gradient_kernel, (n * programs,),
+                grad_squared_error, logits, target, grad,
+                height, width, points, n, height * width,
+                *logits.stride(), *target.stride(), *grad.stride(), ignore_index,
+                GRIDS=tuple(grid_sizes), **blocks,
+            )  # fmt: skip
         return grad
 
     # Of D and M; M = D + 2 Y.
     of_d, of_m = factors(gram, grad_squared_error).chunk(2, dim=2)
     factor = torch.cat((of_d + of_m, 2 * of_m), dim=2).float()
     blocks = gradient_blocks(logits)
+    given, logits = logits, evenly_spaced(logits)
+    grad = torch.empty_like(logits)
     if n > 0:
-        with on_device(logits):
-            gradient_kernel[(n * triton.cdiv(height * width, blocks["BLOCK_P"]),)](
-                factor, logits, target, grad, height, width, height * width,
-                *logits.stride(), *target.stride(), *grad.stride(), ignore_index, **blocks,
-            )  # fmt: skip
-    return grad
+        launch(gradient_kernel, (n * triton.cdiv(height * width, blocks["BLOCK_P"]),),
+            factor, logits, target.contiguous(), grad, height * width,
+            *strides(logits), *strides(grad), ignore_index, **blocks,
+        )  # fmt: skip
+    return in_layout_of(given, grad)
 
 
 def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
@@ -573,12 +567,23 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     blocks = matrix_blocks(logits)
     tiles = triton.cdiv(points, blocks["BLOCK_I"])
     if n > 0:
-        with on_device(logits):
-            matrix_kernel[(n * tiles, tiles)](
-                logits, affinity, height, width, points, *logits.stride(),
-                GRIDS=tuple(grid_sizes), **blocks,
-            )  # fmt: skip
+        launch(matrix_kernel, (n * tiles, tiles),
+            logits, affinity, height, width, points, *logits.stride(),
+            GRIDS=tuple(grid_sizes), **blocks,
+        )  # fmt: skip
     return affinity
+
+
+def evenly_spaced(logits: Tensor) -> Tensor:
+    """Logits whose pixels have one distance from each other: others are copied."""
+    return logits.contiguous() if pixel_step(logits) is None else logits
+
+
+def strides(logits: Tensor) -> tuple[int, int, int]:
+    """From image to image, class to class and pixel to pixel."""
+    step = pixel_step(logits)
+    assert step is not None
+    return logits.stride(0), logits.stride(1), step
 
 
 def all_classes(logits: Tensor) -> dict[str, int]:

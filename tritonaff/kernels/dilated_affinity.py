@@ -32,7 +32,7 @@ from tritonaff.kernels.shared import (
     INTERPRETED,
     first_pixel,
     is_inside,
-    on_device,
+    launch,
     rows_and_columns,
     steps_in_32_bits,
 )
@@ -290,12 +290,11 @@ def forward(
     losses = logits.new_empty(*shape, LOSSES, group_size + 1, dtype=torch.float32)
     counts = logits.new_empty(*shape, COUNTS, group_size + 1, dtype=torch.int32)
     if n > 0:
-        with on_device(logits):
-            tables_kernel[grid](
-                logits, target, losses, counts,
-                height, width, num_pairs(logits), num_steps, *logits.stride(), *target.stride(),
-                gamma, ignore_index, **block,
-            )  # fmt: skip
+        launch(tables_kernel, grid,
+            logits, target, losses, counts,
+            height, width, num_pairs(logits), num_steps, *logits.stride(), *target.stride(),
+            gamma, ignore_index, **block,
+        )  # fmt: skip
     loss_sum = losses.sum(dim=0).mT.contiguous()
     pixel_count, same, correct_different, correct_same = counts.sum(dim=0).unbind(dim=1)
     different = pixel_count * torch.arange(group_size, -1, -1, device=logits.device)
@@ -318,13 +317,12 @@ def backward(
     grad = torch.empty_like(logits)
     block = blocks(logits, offsets, group_size)
     if n > 0:
-        with on_device(logits):
-            gradient_kernel[pixel_grid(logits, block["BLOCK_P"])](
-                grad_loss_sum, logits, target, grad,
-                height, width, num_pairs(logits),
-                *logits.stride(), *grad.stride(), *target.stride(),
-                gamma, ignore_index, **block,
-            )  # fmt: skip
+        launch(gradient_kernel, pixel_grid(logits, block["BLOCK_P"]),
+            grad_loss_sum, logits, target, grad,
+            height, width, num_pairs(logits),
+            *logits.stride(), *grad.stride(), *target.stride(),
+            gamma, ignore_index, **block,
+        )  # fmt: skip
     return grad
 
 

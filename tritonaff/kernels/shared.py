@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Chosen when Triton decorates the tiles. The interpreter takes its time per program and per operation,
+# Chosen when Triton decorates the tiles. The interpreter takes its time per program and operation,
 # whatever the size: its blocks are larger than a GPU's.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # A step in pixels that is outside any image, from wherever, and does not overflow 32 bits.
@@ -72,11 +73,22 @@ def pixels(HW, W, BLOCK_P: tl.constexpr):
     return n, first + tl.arange(0, BLOCK_P), h, w
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches go to the tensor's device, not to the current one."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    guard: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(
-        tensor.device
-    )
-    return guard
+def pixel_step(logits: Tensor) -> int | None:
+    """The distance of consecutive pixels in memory, None where it is not one."""
+    _, _, height, width = logits.shape
+    if width == 1:
+        return 1 if height == 1 else logits.stride(2)
+    step = logits.stride(3)
+    return step if height == 1 or logits.stride(2) == width * step else None
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """On the device of the first tensor, not on the current one. Products are fused with sums,
+    which Triton leaves out from version 3.10 on unless it is told.
+    """
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    device: AbstractContextManager[object] = nullcontext()
+    if tensor.device.type != "cpu":
+        device = torch.get_device_module(tensor.device).device(tensor.device)
+    with device:
+        kernel[programs](*args, enable_fp_fusion=True, **options)
