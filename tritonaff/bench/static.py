@@ -135,7 +135,10 @@ GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile(LOGITS)}
 GATE_ELEMENTS = 4 * len(RATES) * GATES["BLOCK_P"]
 ALL_CLASSES = affinity_propagation.all_classes(LOGITS)
 NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
-SUM: dict[str, Any] = {"RATES": RATES, **affinity_propagation.tile(LOGITS)}
+SUM: dict[str, Any] = {
+    **affinity_propagation.steps(list(RATES), IMAGES[2]),
+    **affinity_propagation.tile(LOGITS),
+}
 SUM_ELEMENTS = 19 * SUM["BLOCK_P"]
 OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
 NUM_OFFSETS = len(OFFSETS) // 2
@@ -347,7 +350,7 @@ TILES = (
         TABLES,
         NUM_OFFSETS * TABLES["BLOCK_P"] * TABLES_STEPS,
         moved=LOGIT + 8 / NUM_OFFSETS,
-        trips=TABLES_STEPS,
+        trips=(NUM_OFFSETS // 8, TABLES_STEPS),
         per_pixel=NUM_OFFSETS,
     ),
     Tile(

@@ -31,6 +31,7 @@ or divisible by 16.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -83,7 +84,9 @@ def pixels_to_load(HW, W, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def neighbour(s, SIGN: tl.constexpr, pixel, h, w, in_image, H, W, RATES: tl.constexpr):
+def neighbour(
+    s, SIGN: tl.constexpr, pixel, h, w, in_image, H, W, RATES: tl.constexpr, IN_PAIRS: tl.constexpr
+):  # fmt: skip
     """Which pixels have neighbour s (or are it, if the sign is -1), and the index of that pixel; or
     their own index, where there is none.
     """
@@ -94,7 +97,10 @@ def neighbour(s, SIGN: tl.constexpr, pixel, h, w, in_image, H, W, RATES: tl.cons
     dy, dx = step_in(s % 8)
     dy, dx = dy * (SIGN * r1), dx * (SIGN * r2)
     there = in_image & is_inside(h + dy, w + dx, H, W)
-    return there, tl.where(there, pixel + (dy * tl.cast(W, tl.int64) + dx), pixel)
+    index = tl.where(there, pixel + (dy * tl.cast(W, tl.int64) + dx), pixel)
+    if IN_PAIRS:  # one load for two: newer versions of Triton see it themselves
+        index = tl.max_contiguous(index, 2)
+    return there, index
 
 
 @triton.jit
@@ -155,7 +161,7 @@ def gates_kernel(
 @triton.jit
 def y_of_classes(
     p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours,
-    RATES: tl.constexpr, CLASSES: tl.constexpr,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """y of some classes, and their sum."""
     p = load_classes(p_ptr + place[0], HW, CLASSES)
@@ -164,7 +170,7 @@ def y_of_classes(
         y += (own_weight * p[c],)
     # Their number is no constant: the compiler would unroll the loop, and registers spill.
     for s in range(neighbours):
-        _, index = neighbour(s, 1, *place, H, W, RATES)
+        _, index = neighbour(s, 1, *place, H, W, RATES, IN_PAIRS)
         gate = tl.load(gates_ptrs)  # 0 where there is no neighbour
         gates_ptrs += HW
         y = add_product(y, gate, load_classes(p_ptr + index, HW, CLASSES), CLASSES)
@@ -198,7 +204,8 @@ def largest_of_classes(largest, ptrs, HW, CLASSES: tl.constexpr):
 def step_kernel(
     p_ptr, gates_ptr, out_ptr, total_ptr,
     H, W, HW, neighbours, self_weight,
-    RATES: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, pixel, h, w, in_image = pixels_to_load(HW, W, BLOCK_P)
     place = (pixel, h, w, in_image)
@@ -221,7 +228,7 @@ def step_kernel(
     y_ptrs = out_ptrs
     for _ in range(BLOCKS):
         y, part = y_of_classes(
-            p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, BLOCK_C
+            p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, IN_PAIRS, BLOCK_C
         )  # fmt: skip
         store_classes(y_ptrs, y, 0.0, 1.0, HW, in_image, BLOCK_C)
         total += part
@@ -229,7 +236,7 @@ def step_kernel(
         y_ptrs += BLOCK_C * HW
         tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     y, part = y_of_classes(
-        p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, LAST
+        p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, IN_PAIRS, LAST
     )  # fmt: skip
     total += part
     total = tl.where(total == 0, float("inf"), total)
@@ -274,13 +281,14 @@ def through_largest(
 def grad_of_classes(
     grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
     place, H, W, HW, neighbours,
-    RATES: tl.constexpr, NEEDS_P: tl.constexpr, NEEDS_GATES: tl.constexpr, CLASSES: tl.constexpr,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
+    NEEDS_P: tl.constexpr, NEEDS_GATES: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of p of some classes, and its product with p. Adds to that of the gates."""
     grad_y = load_classes(grad_y_ptr + place[0], HW, CLASSES)
     if NEEDS_GATES:  # of this pixel, for its neighbours
         for s in range(neighbours):
-            there, index = neighbour(s, 1, *place, H, W, RATES)
+            there, index = neighbour(s, 1, *place, H, W, RATES, IN_PAIRS)
             before = tl.load(grad_gates_ptrs, mask=there)
             grad_gate = scalar_product(grad_y, load_classes(p_ptr + index, HW, CLASSES), CLASSES)
             tl.store(grad_gates_ptrs, before + grad_gate, mask=there)
@@ -290,7 +298,7 @@ def grad_of_classes(
         grad_p += (own_weight * grad_y[c] + tl.where(first == c, to_largest, 0.0),)
     if NEEDS_P:  # from the pixels whose neighbour this one is
         for s in range(neighbours):
-            there, index = neighbour(s, -1, *place, H, W, RATES)
+            there, index = neighbour(s, -1, *place, H, W, RATES, IN_PAIRS)
             gate = tl.load(gates_ptr + index, mask=there, other=0.0)
             gates_ptr += HW
             values = load_classes(grad_y_ptr + index, HW, CLASSES)
@@ -303,7 +311,8 @@ def grad_of_classes(
 def step_backward_kernel(
     grad_y_ptr, p_ptr, gates_ptr, before_ptr, grad_gates_ptr, out_ptr,
     H, W, HW, neighbours, self_weight,
-    RATES: tl.constexpr, IS_FIRST: tl.constexpr, NEEDS_P: tl.constexpr, NEEDS_GATES: tl.constexpr,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
+    IS_FIRST: tl.constexpr, NEEDS_P: tl.constexpr, NEEDS_GATES: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, pixel, h, w, in_image = pixels_to_load(HW, W, BLOCK_P)
@@ -338,7 +347,7 @@ def step_backward_kernel(
     for _ in range(BLOCKS):
         grad_p, part = grad_of_classes(
             grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
-            place, H, W, HW, neighbours, RATES, NEEDS_P, NEEDS_GATES, BLOCK_C,
+            place, H, W, HW, neighbours, RATES, IN_PAIRS, NEEDS_P, NEEDS_GATES, BLOCK_C,
         )  # fmt: skip
         if NEEDS_P:
             store_classes(grad_p_ptrs, grad_p, 0.0, 1.0, HW, in_image, BLOCK_C)
@@ -350,7 +359,7 @@ def step_backward_kernel(
         tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     grad_p, part = grad_of_classes(
         grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
-        place, H, W, HW, neighbours, RATES, NEEDS_P, NEEDS_GATES, LAST,
+        place, H, W, HW, neighbours, RATES, IN_PAIRS, NEEDS_P, NEEDS_GATES, LAST,
     )  # fmt: skip
     if NEEDS_P:
         if IS_FIRST:
@@ -446,8 +455,8 @@ def backward(
         launch(step_backward_kernel, grid(probs, tile(probs)),
             grad_y, p, gates, totals.pop() if t > 0 else gates, grad_gates, other,
             height, width, height * width, 4 * len(rates), self_weight,
-            RATES=steps_in_32_bits(rates), IS_FIRST=t == 0, NEEDS_P=t > 0 or needs_probs,
-            NEEDS_GATES=needs_affinity, **tile(probs),
+            IS_FIRST=t == 0, NEEDS_P=t > 0 or needs_probs, NEEDS_GATES=needs_affinity,
+            **steps(rates, width), **tile(probs),
         )  # fmt: skip
         grad_y, other = other, grad_y
     if needs_probs:
@@ -477,7 +486,7 @@ def launch_step(
     height, width = p.shape[2:]
     launch(step_kernel, grid(p, tile(p)),
         p, gates, out, total, height, width, height * width, 4 * len(rates), self_weight,
-        RATES=steps_in_32_bits(rates), **tile(p),
+        **steps(rates, width), **tile(p),
     )  # fmt: skip
 
 
@@ -488,6 +497,12 @@ def new_iterate(probs: Tensor) -> Tensor:
 def new_total(probs: Tensor) -> Tensor:
     n, _, height, width = probs.shape
     return probs.new_empty(n, height, width, dtype=torch.float32)
+
+
+def steps(rates: list[int], width: int) -> dict[str, Any]:
+    """And whether two pixels that begin at an even one have a neighbour both or neither."""
+    in_pairs = width % 2 == 0 and all(step % 2 == 0 for step in rates[1::2])
+    return {"RATES": steps_in_32_bits(rates), "IN_PAIRS": in_pairs}
 
 
 def tile(probs: Tensor) -> dict[str, int]:

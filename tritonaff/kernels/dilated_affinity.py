@@ -82,7 +82,7 @@ def pointers(ptr, h, pair, stride_h, stride_w):
 @triton.jit
 def signals(
     ptrs, h, w, H, W, stride_h, stride_w, ignore_index,
-    OFFSETS: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    group, OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Bit masks of different and of same signals, GROUP_SIZE bits with the first one's on top."""
     inside = is_inside(h, w, H, W)
@@ -93,7 +93,7 @@ def signals(
     for s in tl.static_range(GROUP_SIZE):
         there, label_j = neighbor(
             ptrs, h, w, H, W, stride_h, stride_w,
-            OFFSETS[2 * (GROUP * GROUP_SIZE + s)], OFFSETS[2 * (GROUP * GROUP_SIZE + s) + 1],
+            *offset_of(group, s, OFFSETS, GROUP_SIZE),
         )  # fmt: skip
         different |= tl.where(label_j != label, 1 << (GROUP_SIZE - 1 - s), 0)
         valid |= tl.where(there & (label_j != ignore_index), 1 << (GROUP_SIZE - 1 - s), 0)
@@ -102,10 +102,20 @@ def signals(
 
 
 @triton.jit
-def neighbor(ptrs, h, w, H, W, stride_h, stride_w, DY: tl.constexpr, DX: tl.constexpr):
+def offset_of(group, s: tl.constexpr, OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Rows and columns to a neighbour."""
+    dy, dx = OFFSETS[2 * s], OFFSETS[2 * s + 1]
+    for g in tl.static_range(1, len(OFFSETS) // (2 * GROUP_SIZE)):
+        dy = tl.where(group == g, OFFSETS[2 * (g * GROUP_SIZE + s)], dy)
+        dx = tl.where(group == g, OFFSETS[2 * (g * GROUP_SIZE + s) + 1], dx)
+    return dy, dx
+
+
+@triton.jit
+def neighbor(ptrs, h, w, H, W, stride_h, stride_w, dy, dx):
     """Which pixels have this neighbour, and its label."""
-    there = is_inside(h + DY, w + DX, H, W)
-    step = DY * tl.cast(stride_h, tl.int64) + DX * tl.cast(stride_w, tl.int64)
+    there = is_inside(h + dy, w + dx, H, W)
+    step = dy * tl.cast(stride_h, tl.int64) + dx * tl.cast(stride_w, tl.int64)
     return there, tl.load(ptrs + step, mask=there).to(tl.int64)
 
 
@@ -166,7 +176,8 @@ def tables_kernel(
     GROUPS: tl.constexpr = len(OFFSETS) // (2 * GROUP_SIZE)
     # One place for both tables: two pointers spill registers on sm_80.
     place = tl.program_id(0).to(tl.int64) * (GROUPS * (GROUP_SIZE + 1))
-    for group in tl.static_range(GROUPS):
+    # One body for all groups: four take five times as long to compile.
+    for group in range(GROUPS):
         # The last category, without different signals, is on its own: the others are a power of 2.
         different_k = tl.zeros((BLOCK_K, BLOCK_PAIRS, 2), tl.float32)
         same_k = tl.zeros((BLOCK_K, BLOCK_PAIRS, 2), tl.float32)
@@ -180,7 +191,7 @@ def tables_kernel(
             different, same = signals(
                 pointers(target_ptr, h, pair, target_stride_h, target_stride_w),
                 h, w, H, W, target_stride_h, target_stride_w, ignore_index,
-                OFFSETS, group, GROUP_SIZE,
+                group, OFFSETS, GROUP_SIZE,
             )  # fmt: skip
             x_ptrs = pointers(logits_ptr, h, pair, stride_h, stride_w)
             loss_different = tl.zeros((1, BLOCK_PAIRS, 2), tl.float32)
@@ -253,7 +264,7 @@ def gradient_kernel(
     for group in tl.static_range(len(OFFSETS) // (2 * GROUP_SIZE)):
         different, same = signals(
             label_ptrs, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
-            OFFSETS, group, GROUP_SIZE,
+            group, OFFSETS, GROUP_SIZE,
         )  # fmt: skip
         of_category = coefficients_ptr + 2 * (GROUP_SIZE - bits_of_bytes(different))
         of_different, of_same = tl.load(of_category), tl.load(of_category + 1)
