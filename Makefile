@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint format wheel clean
+# The tiles as a GPU runs them, on a machine without one.
+TILE_TESTS := ptx affinity_field affinity_propagation affinity_regression dilated_affinity compile
+
+.PHONY: demo test test-ptx bench lint format wheel clean
 
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/train_segmentation.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+test-ptx: $(VENV)/test.stamp
+	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" $(TILE_TESTS:%=tests/test_%.py) $(ARGS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m tritonaff.bench run $(ARGS)

@@ -1,4 +1,4 @@
-"""The emulator of a GPU: Triton's language against PyTorch, and what it is to find. ``make ptx``
+"""The emulator of a GPU: Triton's language against PyTorch, and what it is to find. ``make test-ptx``
 runs it, with the tests of the tiles.
 """
 
