@@ -164,8 +164,8 @@ def evaluate(op, arguments):
 
 def far_strides(op):
     near = inputs(op, 3, 5, 6)
-    # Where pixels do not follow one another, the affinity field's tiles see a copy.
-    planes = op == "affinity_field"
+    # Where pixels do not follow one another, these tiles see a copy.
+    planes = op in ("affinity_field", "affinity_regression_every_pixel")
     far = {name: stretched(tensor, planes) for name, tensor in near.items()}
     expected = evaluate(op, near)
     allocate_sparsely()
@@ -180,12 +180,13 @@ def far_pixels(op):
     interpret_the_last_program_alone()
     allocate_sparsely()
     kernels.BLOCK_SUM, kernels.PATCHES_IN_A_PROGRAM = 1 << 20, 1
+    kernels.COUNT_PROGRAMS = 1 << 30
     checks.check_label_values = checks.check_matrices_fit = lambda *_: None
     width = 1 if op == "square_root_affinity" else 8
     rows = 1 << 12
 
     def tall(row, height):
-        if op not in ("affinity_field", "affinity_propagation"):
+        if op in ("dilated_affinity", "square_root_affinity"):
             return row.expand(*row.shape[:-2], height, width)
         # Pixels that follow one another, for it copies others: in memory are those at the end.
         shape = *row.shape[:-2], height, width
