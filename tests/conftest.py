@@ -13,11 +13,13 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ptx", action="store_true", help="tiles are compiled and emulated")
+    parser.addoption("--ptx", action="store_true", help="no GPU: tiles are compiled and emulated")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
+        if config.getoption("--ptx"):
+            raise pytest.UsageError("--ptx is for machines without a GPU")
         return
     if config.getoption("--ptx"):
         from ptx import emulated

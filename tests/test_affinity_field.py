@@ -261,6 +261,7 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
     monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
     monkeypatch.setattr(kernels, "BLOCK_SUM", 2)
+    monkeypatch.setattr(kernels, "COUNT_PROGRAMS", 2)  # several patches each
     check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, 13), device=device))
 
 
@@ -444,8 +445,12 @@ def test_confident_logits_keep_their_digits(backend, device):
     exact = evaluate(case, "reference", logits.double(), target)
     eager = evaluate(case, "reference", logits, target)
     ours = evaluate(case, backend, logits, target)
-    # NVIDIA's logarithm may be off by 2^-22, four roundings.
-    of_sum = 8e-6 if backend == "triton" else 2e-6
+    of_sum = 2e-6
+    if backend == "triton":
+        from tritonaff.kernels.affinity_field import has_fast_log
+
+        if has_fast_log():  # it may be off by 2^-22, four roundings
+            of_sum = 8e-6
     for name, allowed in (("non_edge_sum", of_sum), ("gradient", 2e-6)):
         error = ((ours[name] - exact[name]).norm() / exact[name].norm()).item()
         of_eager = ((eager[name] - exact[name]).norm() / exact[name].norm()).item()

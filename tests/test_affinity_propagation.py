@@ -281,7 +281,7 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(backend, device, layout):
     probs, affinity = (laid_out(x, layout) for x in make((2, 3, 5, 6), device=device))
     affinity = affinity[:, :8]

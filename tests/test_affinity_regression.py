@@ -224,6 +224,27 @@ def test_nothing_is_left_unwritten(backend, device, poisoned_memory, grid_sizes)
             assert tritonaff.square_root_affinity(logits, grid_sizes).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[..., 1:, :-2],
+        lambda x: x.mT,
+        lambda x: x[:, :, :1].expand(-1, -1, 5, -1),
+        lambda x: 0 * x[:, :, :1, :1].expand(-1, -1, 5, 8),
+        lambda x: x[:, :, ::2, :1],
+        lambda x: x[:, :, :1, ::2],
+        lambda x: x[:, :, :1, :1],
+        # Its pixels are evenly spaced, those of what torch.empty_like makes of it are not.
+        lambda x: x[:, 0].movedim(0, 2).contiguous().movedim(2, 0)[:, None].expand(-1, 3, -1, -1),
+    ],
+)
+def test_any_strides(backend, device, view):
+    torch.manual_seed(0)
+    logits = view(torch.randn(2, 3, 15, 16, device=device))
+    target = torch.arange(logits[:, 0].numel(), device=device).view_as(logits[:, 0]) % 3
+    check_parity(case_with(None), backend, logits, target)
+
+
 @pytest.mark.parametrize("grid_sizes", [(12, 6), None])
 def test_same_bits_every_time(backend, device, grid_sizes):
     if backend == "portable":

@@ -1,5 +1,6 @@
-"""The emulator of a GPU: Triton's language against PyTorch, and what it is to find. ``make test-ptx``
-runs it, with the tests of the tiles.
+"""The emulator of a GPU: Triton's language against PyTorch, and what it is to find.
+
+``make test-ptx`` runs it, with the tests of the tiles.
 """
 
 import pytest
@@ -49,6 +50,30 @@ def test_numbers(warps):
     ]  # fmt: skip
     # 2^-22, what a GPU's approximations may be off by, and sums in another order.
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-6, atol=2e-5)
+
+
+@triton.jit
+def not_numbers_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    tl.store(out_ptr + i, tl.maximum(x, y))
+    tl.store(out_ptr + SIZE + i, tl.maximum(x, y, tl.PropagateNan.ALL))
+    tl.store(out_ptr + 2 * SIZE + i, tl.where(x < y, 1.0, 0.0))
+    tl.store(out_ptr + 3 * SIZE + i, tl.where(x != y, 1.0, 0.0))
+    tl.store(out_ptr + 4 * SIZE + i, x.to(tl.int32).to(tl.float32))
+
+
+def test_not_numbers():
+    """A GPU's maximum is the other one, if one of two is not a number."""
+    nan, inf = torch.nan, torch.inf
+    x = torch.tensor([nan, 1.0, nan, inf]).repeat(8)
+    y = torch.tensor([2.0, nan, nan, nan]).repeat(8)
+    out = torch.zeros(5, 32)
+    not_numbers_kernel[1,](x, y, out, 32, num_warps=1)
+    largest = 2.0**31
+    expected = [[2, 1, nan, inf], [nan] * 4, [0] * 4, [1] * 4, [0, 1, 0, largest]]
+    expected = torch.tensor(expected).float().repeat(1, 8)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit
@@ -150,7 +175,7 @@ def test_a_wrong_address_is_an_error():
     x, out = torch.randn(2 * SIZE), torch.zeros(SIZE)
     copy_kernel[1,](x, out, 4, SIZE, num_warps=1)
     assert torch.equal(out, x[4 : SIZE + 4])
-    with pytest.raises(AccessError, match="belongs to no tensor"):
+    with pytest.raises(AccessError, match="is in no storage"):
         copy_kernel[1,](x, out, SIZE + 4, SIZE, num_warps=1)
     with pytest.raises(AccessError, match="is not aligned"):
         copy_kernel[1,](x, out, 2, SIZE, num_warps=1)

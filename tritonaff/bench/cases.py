@@ -201,7 +201,7 @@ def obstacle(case: Case, shape: Shape) -> str | None:
 def evaluate(case: Case, backend: str, *inputs: Tensor) -> dict[str, Tensor]:
     """The tables, the loss and its gradients, by name: "gradient" is that of the logits."""
     inputs = tuple(
-        x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
+        x.detach().requires_grad_(x.is_floating_point())  # strides and all
         for x in inputs
     )
     with use_backend(backend):

@@ -441,11 +441,13 @@ def attempt(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any
         row = {"status": "left out", "error": str(reason)}
     except Exception as error:
         row = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    return {**row, "took_s": round(time.perf_counter() - start, 1)}
+    return {"took_s": round(time.perf_counter() - start, 1), **row}
 
 
 def run_tests(file: str, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", f"tests/{file}"]
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/{file}"]
+    start = time.perf_counter()
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
     except subprocess.TimeoutExpired as late:
@@ -453,7 +455,7 @@ def run_tests(file: str, seconds: float) -> dict[str, Any]:
     lines = (result.stdout + result.stderr).strip().splitlines() or [""]
     if result.returncode != 0:
         raise AssertionError("\n".join([lines[-1], *lines[-40:]]))
-    return {"summary": lines[-1]}
+    return {"summary": lines[-1], "took_s": round(time.perf_counter() - start, 1)}
 
 
 def exercise(device: torch.device) -> None:
@@ -535,7 +537,7 @@ def run(args: argparse.Namespace) -> int:
     keys = [f"correctness {file}" for file in files]
     done = True
     if "correctness" in args.only:
-        # Side by side: what takes their time is the compiler, which has one core for each.
+        # Side by side: what takes their time is the compiler, which keeps one core busy.
         with ThreadPoolExecutor(len(files)) as pool:
             tests = {
                 key: pool.submit(run_tests, file, left())

@@ -116,9 +116,8 @@ PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
-COUNTED_PATCHES = affinity_field.patches_of(BATCH) / affinity_field.count_programs(
-    affinity_field.patches_of(BATCH)
-)
+PATCHES = affinity_field.patches_of(BATCH)
+COUNTED_PATCHES = PATCHES / affinity_field.count_programs(PATCHES)
 PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / affinity_field.PATCHES_IN_A_PROGRAM
 PIXELS = affinity_field.pixel_blocks(BATCH)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
@@ -380,8 +379,12 @@ def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
     constant.
     """
     options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS), "enable_fp_fusion": True}
-    triton.runtime.driver.set_active(Device(TARGETS[target]))
-    return triton.compile(_source(tile, size_1), target=TARGETS[target], options=options)
+    driver = triton.runtime.driver
+    before, driver._active = driver._active, Device(TARGETS[target])
+    try:
+        return triton.compile(_source(tile, size_1), target=TARGETS[target], options=options)
+    finally:
+        driver._active = before
 
 
 def analyse(tile: Tile, target: str) -> dict[str, Any]:

@@ -550,7 +550,7 @@ def backward(
     factor = torch.cat((of_d + of_m, 2 * of_m), dim=2).float()
     blocks = gradient_blocks(logits)
     given, logits = logits, evenly_spaced(logits)
-    grad = torch.empty_like(logits)
+    grad = evenly_spaced(torch.empty_like(logits))
     if n > 0:
         launch(gradient_kernel, (n * triton.cdiv(height * width, blocks["BLOCK_P"]),),
             factor, logits, target.contiguous(), grad, height * width,
