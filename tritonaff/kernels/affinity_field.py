@@ -37,6 +37,8 @@ from triton.language.target_info import is_cuda
 
 from tritonaff.kernels.shared import (
     INTERPRETED,
+    even_strides,
+    evenly_spaced,
     first_pixel,
     is_inside,
     launch,
@@ -248,14 +250,15 @@ def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def statistics_kernel(
     logits_ptr, target_ptr, top_ptr, rest_ptr, label_ptr, totals_ptr, entries_ptr,
-    C, HW, stride_n, stride_c, target_stride_n, ignore_index, TOTALS, ENTRIES,
+    C, HW, stride_n, stride_c, stride_p, target_stride_n, ignore_index, TOTALS, ENTRIES,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, first = first_pixel(HW, BLOCK_P)
     pixel = tl.arange(0, BLOCK_P)[None, :]  # from there
     mask = pixel < HW - first
     row = tl.arange(0, BLOCK_C)[:, None]
-    x_ptr = logits_ptr + n * stride_n + first + row.to(tl.int64) * stride_c + pixel
+    x_ptr = logits_ptr + n * stride_n + first * stride_p
+    x_ptr += row.to(tl.int64) * stride_c + pixel.to(tl.int64) * stride_p
 
     # Of every BLOCK_C-th class first; together at the end. The largest is left out of the sum, not
     # subtracted from it: 1 - p of a confident pixel is this sum, and it may be far below the
@@ -930,7 +933,9 @@ def statistics(
     statistics top and rest (N, 1, H, W).
     """
     n, num_classes, height, width = logits.shape
-    logits, target = planes(logits), target.contiguous()
+    # Not planes: a program reads all classes of its pixels, and what it does not need at once waits
+    # in a cache.
+    logits, target = evenly_spaced(logits), target.contiguous()
     top = logits.new_empty(n, 1, height, width)  # one of them
     rest = torch.empty_like(top, dtype=torch.float32)
     label = torch.empty_like(top, dtype=torch.int16)
@@ -940,7 +945,7 @@ def statistics(
     if n > 0:
         launch(statistics_kernel, pixel_grid(logits),
             logits, target, top, rest, label, totals, counts, num_classes, height * width,
-            logits.stride(0), logits.stride(1), target.stride(0), ignore_index,
+            *even_strides(logits), target.stride(0), ignore_index,
             totals.numel(), counts.numel(), **pixel_blocks(logits),
         )  # fmt: skip
         for i, (sizes, _, patch) in enumerate(parts(kernel_sizes, logits)):

@@ -34,10 +34,11 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import (
     INTERPRETED,
+    even_strides,
+    evenly_spaced,
     first_pixel,
     launch,
     load_label,
-    pixel_step,
     rows_and_columns,
 )
 from tritonaff.portable.affinity_regression import factors, squared_error_of
@@ -508,7 +509,7 @@ def forward(
         tiles = triton.cdiv(num_classes, blocks["BLOCK_A"])
         launch(gram_kernel, (splits * n, tiles * tiles),
             logits, target.contiguous(), partial, count, height * width, n,
-            *strides(logits), ignore_index, **blocks,
+            *even_strides(logits), ignore_index, **blocks,
         )  # fmt: skip
     dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
@@ -554,7 +555,7 @@ def backward(
     if n > 0:
         launch(gradient_kernel, (n * triton.cdiv(height * width, blocks["BLOCK_P"]),),
             factor, logits, target.contiguous(), grad, height * width,
-            *strides(logits), *strides(grad), ignore_index, **blocks,
+            *even_strides(logits), *even_strides(grad), ignore_index, **blocks,
         )  # fmt: skip
     return in_layout_of(given, grad)
 
@@ -572,18 +573,6 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
             GRIDS=tuple(grid_sizes), **blocks,
         )  # fmt: skip
     return affinity
-
-
-def evenly_spaced(logits: Tensor) -> Tensor:
-    """Logits whose pixels have one distance from each other: others are copied."""
-    return logits.contiguous() if pixel_step(logits) is None else logits
-
-
-def strides(logits: Tensor) -> tuple[int, int, int]:
-    """From image to image, class to class and pixel to pixel."""
-    step = pixel_step(logits)
-    assert step is not None
-    return logits.stride(0), logits.stride(1), step
 
 
 def all_classes(logits: Tensor) -> dict[str, int]:

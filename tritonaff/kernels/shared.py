@@ -82,6 +82,18 @@ def pixel_step(logits: Tensor) -> int | None:
     return step if height == 1 or logits.stride(2) == width * step else None
 
 
+def evenly_spaced(logits: Tensor) -> Tensor:
+    """Logits whose pixels have one distance from each other: others are copied."""
+    return logits.contiguous() if pixel_step(logits) is None else logits
+
+
+def even_strides(logits: Tensor) -> tuple[int, int, int]:
+    """Of evenly spaced logits: from image to image, class to class and pixel to pixel."""
+    step = pixel_step(logits)
+    assert step is not None
+    return logits.stride(0), logits.stride(1), step
+
+
 def launch(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -> None:
     """On the device of the first tensor, not on the current one. Products are fused with sums,
     which Triton leaves out from version 3.10 on unless it is told.
