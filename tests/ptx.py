@@ -221,12 +221,14 @@ def elements(data: Array, dtype: Any) -> Array:
 # Arithmetic
 
 
+def up_or_down(value: Array, error: float) -> Array:
+    """An error as large as the hardware's may be, its sign as the last digit has it."""
+    return np.where(value.astype(np.float32).view(np.uint32) & 1, error, -error)
+
+
 def off_by(value: Array, relative: float) -> Array:
-    """Rounded as badly as the hardware may: up or down, as the last digits have it."""
-    value = np.atleast_2d(value)
-    sign = np.where(value.astype(np.float32).view(np.uint32) & 1, relative, -relative)
-    # Documented, too: 2 to the power of 0 is 1.
-    return np.where(value == 1, value, value * (1 + sign)).astype(np.float32)
+    off = value * (1 + up_or_down(value, relative))
+    return np.where(value == 1, value, off).astype(np.float32)  # 2 to the power of 0 is 1 exactly
 
 
 def flush(value: Array) -> Array:
@@ -237,9 +239,9 @@ def flush(value: Array) -> Array:
 def logarithm(value: Array) -> Array:
     """Between 0.5 and 2 off absolutely, elsewhere relatively."""
     exact = np.log2(value)
-    sign = np.where(exact.astype(np.float32).view(np.uint32) & 1, 2.0**-22, -(2.0**-22))
+    error = up_or_down(exact, 2.0**-22)
     near = (value > 0.5) & (value < 2)
-    return np.where(near, exact + sign, exact * (1 + sign)).astype(np.float32)
+    return np.where(near, exact + error, exact * (1 + error)).astype(np.float32)
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
