@@ -35,6 +35,7 @@ BAD_OPTIONS = {
     "sizes even": ({"kernel_sizes": (3, 4)}, ValueError, r"must be odd.*got \(3, 4\)"),
     "sizes small": ({"kernel_sizes": (1,)}, ValueError, "must be odd, at least 3"),
     "sizes twice": ({"kernel_sizes": (3, 3)}, ValueError, "distinct"),
+    "sizes huge": ({"kernel_sizes": (2**64 + 1,)}, ValueError, "must fit 64 bits, got"),
     "margin": ({"margin": -1.0}, ValueError, r"margin must be in \[0, inf\), got -1.0"),
     "margin nan": ({"margin": float("nan")}, ValueError, "margin must be in"),
     "margin infinite": ({"margin": float("inf")}, ValueError, "margin must be in"),

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench import measure
+from tritonaff.bench import __main__, measure
 from tritonaff.bench.__main__ import main
 from tritonaff.bench.cases import (
     CASES,
@@ -325,7 +326,7 @@ def test_tiles_compile_for_sizes_that_no_strip_reaches():
     script = """
 from dataclasses import replace
 from tritonaff.bench import static
-_, (far, *_) = static.affinity_field.parts([3, 13, 65], static.BATCH)
+_, far = static.affinity_field.passes([3, 13, 65])
 assert far["RADII"] == (6, 32)
 switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "UNROLL": 1}
 for tile in static.TILES:
@@ -428,3 +429,24 @@ def test_scaling(capsys, tmp_path):
         if grows in ("images", "rows") and op != "affinity_regression":
             # Sums of several buffers, of which some are of a fixed size.
             assert 3 < row["peak_bytes"][2] / row["peak_bytes"][0] < 5
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_what_is_measured(tmp_path, monkeypatch):
+    def git(*arguments):
+        author = ["-c", "user.name=a", "-c", "user.email=a"]
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True)
+
+    for file in ("package/code.py", "tests/test.py", "docs/results/gpu.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    monkeypatch.setattr(__main__, "__file__", str(tmp_path / "package/code.py"))
+    commit = __main__.versions()["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    (tmp_path / "docs/results/gpu.json").write_text("2")
+    assert __main__.versions()["commit"] == commit
+    (tmp_path / "tests/test.py").write_text("2")
+    assert __main__.versions()["commit"] == f"{commit}-dirty"

@@ -4,11 +4,10 @@ transformations.
 
 import pytest
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 import tritonaff
 from tritonaff.bench.cases import make_inputs
+from tritonaff.bench.measure import compiler_works
 
 
 class Step(torch.nn.Module):
@@ -90,15 +89,7 @@ def test_cross_entropy_in_the_same_operation(backend, device):
     assert len(graphs) <= 2
 
 
-def has_compiler():
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(not compiler_works(torch.device("cpu")), reason="Inductor needs a C++ compiler")
 def test_inductor(backend, device):
     """The real compiler, once: the op stays opaque in it."""
     logits, target = make_inputs((1, 4, 12, 10), device=device)

@@ -51,7 +51,7 @@ def test_both_orders_and_their_expansion_are_one_rate_twice():
         tritonaff.expand_rates(rates)
 
 
-def test_neighbours_are_row_by_row_without_the_centre():
+def test_neighbors_are_row_by_row_without_the_centre():
     down, across = 2, 5
     assert rate_offsets([(down, across), (1, 1)]) == [
         *(-2, -5, -2, 0, -2, 5, 0, -5, 0, 5, 2, -5, 2, 0, 2, 5),
@@ -60,5 +60,5 @@ def test_neighbours_are_row_by_row_without_the_centre():
 
 
 def test_a_rate_beyond_64_bits():
-    with pytest.raises(ValueError, match="rates must fit 64 bits, got"):
+    with pytest.raises(ValueError, match="rates that is no pair must fit 64 bits, got"):
         tritonaff.expand_rates([2**63])

@@ -281,7 +281,7 @@ def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
         (["empty", "--rates", "1"], "no PNG files in empty"),
         (["broken", "--rates", "1", "--workers", "1"], "no image in broken could be read"),
         (["ignored", "--rates", "1", "--workers", "1"], "all are ignored, --ignore-index 255"),
-        (["labels", "--rates", str(2**63)], "rates must fit 64 bits"),
+        (["labels", "--rates", str(2**63)], "must fit 64 bits"),
         (["labels", "--rates", "1", "1"], "rates must be at least 1 and distinct"),
         (["labels", "--rates", "1", "--ignore-index", str(2**63)], "must fit 64 bits"),
         (["labels", "--rates", "1", "--json", "labels/a.png/b.json"], "labels/a.png"),

@@ -55,24 +55,24 @@ def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
     check_logits(probs, "probs")
     check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     check_one_device("probs", probs, "affinity", affinity)
-    n, _, height, width = probs.shape
-    if tuple(affinity.shape) != (n, 8 * num_rates, height, width):
-        raise ValueError(
-            f"affinity must have the shape (N, 8 R, H, W) = {(n, 8 * num_rates, height, width)} "
-            f"of R = {num_rates} rates and probs {tuple(probs.shape)}, got {tuple(affinity.shape)}"
-        )
+    _check_affinity_shape("affinity", affinity, num_rates, "probs", probs)
 
 
 def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rates: int) -> None:
     check_tensor("affinity_logits", affinity_logits, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     check_target(target)
     check_one_device("affinity_logits", affinity_logits, "target", target)
-    n, height, width = target.shape
-    if tuple(affinity_logits.shape) != (n, 8 * num_rates, height, width):
+    _check_affinity_shape("affinity_logits", affinity_logits, num_rates, "target", target)
+
+
+def _check_affinity_shape(
+    name: str, affinity: Tensor, num_rates: int, of: str, images: Tensor
+) -> None:
+    expected = len(images), 8 * num_rates, *images.shape[-2:]
+    if tuple(affinity.shape) != expected:
         raise ValueError(
-            f"affinity_logits must have the shape (N, 8 R, H, W) = "
-            f"{(n, 8 * num_rates, height, width)} of R = {num_rates} rates and target "
-            f"{tuple(target.shape)}, got {tuple(affinity_logits.shape)}"
+            f"{name} must have the shape (N, 8 R, H, W) = {expected} of R = {num_rates} rates "
+            f"and {of} {tuple(images.shape)}, got {tuple(affinity.shape)}"
         )
 
 
@@ -98,16 +98,15 @@ def check_statistics(
             f"statistics must be (pixel_count, signal_count), got {len(statistics)} of them"
         )
     pixel_count, signal_count = statistics
-    # Their first size is the number of rates.
     check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (len(rates), 9))
     check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (len(rates), 9, 2))
     return pixel_count, signal_count
 
 
-def check_normalizer(normalizer: Any, shape: tuple[int, ...], tables: Tensor) -> Tensor:
+def check_normalizer(normalizer: Any, shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
     """As int64: the total over processes may not fit int32."""
     check_tensor("normalizer", normalizer, COUNT_DTYPES, shape)
-    check_one_device("normalizer", normalizer, "logits", tables)
+    check_one_device("normalizer", normalizer, name, tensor)
     counts: Tensor = normalizer.to(torch.int64)
     return counts
 
@@ -208,8 +207,6 @@ def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"rates must be at least 1 and distinct, at least one of them, got {rates}"
         )
-    if max(max(pair) for pair in pairs) >= 2**63:
-        raise ValueError(f"rates must fit 64 bits, got {rates}")
     return pairs
 
 
@@ -224,10 +221,7 @@ def _check_rate(rate: Any) -> tuple[int, int]:
 
 
 def check_ignore_index(value: Any) -> int:
-    index = check_int("ignore_index", value, at_least=-(2**63))
-    if index >= 2**63:
-        raise ValueError(f"ignore_index must fit 64 bits, got {index}")
-    return index
+    return check_int("ignore_index", value)
 
 
 def check_number(
@@ -250,13 +244,15 @@ def check_number(
     return number
 
 
-def check_int(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """An integer, as a Python int; NumPy's integers too."""
+def check_int(name: str, value: Any, *, at_least: int = -(2**63)) -> int:
+    """An integer of 64 bits, as a Python int; NumPy's integers too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
     integer: int = operator.index(value)
+    if integer < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {integer}")
+    if integer >= 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {integer}")
     return integer
 
 

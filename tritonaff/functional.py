@@ -26,7 +26,8 @@ from tritonaff.ops.backend import current_backend, without_autocast
 from tritonaff.ops.dilated_affinity import dilated_affinity as dilated_affinity_op
 from tritonaff.ops.dilated_affinity import dilated_affinity_target as dilated_affinity_target_op
 from tritonaff.ops.dilated_affinity import neighbor_counts as neighbor_counts_op
-from tritonaff.rates import DIRECTIONS, rate_offsets
+from tritonaff.portable.blocks import precision
+from tritonaff.rates import rate_offsets
 
 VARIANTS = ("paper", "authors")
 WEIGHTINGS = ("sqrt", "neighbor", "signal", "none")
@@ -117,7 +118,7 @@ def affinity_field_terms(
     if not len(non_edge_count):
         # Every class has as many entries.
         non_edge_count = totals.sum(dim=0) // len(edge_count) - edge_count
-    tables, _ = sums()
+    tables, _, _ = sums()
     edge_sum, non_edge_sum = tables.unbind()
     return AffinityFieldTerms(
         edge_sum, non_edge_sum, edge_count.contiguous(), non_edge_count.contiguous()
@@ -133,7 +134,7 @@ def affinity_field_counts(
     eps: float,
     ignore_index: int,
     variant: str,
-) -> tuple[Tensor, Tensor, Callable[..., tuple[Tensor, ...]]]:
+) -> tuple[Tensor, Tensor, Callable[..., tuple[Tensor, Tensor, Tensor | None]]]:
     """Totals (2, K) and counts of entries and pixels as ops/affinity_field.py has them; and a
     function that gives the sums over entries (2, C, K), and of -log p over the pixels of each label
     (C,).
@@ -145,7 +146,7 @@ def affinity_field_counts(
     checks.check_logits_and_target(logits, target)
     kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
     margin = checks.check_number("margin", margin, at_least=0)
-    eps = checks.check_number("eps", eps, at_least=torch.finfo(_precision(logits)).eps, below=0.5)
+    eps = checks.check_number("eps", eps, at_least=torch.finfo(precision(logits)).eps, below=0.5)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_option("variant", variant, VARIANTS)
     if variant == "paper":
@@ -170,7 +171,7 @@ def affinity_field_counts(
         tables = torch.stack((edge_sum, non_edge_sum))
         counts = torch.cat([torch.column_stack((table, pixel_count)) for table in entries])
         totals = torch.stack(entries).sum(dim=1)
-        return totals, counts, lambda *_: (tables, log_loss)
+        return totals, counts, lambda *_: (tables, log_loss, None)
 
     totals, counts, *pixels = affinity_field_statistics_op(
         logits.detach(), target, kernel_sizes, ignore_index, variant, backend
@@ -179,20 +180,15 @@ def affinity_field_counts(
 
     def sums(
         grad_sums: Tensor | None = None, grad_log_loss: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if grad_sums is not None and logits.requires_grad and torch.is_grad_enabled():
-            *tables_and_zero, _ = affinity_field_with_gradient_op(
+            tables, log_loss, zero, _ = affinity_field_with_gradient_op(
                 logits, grad_sums, grad_log_loss, *pixels, *options
             )
-            return tuple(tables_and_zero)
-        return affinity_field_op(logits, *pixels, *options)  # type: ignore[no-any-return]
+            return tables, log_loss, zero
+        return *affinity_field_op(logits, *pixels, *options), None
 
     return totals, counts, sums
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    """Of sums and losses."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def affinity_field_loss(
@@ -387,7 +383,7 @@ def affinity_field_and_cross_entropy(
     )
     pixel_count = counts[: logits.shape[1], -1]
     if normalizer is not None:
-        totals = checks.check_normalizer(normalizer, tuple(totals.shape), logits)
+        totals = checks.check_normalizer(normalizer, tuple(totals.shape), "logits", logits)
     totals, pixel_count = all_reduce((totals, pixel_count), process_group)
 
     weights = edge_weight, non_edge_weight
@@ -395,14 +391,14 @@ def affinity_field_and_cross_entropy(
     if progress is not None:
         coefficients = coefficients * _decay(progress, coefficients)
     of_log_loss = _coefficients_of_log_loss(weight, pixel_count, logits) if cross_entropy else None
-    tables, log_loss, *zero = sums(coefficients, of_log_loss)
+    tables, log_loss, zero = sums(coefficients, of_log_loss)
     tables, log_loss = all_reduce((tables, log_loss), process_group)
     loss = (coefficients * tables).sum()
     if of_log_loss is not None:
         loss = loss + (of_log_loss * log_loss).sum()
-    # Not in the collective, in which all processes must have the same tables.
-    for carrier in zero:
-        loss = loss + (carrier if process_group is None else process_group.size() * carrier)
+    if zero is not None:
+        # Not in the collective, in which all processes must have the same tables.
+        loss = loss + (zero if process_group is None else process_group.size() * zero)
     return loss
 
 
@@ -421,11 +417,11 @@ def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
 def _coefficients_of_log_loss(weight: Tensor | None, pixel_count: Tensor, logits: Tensor) -> Tensor:
     """(C,), which make the weighted mean over pixels; 0 where their weights are."""
     if weight is None:
-        weight = torch.ones_like(pixel_count, dtype=_precision(logits))
+        weight = torch.ones_like(pixel_count, dtype=precision(logits))
     else:
         checks.check_tensor("weight", weight, checks.LOGITS_DTYPES, tuple(pixel_count.shape))
         checks.check_one_device("weight", weight, "logits", logits)
-        weight = weight.to(_precision(logits))
+        weight = weight.to(precision(logits))
     weights = (pixel_count * weight).sum()
     return weight * (weights > 0) / weights.where(weights > 0, 1)
 
@@ -439,7 +435,7 @@ def _coefficients(
     """(2, C, K), which make the sums over sizes of lambda * weighted sum over classes / total; 0
     where nothing counts.
     """
-    dtype, shape = _precision(logits), (logits.shape[1], totals.shape[1])
+    dtype, shape = precision(logits), (logits.shape[1], totals.shape[1])
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
     # them in rounding.
     of_size = (totals > 0).to(dtype)[:, None] / totals.clamp(min=1)[:, None]
@@ -586,7 +582,7 @@ def affinity_regression_loss(
     mean_square = squared_error * counted / pair_count.clamp(min=1)
     images = counted.sum()
     if normalizer is not None:
-        images = checks.check_normalizer(normalizer, (), squared_error)
+        images = checks.check_normalizer(normalizer, (), "logits", logits)
     total, images = all_reduce((mean_square.sum(), images), process_group)
     return total / images.clamp(min=1)
 
@@ -710,9 +706,7 @@ def dilated_affinity_target(
         from tritonaff.reference.dilated_affinity import dilated_affinity_target as reference
 
         return reference(target, pairs, ignore_index=ignore_index)
-    signals: Tensor = dilated_affinity_target_op(
-        target, rate_offsets(pairs), len(DIRECTIONS), ignore_index
-    )
+    signals: Tensor = dilated_affinity_target_op(target, rate_offsets(pairs), ignore_index)
     return signals
 
 
@@ -757,7 +751,7 @@ def neighbor_counts(
         from tritonaff.reference.dilated_affinity import neighbor_counts as reference
 
         return NeighborCounts(*reference(target, pairs, ignore_index=ignore_index))
-    counts = neighbor_counts_op(target, rate_offsets(pairs), len(DIRECTIONS), ignore_index)
+    counts = neighbor_counts_op(target, rate_offsets(pairs), ignore_index)
     return NeighborCounts(*counts)
 
 
@@ -871,7 +865,7 @@ def dilated_affinity_terms(
         tables = reference(affinity_logits, target, pairs, gamma=gamma, ignore_index=ignore_index)
         return DilatedAffinityTerms(*tables)
     tables = dilated_affinity_op(
-        affinity_logits, target, rate_offsets(pairs), len(DIRECTIONS), gamma, ignore_index, backend
+        affinity_logits, target, rate_offsets(pairs), gamma, ignore_index, backend
     )
     return DilatedAffinityTerms(*tables)
 
@@ -948,7 +942,9 @@ def dilated_affinity_loss(
         affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
     )
     if normalizer is not None:
-        counts = checks.check_normalizer(normalizer, (len(pairs), 9, 3), loss_sum)
+        counts = checks.check_normalizer(
+            normalizer, (len(pairs), 9, 3), "affinity_logits", loss_sum
+        )
         pixel_count, signal_count = counts[..., 0], counts[..., 1:]
     tables = loss_sum, signal_count, pixel_count
     loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
@@ -997,7 +993,7 @@ def signal_weight(weighting: str, pixel_count: Tensor, signal_count: Tensor) -> 
         [[2.0, 2.0], [1.0, 1.0]]
     """
     checks.check_option("weighting", weighting, WEIGHTINGS)
-    dtype = torch.float64 if pixel_count.dtype == torch.float64 else torch.float32
+    dtype = precision(pixel_count)
     pixels = pixel_count.detach().to(dtype) + 1
     if weighting == "none":
         weight = torch.ones_like(pixels)

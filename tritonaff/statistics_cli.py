@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonaff.functional import WEIGHTINGS
+from tritonaff.functional import WEIGHTINGS, neighbor_counts
 from tritonaff.rates import expand_rates
 from tritonaff.statistics import NeighborStatistics
 from tritonaff.version import __version__
@@ -115,15 +115,15 @@ def _run(args: argparse.Namespace) -> int:
 
     statistics = NeighborStatistics(rates, args.ignore_index)
     skipped = []
-    counts = torch.zeros(len(rates), 9, 3, dtype=torch.int64)
     with _results(paths, rates, args.ignore_index, args.workers) as results:
         for path, result in zip(paths, _progress(results, len(paths)), strict=True):
             if isinstance(result, str):
                 skipped.append(str(path.relative_to(args.labels)))
                 print(f"tritonaff-stats: skipped {skipped[-1]}: {result}", file=sys.stderr)
             else:
-                counts += torch.tensor(result)
-    statistics.pixel_count, statistics.signal_count = counts[..., 0], counts[..., 1:]
+                pixel_count, signal_count = map(torch.tensor, result)
+                statistics.pixel_count += pixel_count
+                statistics.signal_count += signal_count
     images = len(paths) - len(skipped)
     if not images:
         raise ValueError(f"no image in {args.labels} could be read")
@@ -205,18 +205,15 @@ def _use_one_thread() -> None:
 
 
 def count_file(path: Path, rates: Rates, ignore_index: int) -> Result:
-    """The counts (R, 9, 3) of an image, pixels before both kinds of signals; why not, if it is no
-    label image. Not as a tensor: sending one to another process costs a file descriptor.
+    """The counts (R, 9) of pixels and (R, 9, 2) of signals of an image; why not, if it is no label
+    image. Not as tensors: sending one to another process costs a file descriptor.
     """
     try:
         target = read_label(path)
     except Exception as error:  # Pillow's decoders raise what they like
         return str(error) or type(error).__name__
-    statistics = NeighborStatistics(rates, ignore_index)
-    statistics.update(target[None])
-    counts = torch.cat((statistics.pixel_count[..., None], statistics.signal_count), dim=-1)
-    result: list[Any] = counts.tolist()
-    return result
+    counts = neighbor_counts(target[None], rates, ignore_index=ignore_index)
+    return [count.tolist() for count in counts]
 
 
 def read_label(path: Path) -> Tensor:

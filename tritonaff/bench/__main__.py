@@ -394,11 +394,15 @@ def versions() -> dict[str, str]:
         result["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         result["triton"] = "none"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # Results, and the page about them, change while it is measured.
+    status = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs"]
     try:
-        result["commit"] = subprocess.run(
-            git, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit, changes = (
+            subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout.strip()
+            for what in (["describe", "--always"], status)
+        )
+        result["commit"] = commit + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         result["commit"] = "unknown"
     return result

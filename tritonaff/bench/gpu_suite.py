@@ -1,8 +1,8 @@
 """The figures that the project aims at, measured on one device: ``python -m
 tritonaff.bench.gpu_suite``.
 
-Correctness first (the tests), then every row of :data:`CRITERIA` with its rivals in the same run,
-then what profilers and sanitizers say. Every row is saved when it is done, to
+Correctness first (the tests), then every row of :data:`ROWS` with its rivals in the same run, then
+what profilers and sanitizers say. Every row is saved when it is done, to
 docs/results/DEVICE.json, and is not measured again: a run that is cut short, or told ``--minutes``,
 goes on where it was. A row that fails is recorded as failed, and is tried again with ``--retry``.
 The exit status is 1 where anything failed and 2 where something is left to do. ``report`` writes
@@ -317,13 +317,13 @@ def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
 
     @torch.library.custom_op("tritonaff_bench::by_custom_op", mutates_args=())
     def by_custom_op(grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
-        return launch(kernels.normalise_backward_kernel, grad, p, total)
+        return launch(kernels.normalize_backward_kernel, grad, p, total)
 
     by_custom_op.register_fake(lambda grad, p, total: torch.empty_like(p))
 
     @torch.library.triton_op("tritonaff_bench::by_triton_op", mutates_args=())
     def by_triton_op(grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
-        kernel = torch.library.wrap_triton(kernels.normalise_backward_kernel)
+        kernel = torch.library.wrap_triton(kernels.normalize_backward_kernel)
         return launch(kernel, grad, p, total)
 
     n, _, height, width = shape
@@ -383,7 +383,8 @@ class Record:
 
     def __init__(self, folder: Path, device: torch.device, quick: bool, retry: bool) -> None:
         name = describe(device)
-        self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        file = f"{name} quick" if quick else name
+        self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', file.lower()).strip('-')}.json"
         head = {"suite": True, "device": name, "quick": quick, "versions": versions()}
         self.content: dict[str, Any] = {**head, "rows": {}}
         if self.path.exists():

@@ -120,10 +120,7 @@ def _measured(name: str, suite: dict[str, Any]) -> list[str]:
         missing = [f"{key}: {row['status']}" for key, row in rows if row["status"] != "ok"]
         worst, where, holds = "", "", "not measured"
         if values:
-            best_last = sorted(
-                values, key=lambda key: values[key], reverse=not criterion.more_is_better
-            )
-            where = best_last[0]
+            where = (min if criterion.more_is_better else max)(values, key=values.__getitem__)
             worst, holds = f"{values[where]:.3g}", criterion.holds(values[where])
         if any(row["status"] == "failed" for _, row in rows):
             holds = f"no ({'; '.join(missing)})"

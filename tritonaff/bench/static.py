@@ -76,7 +76,7 @@ class Tile:
     op: str
     kernel: Any
     blocks: dict[str, Any]
-    elements: int
+    elements: float
     """Elements, a class of a pixel (or of a point of grids) each, that one program works on."""
     moved: float
     """Bytes per element that it has to move: what it reads and writes, each once."""
@@ -100,7 +100,8 @@ LOGITS = torch.empty(1, 19, 256, 512, device="meta")
 BATCH = torch.empty(8, 19, 512, 512, device="meta")
 # A strip owns fewer columns and rows than it reads.
 STRIP_ROWS = affinity_field.rows(BATCH)
-((SIZES, STRIP, PATCH),) = affinity_field.parts([3, 5, 7], BATCH)
+(SIZES,) = affinity_field.passes([3, 5, 7])
+STRIP, PATCH = affinity_field.strip_blocks(BATCH), affinity_field.patch_blocks(BATCH)
 # Targets, and how many classes a warp of theirs holds.
 STRIPS = tuple(
     (tuple(name for name, target in TARGETS.items() if target.backend == backend), classes)
@@ -130,7 +131,7 @@ GRAM = affinity_regression.gram_blocks(BATCH)
 GRADIENT = affinity_regression.gradient_blocks(LOGITS)
 MATRIX = affinity_regression.matrix_blocks(LOGITS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
-GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile(LOGITS)}
+GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile()}
 GATE_ELEMENTS = 4 * len(RATES) * GATES["BLOCK_P"]
 ALL_CLASSES = affinity_propagation.all_classes(LOGITS)
 NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
@@ -142,11 +143,11 @@ SUM_ELEMENTS = 19 * SUM["BLOCK_P"]
 OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
 NUM_OFFSETS = len(OFFSETS) // 2
 ITERATIONS = 10
-SIGNALS: dict[str, Any] = dilated_affinity.blocks(LOGITS, OFFSETS, group_size=8)
+SIGNALS: dict[str, Any] = dilated_affinity.blocks(OFFSETS)
 NUM_SIGNALS = NUM_OFFSETS * SIGNALS["BLOCK_P"]
-TABLES: dict[str, Any] = dilated_affinity.tables_blocks(LOGITS, OFFSETS, group_size=8)
+TABLES: dict[str, Any] = dilated_affinity.tables_blocks(OFFSETS)
 TABLES_STEPS = dilated_affinity.steps(
-    torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), 8, TABLES["BLOCK_P"]
+    torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), TABLES["BLOCK_P"]
 )
 
 
@@ -319,7 +320,7 @@ TILES = (
     ),
     Tile(
         "affinity_propagation",
-        affinity_propagation.normalise_backward_kernel,
+        affinity_propagation.normalize_backward_kernel,
         ALL_CLASSES,
         19 * ALL_CLASSES["BLOCK_P"],
         moved=GRAD + 4 + FLOAT_OF_PIXEL + GRAD,

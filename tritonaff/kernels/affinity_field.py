@@ -194,8 +194,8 @@ def far_box(
     u_sum, l_sum, count = load_row(
         logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
     )
-    for neighbour in range(8):
-        dy, dx = step_in(neighbour)
+    for neighbor in range(8):
+        dy, dx = step_in(neighbor)
         u, log_odds, counts = load_row(
             logits_ptr, top_ptr, rest_ptr, label_ptr, c,
             h + dy * d, w + dx * d, H, W, limit, eps,
@@ -544,16 +544,16 @@ def pairs_and_edges(
     else:
         for k in range(len(RADII)):
             d = choose(k, RADII)
-            neighbours, others = tl.zeros_like(label), tl.zeros_like(label)
+            neighbors, others = tl.zeros_like(label), tl.zeros_like(label)
             for i in tl.static_range(8):
                 dy, dx = step_in(i)
                 label_b = label_at(label_ptr, h, w, dy * d, dx * d, H, W)
                 pair = tl.minimum(label, label_b) >= 0
-                neighbours += pair.to(tl.int32)
+                neighbors += pair.to(tl.int32)
                 others += (pair & (label != label_b)).to(tl.int32)
             new_pairs, new_edges = (), ()
             for i in tl.static_range(len(RADII)):
-                new_pairs += (pairs[i] + tl.where(k == i, neighbours, 0),)
+                new_pairs += (pairs[i] + tl.where(k == i, neighbors, 0),)
                 new_edges += (edges[i] + tl.where(k == i, others, 0),)
             pairs, edges = new_pairs, new_edges
     return pairs, edges
@@ -726,10 +726,10 @@ def edges_of_patch(
                     l_step = log_odds - l_b
                     # What is left of the margin with either pixel as the centre.
                     centre = margin + p_b * l_step - (log_q_b - log_q)
-                    neighbour = margin - p * l_step - (log_q - log_q_b)
+                    neighbor = margin - p * l_step - (log_q - log_q_b)
                     if TABLES:
                         counted = edge & own
-                        both = tl.maximum(centre, 0.0) + tl.maximum(neighbour, 0.0)
+                        both = tl.maximum(centre, 0.0) + tl.maximum(neighbor, 0.0)
                         hinges += tl.where(counted, both, 0.0)
                         # What the dense tables hold of this pair, nothing where p is clamped.
                         u_a = tl.where(log_odds < limit, q - eps, 0.0)
@@ -739,7 +739,7 @@ def edges_of_patch(
                         # From the smaller of p and q: little is rounded away.
                         p_step = tl.where(p > 0.5, q_b - q, p - p_b)
                         by_p = tl.where(centre > 0, -for_edge, 0.0) * p_step
-                        by_l = tl.where(neighbour > 0, -for_edge, 0.0) * l_step
+                        by_l = tl.where(neighbor > 0, -for_edge, 0.0) * l_step
                         if REPLACE:
                             by_p = tl.where(edge, by_p, for_dense * p_step)
                             by_l = tl.where(edge, by_l, for_dense * l_step)
@@ -948,11 +948,11 @@ def statistics(
             *even_strides(logits), target.stride(0), ignore_index,
             totals.numel(), counts.numel(), **pixel_blocks(logits),
         )  # fmt: skip
-        for i, (sizes, _, patch) in enumerate(parts(kernel_sizes, logits)):
-            patches = patches_of(logits)
+        patches, patch = patches_of(logits), undivided(patch_blocks(logits))
+        for i, sizes in enumerate(passes(kernel_sizes)):
             launch(counts_kernel, (count_programs(patches),),
                 label, totals, counts, num_classes, height, width, patches, PIXELS=i == 0,
-                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **undivided(patch),
+                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **patch,
             )  # fmt: skip
     return totals, counts, label, top, rest
 
@@ -980,7 +980,7 @@ def compute(
     sums = log_loss = zero = grad = dense = edges = None
     strips, patches = strip_programs(logits), patches_of(logits)
     edge_programs = triton.cdiv(patches, PATCHES_IN_A_PROGRAM)
-    steps = parts(kernel_sizes, logits)
+    passes_of_sizes = passes(kernel_sizes)
     if with_tables:
         new_table = logits.new_empty if n > 0 else logits.new_zeros
         sums = new_table((2, num_classes, k), dtype=torch.float32)
@@ -993,22 +993,23 @@ def compute(
         # First p d loss / d p, in the dtype and place of the result, unless it is added up. In
         # bfloat16 edge tiles replace what the dense tile wrote: to take some of it out again would
         # leave its rounding.
-        dtype = grad_dtype(logits) if len(steps) == 1 else torch.float32
+        dtype = grad_dtype(logits) if len(passes_of_sizes) == 1 else torch.float32
         grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
     if n > 0:
         shape = num_classes, height, width, logits.stride(0), logits.stride(1)
         limit = math.log((1 - eps) / eps)
         asked = {"TABLES": with_tables, "GRADIENT": with_gradient}
-        for i, (sizes, strip, patch) in enumerate(steps):
+        for i, sizes in enumerate(passes_of_sizes):
             launch(dense_kernel, strip_grid(logits),
                 grad_sums, logits, label, top, rest, dense, grad, n, *shape, limit, eps,
-                rows(logits), strips, ADD=i > 0, **asked, **sizes, **strip,
+                rows(logits), strips, ADD=i > 0, **asked, **sizes, **strip_blocks(logits),
             )  # fmt: skip
             launch(edge_kernel, (edge_programs,),
                 grad_sums, logits, label, top, rest, edges, grad, *shape, margin, limit, eps,
                 patches, edge_programs, CROSS_ENTROPY=i == 0,
                 REPLACE=grad is not None and grad.dtype != torch.float32,
-                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes, **patch,
+                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes,
+                **patch_blocks(logits),
             )  # fmt: skip
         sum_programs = num_classes * (k + 1) if with_tables else 0
         pixel_programs = pixel_grid(logits)[0] if with_gradient else 0
@@ -1042,23 +1043,22 @@ def planes(logits: Tensor) -> Tensor:
     return logits if pixel_step(logits) == 1 else logits.contiguous()
 
 
-def parts(
-    kernel_sizes: list[int], logits: Tensor
-) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Sizes that a march keeps in registers and those too large for it: sizes, blocks of strips and
-    of patches.
+def passes(kernel_sizes: list[int]) -> list[dict[str, Any]]:
+    """One over the sizes that a march keeps in registers, one over those too large for it. COLUMNS
+    are theirs in the tables, and last how many columns these have; REACH is 0 for too large.
     """
     radii = steps_in_32_bits([(size - 1) // 2 for size in kernel_sizes])
-    found = []
+    found: list[dict[str, Any]] = []
     for near in (True, False):
         columns = tuple(k for k, d in enumerate(radii) if (d <= HALO.value) == near)
         if columns:
-            sizes = {
-                "RADII": tuple(radii[k] for k in columns),
-                "COLUMNS": (*columns, len(radii)),
-                "REACH": max(radii[k] for k in columns) if near else 0,
-            }
-            found.append((sizes, strip_blocks(logits), patch_blocks(logits)))
+            found.append(
+                {
+                    "RADII": tuple(radii[k] for k in columns),
+                    "COLUMNS": (*columns, len(radii)),
+                    "REACH": max(radii[k] for k in columns) if near else 0,
+                }
+            )
     return found
 
 

@@ -6,7 +6,7 @@ anywhere.
 
     gates_kernel               affinity        -> sigmoid, 0 where the neighbour is outside
     step_kernel                p               -> the next p, and what y was divided by
-    normalise_backward_kernel  d loss / d p    -> d loss / d y, of the last iteration
+    normalize_backward_kernel  d loss / d p    -> d loss / d y, of the last iteration
     step_backward_kernel       d loss / d y    -> d loss / d y of the iteration before (that of the
                                                   first iteration: d loss / d p); adds to the
                                                   gradient of the gates
@@ -84,7 +84,7 @@ def pixels_to_load(HW, W, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def neighbour(
+def neighbor(
     s, SIGN: tl.constexpr, pixel, h, w, in_image, H, W, RATES: tl.constexpr, IN_PAIRS: tl.constexpr
 ):  # fmt: skip
     """Which pixels have neighbour s (or are it, if the sign is -1), and the index of that pixel; or
@@ -160,7 +160,7 @@ def gates_kernel(
 
 @triton.jit
 def y_of_classes(
-    p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours,
+    p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors,
     RATES: tl.constexpr, IN_PAIRS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """y of some classes, and their sum."""
@@ -169,8 +169,8 @@ def y_of_classes(
     for c in tl.static_range(CLASSES):
         y += (own_weight * p[c],)
     # Their number is no constant: the compiler would unroll the loop, and registers spill.
-    for s in range(neighbours):
-        _, index = neighbour(s, 1, *place, H, W, RATES, IN_PAIRS)
+    for s in range(neighbors):
+        _, index = neighbor(s, 1, *place, H, W, RATES, IN_PAIRS)
         gate = tl.load(gates_ptrs)  # 0 where there is no neighbour
         gates_ptrs += HW
         y = add_product(y, gate, load_classes(p_ptr + index, HW, CLASSES), CLASSES)
@@ -181,7 +181,7 @@ def y_of_classes(
 
 
 @triton.jit
-def normalise(
+def normalize(
     ptrs, last, mean, total, HW, mask,
     BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +203,7 @@ def largest_of_classes(largest, ptrs, HW, CLASSES: tl.constexpr):
 @triton.jit
 def step_kernel(
     p_ptr, gates_ptr, out_ptr, total_ptr,
-    H, W, HW, neighbours, self_weight,
+    H, W, HW, neighbors, self_weight,
     RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +228,7 @@ def step_kernel(
     y_ptrs = out_ptrs
     for _ in range(BLOCKS):
         y, part = y_of_classes(
-            p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, IN_PAIRS, BLOCK_C
+            p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors, RATES, IN_PAIRS, BLOCK_C
         )  # fmt: skip
         store_classes(y_ptrs, y, 0.0, 1.0, HW, in_image, BLOCK_C)
         total += part
@@ -236,16 +236,16 @@ def step_kernel(
         y_ptrs += BLOCK_C * HW
         tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     y, part = y_of_classes(
-        p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbours, RATES, IN_PAIRS, LAST
+        p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors, RATES, IN_PAIRS, LAST
     )  # fmt: skip
     total += part
     total = tl.where(total == 0, float("inf"), total)
     tl.store(total_ptr + n * HW + pixel, total, mask=in_image)
-    normalise(out_ptrs, y, 0.0, total, HW, in_image, BLOCKS, BLOCK_C, LAST)
+    normalize(out_ptrs, y, 0.0, total, HW, in_image, BLOCKS, BLOCK_C, LAST)
 
 
 @triton.jit
-def normalise_backward_kernel(
+def normalize_backward_kernel(
     grad_ptr, p_ptr, total_ptr, out_ptr,
     C, W, HW, stride_n, stride_c, stride_h, stride_w,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -280,15 +280,15 @@ def through_largest(
 @triton.jit
 def grad_of_classes(
     grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
-    place, H, W, HW, neighbours,
+    place, H, W, HW, neighbors,
     RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
     NEEDS_P: tl.constexpr, NEEDS_GATES: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of p of some classes, and its product with p. Adds to that of the gates."""
     grad_y = load_classes(grad_y_ptr + place[0], HW, CLASSES)
     if NEEDS_GATES:  # of this pixel, for its neighbours
-        for s in range(neighbours):
-            there, index = neighbour(s, 1, *place, H, W, RATES, IN_PAIRS)
+        for s in range(neighbors):
+            there, index = neighbor(s, 1, *place, H, W, RATES, IN_PAIRS)
             before = tl.load(grad_gates_ptrs, mask=there)
             grad_gate = scalar_product(grad_y, load_classes(p_ptr + index, HW, CLASSES), CLASSES)
             tl.store(grad_gates_ptrs, before + grad_gate, mask=there)
@@ -297,8 +297,8 @@ def grad_of_classes(
     for c in tl.static_range(CLASSES):
         grad_p += (own_weight * grad_y[c] + tl.where(first == c, to_largest, 0.0),)
     if NEEDS_P:  # from the pixels whose neighbour this one is
-        for s in range(neighbours):
-            there, index = neighbour(s, -1, *place, H, W, RATES, IN_PAIRS)
+        for s in range(neighbors):
+            there, index = neighbor(s, -1, *place, H, W, RATES, IN_PAIRS)
             gate = tl.load(gates_ptr + index, mask=there, other=0.0)
             gates_ptr += HW
             values = load_classes(grad_y_ptr + index, HW, CLASSES)
@@ -310,7 +310,7 @@ def grad_of_classes(
 @triton.jit
 def step_backward_kernel(
     grad_y_ptr, p_ptr, gates_ptr, before_ptr, grad_gates_ptr, out_ptr,
-    H, W, HW, neighbours, self_weight,
+    H, W, HW, neighbors, self_weight,
     RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
     IS_FIRST: tl.constexpr, NEEDS_P: tl.constexpr, NEEDS_GATES: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -347,7 +347,7 @@ def step_backward_kernel(
     for _ in range(BLOCKS):
         grad_p, part = grad_of_classes(
             grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
-            place, H, W, HW, neighbours, RATES, IN_PAIRS, NEEDS_P, NEEDS_GATES, BLOCK_C,
+            place, H, W, HW, neighbors, RATES, IN_PAIRS, NEEDS_P, NEEDS_GATES, BLOCK_C,
         )  # fmt: skip
         if NEEDS_P:
             store_classes(grad_p_ptrs, grad_p, 0.0, 1.0, HW, in_image, BLOCK_C)
@@ -359,14 +359,14 @@ def step_backward_kernel(
         tl.debug_barrier()  # nothing says that a thread loads what it stored itself
     grad_p, part = grad_of_classes(
         grad_y_ptr, p_ptr, gates_ptr, grad_gates_ptrs, own_weight, first, to_largest,
-        place, H, W, HW, neighbours, RATES, IN_PAIRS, NEEDS_P, NEEDS_GATES, LAST,
+        place, H, W, HW, neighbors, RATES, IN_PAIRS, NEEDS_P, NEEDS_GATES, LAST,
     )  # fmt: skip
     if NEEDS_P:
         if IS_FIRST:
             store_classes(grad_p_ptrs, grad_p, 0.0, 1.0, HW, in_image, LAST)
         else:
             total = tl.load(before_ptr + n * HW + pixel)
-            normalise(
+            normalize(
                 out_ptrs, grad_p, mean + part, total, HW, in_image, BLOCKS, BLOCK_C, LAST
             )  # fmt: skip
 
@@ -443,7 +443,7 @@ def backward(
 
     grad_y, other = new_iterate(probs), new_iterate(probs)
     last = iterates.pop()
-    launch(normalise_backward_kernel, grid(probs, all_classes(probs)),
+    launch(normalize_backward_kernel, grid(probs, all_classes(probs)),
         grad, last, totals.pop(), grad_y,
         probs.shape[1], width, height * width, *grad.stride(), **all_classes(probs),
     )  # fmt: skip
@@ -465,7 +465,7 @@ def backward(
         launch(gates_backward_kernel, gates_grid(affinity),
             gates, grad_gates, grad_affinity, width, height * width,
             *grad_affinity.stride(), math.log(steepness),
-            NUM_RATES=len(rates) // 2, FROM_LOGITS=from_logits, **gates_tile(affinity),
+            NUM_RATES=len(rates) // 2, FROM_LOGITS=from_logits, **gates_tile(),
         )  # fmt: skip
     return grad_probs, grad_affinity
 
@@ -475,7 +475,7 @@ def launch_gates(affinity: Tensor, rates: list[int], steepness: float, from_logi
     gates = affinity.new_empty(n, channels, height, width, dtype=torch.float32)
     launch(gates_kernel, gates_grid(affinity),
         affinity, gates, height, width, height * width, *affinity.stride(), math.log(steepness),
-        RATES=steps_in_32_bits(rates), FROM_LOGITS=from_logits, **gates_tile(affinity),
+        RATES=steps_in_32_bits(rates), FROM_LOGITS=from_logits, **gates_tile(),
     )  # fmt: skip
     return gates
 
@@ -529,10 +529,10 @@ def grid(probs: Tensor, blocks: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(height * width, blocks["BLOCK_P"]) * n,)
 
 
-def gates_tile(affinity: Tensor) -> dict[str, int]:
+def gates_tile() -> dict[str, int]:
     return {"BLOCK_P": (INTERPRETED_BLOCK if INTERPRETED else BLOCK) // 8}
 
 
 def gates_grid(affinity: Tensor) -> tuple[int]:
     n, _, height, width = affinity.shape
-    return (triton.cdiv(height * width, gates_tile(affinity)["BLOCK_P"]) * n,)
+    return (triton.cdiv(height * width, gates_tile()["BLOCK_P"]) * n,)

@@ -44,8 +44,6 @@ from tritonaff.kernels.shared import (
 from tritonaff.portable.affinity_regression import factors, squared_error_of
 from tritonaff.portable.blocks import in_layout_of
 
-# Blocks are small because products in full precision keep their operands in registers; those below
-# spill none on the GPUs that `tritonaff-bench static` compiles for, from Triton 3.7 on.
 # Pixels per class that one program adds to a tile of the Gram matrices: so many that the partial
 # matrices stay below an eighth of float32 logits, and a quarter of that where there would be too
 # few programs for a GPU.
@@ -158,10 +156,11 @@ def roots(x, c, label, top, scale, own_s, own_q):
 
 
 @triton.jit
-def load_roots(logits_ptr, c, place, C, stride_c, label, top, scale, own_s, own_q):
+def load_roots(logits_ptr, c, points, C, stride_c):
+    """:func:`roots` of some classes of points as :func:`load_statistics` gives them."""
+    place, label, top, scale, own_s, own_q = points
     x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
-    s, d, m = roots(x, c, label, top, scale, own_s, own_q)
-    return s, d, m
+    return roots(x, c, label, top, scale, own_s, own_q)
 
 
 @triton.jit
@@ -181,9 +180,7 @@ def load_statistics(
 
 @triton.jit
 def twice_difference(
-    logits_ptr, C, stride_c,
-    place_i, label_i, top_i, scale_i, own_s_i, own_q_i,
-    place_j, label_j, top_j, scale_j, own_s_j, own_q_j,
+    logits_ptr, C, stride_c, points_i, points_j,
     BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """2 (A - M) of the points j (rows) and i (columns), some classes at a time: a product of all
@@ -192,12 +189,8 @@ def twice_difference(
     result = tl.zeros((BLOCK_J, BLOCK_I), tl.float32)
     for start in range(0, BLOCK_C, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)[:, None]
-        _s_i, d_i, m_i = load_roots(
-            logits_ptr, a, place_i, C, stride_c, label_i, top_i, scale_i, own_s_i, own_q_i
-        )  # fmt: skip
-        _s_j, d_j, m_j = load_roots(
-            logits_ptr, a, place_j, C, stride_c, label_j, top_j, scale_j, own_s_j, own_q_j
-        )  # fmt: skip
+        _s_i, d_i, m_i = load_roots(logits_ptr, a, points_i, C, stride_c)
+        _s_j, d_j, m_j = load_roots(logits_ptr, a, points_j, C, stride_c)
         result += tl.dot(tl.trans(d_j), m_i, input_precision="ieee")
         result += tl.dot(tl.trans(m_j), d_i, input_precision="ieee")
     return result
@@ -235,7 +228,7 @@ def pairs_kernel(
         start_i = (program * STEPS + step) * BLOCK
         i = start_i + tl.arange(0, BLOCK)[None, :]
         h_i, w_i, _times_i, _first_i = grid_point(i, L, H, W, GRIDS)
-        place_i, label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
+        points_i = load_statistics(
             logits_ptr, target_ptr, h_i, w_i, H, W, C,
             stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
         )  # fmt: skip
@@ -244,21 +237,19 @@ def pairs_kernel(
         while start_j < L:
             j = start_j + tl.arange(0, BLOCK)[None, :]
             h_j, w_j, _times_j, _first_j = grid_point(j, L, H, W, GRIDS)
-            place_j, label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
+            points_j = load_statistics(
                 logits_ptr, target_ptr, h_j, w_j, H, W, C,
                 stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index,
                 BLOCK_C,
             )  # fmt: skip
             difference = twice_difference(
-                logits_ptr, C, stride_c,
-                place_i, label_i, top_i, scale_i, own_s_i, own_q_i,
-                place_j, label_j, top_j, scale_j, own_s_j, own_q_j,
+                logits_ptr, C, stride_c, points_i, points_j,
                 BLOCK_C, BLOCK_A, BLOCK, BLOCK,
             )  # fmt: skip
             times = tl.where(start_j == start_i, 1, 2)
             error += times * tl.sum(difference * difference, axis=0)[None, :]
             # The first block meets all.
-            met_by_first = (label_j >= 0) & (start_i == 0)
+            met_by_first = (points_j[1] >= 0) & (start_i == 0)
             count += tl.sum(met_by_first.to(tl.int64), axis=1)
             start_j += BLOCK
     tl.store(error_ptr + tl.program_id(0), tl.sum(error) * 0.25)
@@ -318,7 +309,7 @@ def pairs_gradient_kernel(
     c = tl.arange(0, BLOCK_C)[:, None]
     i = (tl.program_id(0) % blocks) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
     h_i, w_i, times, first = grid_point(i, L, H, W, GRIDS)
-    place_i, label_i, top_i, scale_i, own_s_i, own_q_i = load_statistics(
+    points_i = load_statistics(
         logits_ptr, target_ptr, h_i, w_i, H, W, C,
         stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
     )  # fmt: skip
@@ -326,25 +317,20 @@ def pairs_gradient_kernel(
     for step in range(STEPS_J):
         j = step * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
         h_j, w_j, _times_j, _first_j = grid_point(j, L, H, W, GRIDS)
-        place_j, label_j, top_j, scale_j, own_s_j, own_q_j = load_statistics(
+        points_j = load_statistics(
             logits_ptr, target_ptr, h_j, w_j, H, W, C,
             stride_c, stride_h, stride_w, target_stride_h, target_stride_w, ignore_index, BLOCK_C,
         )  # fmt: skip
         difference = twice_difference(
-            logits_ptr, C, stride_c,
-            place_i, label_i, top_i, scale_i, own_s_i, own_q_i,
-            place_j, label_j, top_j, scale_j, own_s_j, own_q_j,
+            logits_ptr, C, stride_c, points_i, points_j,
             BLOCK_C, BLOCK_A, BLOCK_I, BLOCK_J,
         )  # fmt: skip
-        s_j, _d_j, _m_j = load_roots(
-            logits_ptr, c, place_j, C, stride_c, label_j, top_j, scale_j, own_s_j, own_q_j
-        )  # fmt: skip
+        s_j, _d_j, _m_j = load_roots(logits_ptr, c, points_j, C, stride_c)
         grad_s += tl.dot(s_j, difference, input_precision="ieee")
     # d error / d S = 4 S (A - M).
     grad_s *= 2 * tl.load(grad_error_ptr + n)
-    s_i, _d_i, _m_i = load_roots(
-        logits_ptr, c, place_i, C, stride_c, label_i, top_i, scale_i, own_s_i, own_q_i
-    )  # fmt: skip
+    s_i, _d_i, _m_i = load_roots(logits_ptr, c, points_i, C, stride_c)
+    _place_i, label_i, _top_i, _scale_i, own_s_i, own_q_i = points_i
     grad = through_softmax(grad_s, s_i, c, label_i, own_s_i, own_q_i) * times
     offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
     offs = offs + h_i.to(tl.int64) * grad_stride_h + w_i.to(tl.int64) * grad_stride_w
@@ -385,16 +371,13 @@ def gram_kernel(
         label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
         x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
         top, scale, own_s, own_q = statistics(x, c, label)
+        points = (place, label, top, scale, own_s, own_q)
         if BLOCK_A == BLOCK_C:
             _s, d_a, _m = roots(x, c, label, top, scale, own_s, own_q)
             d_b = d_a
         else:
-            _s_a, d_a, _m_a = load_roots(
-                logits_ptr, row, place, C, stride_c, label, top, scale, own_s, own_q
-            )  # fmt: skip
-            _s_b, d_b, _m_b = load_roots(
-                logits_ptr, column, place, C, stride_c, label, top, scale, own_s, own_q
-            )  # fmt: skip
+            _s_a, d_a, _m_a = load_roots(logits_ptr, row, points, C, stride_c)
+            _s_b, d_b, _m_b = load_roots(logits_ptr, column, points, C, stride_c)
         d_b = tl.where(column < C, d_b, tl.where(column == C + label, 1.0, 0.0))
         y = tl.where(rest == C + label, 1.0, 0.0)
         dd += tl.dot(d_a, tl.trans(d_b), input_precision="ieee").to(tl.float64)
@@ -425,16 +408,14 @@ def gradient_kernel(
     label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
     x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
     top, scale, own_s, own_q = statistics(x, c, label)
+    points = (place, label, top, scale, own_s, own_q)
     # The product with Y is a column of its matrix.
     labelled = (c < C) & (label >= 0)
     grad_s = tl.load(factor_ptr + c * 2 * C + C + label, mask=labelled, other=0.0)
     # That with D goes class by class: a thread has its pixels' classes in registers, and no other
     # needs them.
     for a in range(C):
-        _s, d, _m = load_roots(
-            logits_ptr, a + tl.zeros_like(label), place, C, stride_c,
-            label, top, scale, own_s, own_q,
-        )  # fmt: skip
+        _s, d, _m = load_roots(logits_ptr, a + tl.zeros_like(label), points, C, stride_c)
         factor = tl.load(factor_ptr + c * 2 * C + a, mask=c < C, other=0.0)
         # C is a constant: rows beyond it are left out when this is compiled.
         grad_s = tl.where(c < C, grad_s + factor * d, 0.0)
@@ -575,6 +556,8 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     return affinity
 
 
+# Blocks are small because products in full precision keep their operands in registers: they spill
+# none on the GPUs that `tritonaff-bench static` compiles for, from Triton 3.7 on.
 def all_classes(logits: Tensor) -> dict[str, int]:
     """A matrix product takes 16 of a side at least, and 8 of the second one."""
     block_c = max(16, triton.next_power_of_2(logits.shape[1]))

@@ -1,6 +1,6 @@
 """Triton tiles of dilated affinity.
 
-A program owns consecutive pixels of one image and goes through the groups of neighbours. Each pass
+A program owns consecutive pixels of one image and goes through the rates. Each pass
 reads the logits once, and a label once for every neighbour that asks for it, from the cache.
 
     tables_kernel    logits, target             -> tables of every program, to be added up
@@ -37,10 +37,10 @@ from tritonaff.kernels.shared import (
     steps_in_32_bits,
 )
 
-# Four pixels for each thread of 4 warps: the loads of all labels of a group are in flight together.
+# Four pixels for each thread of 4 warps: the loads of all labels of a rate are in flight together.
 BLOCK_P = 512
-# Half of them for the tables, which are kept for every pixel of a block until its program ends, and
-# 2 warps: the fewer threads, the fewer such tables to add up.
+# Tables are kept for every pixel of a block until its program ends: two pixels for each thread, and
+# 2 warps, for the fewer threads, the fewer such tables to add up.
 TABLES_BLOCK_P, TABLES_WARPS = 128, 2
 # The interpreter takes its time per program, whatever the size.
 INTERPRETED_BLOCK_P = 1 << 12
@@ -82,32 +82,32 @@ def pointers(ptr, h, pair, stride_h, stride_w):
 @triton.jit
 def signals(
     ptrs, h, w, H, W, stride_h, stride_w, ignore_index,
-    group, OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    rate, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Bit masks of different and of same signals, GROUP_SIZE bits with the first one's on top."""
+    """Bit masks of different and of same signals, 8 bits with the first one's on top."""
     inside = is_inside(h, w, H, W)
-    # Loaded again for every group: kept over all of them it takes registers that spill.
+    # Loaded again for every rate: kept over all of them it takes registers that spill.
     label = tl.load(ptrs, mask=inside).to(tl.int64)
     different = tl.zeros(label.shape, tl.int32)
     valid = tl.zeros(label.shape, tl.int32)
-    for s in tl.static_range(GROUP_SIZE):
+    for s in tl.static_range(8):
         there, label_j = neighbor(
             ptrs, h, w, H, W, stride_h, stride_w,
-            *offset_of(group, s, OFFSETS, GROUP_SIZE),
+            *offset_of(rate, s, OFFSETS),
         )  # fmt: skip
-        different |= tl.where(label_j != label, 1 << (GROUP_SIZE - 1 - s), 0)
-        valid |= tl.where(there & (label_j != ignore_index), 1 << (GROUP_SIZE - 1 - s), 0)
+        different |= tl.where(label_j != label, 1 << (7 - s), 0)
+        valid |= tl.where(there & (label_j != ignore_index), 1 << (7 - s), 0)
     valid = tl.where(inside & (label != ignore_index), valid, 0)
     return different & valid, valid & ~different
 
 
 @triton.jit
-def offset_of(group, s: tl.constexpr, OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def offset_of(rate, s: tl.constexpr, OFFSETS: tl.constexpr):
     """Rows and columns to a neighbour."""
     dy, dx = OFFSETS[2 * s], OFFSETS[2 * s + 1]
-    for g in tl.static_range(1, len(OFFSETS) // (2 * GROUP_SIZE)):
-        dy = tl.where(group == g, OFFSETS[2 * (g * GROUP_SIZE + s)], dy)
-        dx = tl.where(group == g, OFFSETS[2 * (g * GROUP_SIZE + s) + 1], dx)
+    for r in tl.static_range(1, len(OFFSETS) // 16):
+        dy = tl.where(rate == r, OFFSETS[2 * (8 * r + s)], dy)
+        dx = tl.where(rate == r, OFFSETS[2 * (8 * r + s) + 1], dx)
     return dy, dx
 
 
@@ -149,10 +149,10 @@ def minus_logs(u, e):
 
 
 @triton.jit
-def store_table(ptr, of_k, of_last, GROUP_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    k = tl.arange(0, BLOCK_K)
-    tl.store(ptr + k, of_k, mask=k < GROUP_SIZE)
-    tl.store(ptr + GROUP_SIZE, of_last)
+def store_table(ptr, of_k, of_last):
+    k = tl.arange(0, 8)
+    tl.store(ptr + k, of_k)
+    tl.store(ptr + 8, of_last)
 
 
 @triton.jit
@@ -165,23 +165,22 @@ def tables_kernel(
     logits_ptr, target_ptr, losses_ptr, counts_ptr,
     H, W, PAIRS, STEPS, stride_n, stride_c, stride_h, stride_w,
     target_stride_n, target_stride_h, target_stride_w, gamma, ignore_index,
-    OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    tl.static_assert(GROUP_SIZE <= 8)  # the masks are bytes
     BLOCK_PAIRS: tl.constexpr = BLOCK_P // 2
     n, first = first_pixel(PAIRS, BLOCK_PAIRS * STEPS)
     first_h, first_pair = pairs(first, W, BLOCK_PAIRS)
     logits_ptr += n * stride_n
     target_ptr += n * target_stride_n
-    GROUPS: tl.constexpr = len(OFFSETS) // (2 * GROUP_SIZE)
+    NUM_RATES: tl.constexpr = len(OFFSETS) // 16
     # One place for both tables: two pointers spill registers on sm_80.
-    place = tl.program_id(0).to(tl.int64) * (GROUPS * (GROUP_SIZE + 1))
-    # One body for all groups: four take five times as long to compile.
-    for group in range(GROUPS):
+    place = tl.program_id(0).to(tl.int64) * (NUM_RATES * 9)
+    # One body for all rates: four take five times as long to compile.
+    for rate in range(NUM_RATES):
         # The last category, without different signals, is on its own: the others are a power of 2.
-        different_k = tl.zeros((BLOCK_K, BLOCK_PAIRS, 2), tl.float32)
-        same_k = tl.zeros((BLOCK_K, BLOCK_PAIRS, 2), tl.float32)
-        counts_k = tl.zeros((BLOCK_K, BLOCK_PAIRS, 2), tl.int32)
+        different_k = tl.zeros((8, BLOCK_PAIRS, 2), tl.float32)
+        same_k = tl.zeros((8, BLOCK_PAIRS, 2), tl.float32)
+        counts_k = tl.zeros((8, BLOCK_PAIRS, 2), tl.int32)
         same_last = tl.zeros((1, BLOCK_PAIRS, 2), tl.float32)
         counts_last = tl.zeros((1, BLOCK_PAIRS, 2), tl.int32)
         h, pair = first_h, first_pair
@@ -191,15 +190,15 @@ def tables_kernel(
             different, same = signals(
                 pointers(target_ptr, h, pair, target_stride_h, target_stride_w),
                 h, w, H, W, target_stride_h, target_stride_w, ignore_index,
-                group, OFFSETS, GROUP_SIZE,
+                rate, OFFSETS,
             )  # fmt: skip
             x_ptrs = pointers(logits_ptr, h, pair, stride_h, stride_w)
             loss_different = tl.zeros((1, BLOCK_PAIRS, 2), tl.float32)
             loss_same = tl.zeros((1, BLOCK_PAIRS, 2), tl.float32)
             not_positive = tl.zeros((1, BLOCK_PAIRS, 2), tl.uint32)
-            for s in tl.static_range(GROUP_SIZE):
-                is_different = (different & (1 << (GROUP_SIZE - 1 - s))) != 0
-                is_same = (same & (1 << (GROUP_SIZE - 1 - s))) != 0
+            for s in tl.static_range(8):
+                is_different = (different & (1 << (7 - s))) != 0
+                is_same = (same & (1 << (7 - s))) != 0
                 x = tl.load(x_ptrs, mask=inside).to(tl.float32)
                 x_ptrs += stride_c
                 # e^x is a power of 2. Its sign is the prediction, negative where x is 0, too; of a
@@ -217,7 +216,7 @@ def tables_kernel(
             counts = bits_of_bytes(signal | (correct << 16))
             num_different = counts & 0xFF
             counts = (counts & ~0xFF) + tl.where(signal != 0, 1, 0)
-            is_category = GROUP_SIZE - tl.arange(0, BLOCK_K)[:, None, None] == num_different
+            is_category = 8 - tl.arange(0, 8)[:, None, None] == num_different
             different_k = tl.where(is_category, different_k + loss_different, different_k)
             same_k = tl.where(is_category, same_k + loss_same, same_k)
             counts_k += tl.where(is_category, counts, 0)
@@ -225,22 +224,21 @@ def tables_kernel(
             same_last = tl.where(is_last, same_last + loss_same, same_last)
             counts_last += tl.where(is_last, counts, 0)
             h, pair = pairs_after(h, pair, W, BLOCK_PAIRS)
-        logits_ptr += GROUP_SIZE * tl.cast(stride_c, tl.int64)
-        store_table(losses_ptr + 2 * place, sum_of_pixels(different_k), 0.0, GROUP_SIZE, BLOCK_K)
+        logits_ptr += 8 * tl.cast(stride_c, tl.int64)
+        store_table(losses_ptr + 2 * place, sum_of_pixels(different_k), 0.0)
         store_table(
-            losses_ptr + 2 * place + (GROUP_SIZE + 1),
-            sum_of_pixels(same_k), tl.sum(sum_of_pixels(same_last), axis=0), GROUP_SIZE, BLOCK_K,
+            losses_ptr + 2 * place + 9,
+            sum_of_pixels(same_k), tl.sum(sum_of_pixels(same_last), axis=0),
         )  # fmt: skip
         for byte in tl.static_range(2):
             of_k = sum_of_pixels((counts_k >> 8 * byte) & 0xFF00FF)
             of_last = tl.sum(sum_of_pixels((counts_last >> 8 * byte) & 0xFF00FF), axis=0)
             for half in tl.static_range(2):
                 store_table(
-                    counts_ptr + 4 * place + (byte + 2 * half) * (GROUP_SIZE + 1),
+                    counts_ptr + 4 * place + (byte + 2 * half) * 9,
                     (of_k >> 16 * half) & 0xFFFF, (of_last >> 16 * half) & 0xFFFF,
-                    GROUP_SIZE, BLOCK_K,
                 )  # fmt: skip
-        place += GROUP_SIZE + 1
+        place += 9
 
 
 @triton.jit
@@ -249,9 +247,8 @@ def gradient_kernel(
     H, W, PAIRS, stride_n, stride_c, stride_h, stride_w,
     grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
     target_stride_n, target_stride_h, target_stride_w, gamma, ignore_index,
-    OFFSETS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_P: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    tl.static_assert(GROUP_SIZE <= 8)  # the masks are bytes
     n, first = first_pixel(PAIRS, BLOCK_P // 2)
     h, pair = pairs(first, W, BLOCK_P // 2)
     w = 2 * pair + tl.arange(0, 2)[None, None, :]
@@ -261,17 +258,17 @@ def gradient_kernel(
     label_ptrs = pointers(
         target_ptr + n * target_stride_n, h, pair, target_stride_h, target_stride_w
     )
-    for group in tl.static_range(len(OFFSETS) // (2 * GROUP_SIZE)):
+    for rate in tl.static_range(len(OFFSETS) // 16):
         different, same = signals(
             label_ptrs, h, w, H, W, target_stride_h, target_stride_w, ignore_index,
-            group, OFFSETS, GROUP_SIZE,
+            rate, OFFSETS,
         )  # fmt: skip
-        of_category = coefficients_ptr + 2 * (GROUP_SIZE - bits_of_bytes(different))
+        of_category = coefficients_ptr + 2 * (8 - bits_of_bytes(different))
         of_different, of_same = tl.load(of_category), tl.load(of_category + 1)
-        coefficients_ptr += 2 * (GROUP_SIZE + 1)
-        for s in range(GROUP_SIZE):
-            is_different = (different & (1 << (GROUP_SIZE - 1 - s))) != 0
-            is_same = (same & (1 << (GROUP_SIZE - 1 - s))) != 0
+        coefficients_ptr += 2 * 9
+        for s in range(8):
+            is_different = (different & (1 << (7 - s))) != 0
+            is_same = (same & (1 << (7 - s))) != 0
             x = tl.load(x_ptrs, mask=inside).to(tl.float32)
             u = tl.where(is_different, -x, x)
             of_pt, of_not_pt = minus_logs(u, tl.exp2(-tl.abs(x * LOG2_E)))
@@ -288,18 +285,17 @@ def forward(
     logits: Tensor,
     target: Tensor,
     offsets: list[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss sums, signal counts and correct counts (G, S + 1, 2), pixel counts (G, S + 1)."""
+    """Loss sums, signal counts and correct counts (R, 9, 2), pixel counts (R, 9)."""
     n, _, height, width = logits.shape
-    block = tables_blocks(logits, offsets, group_size)
-    num_steps = steps(logits, group_size, block["BLOCK_P"])
+    block = tables_blocks(offsets)
+    num_steps = steps(logits, block["BLOCK_P"])
     grid = pixel_grid(logits, num_steps * block["BLOCK_P"])
-    shape = grid[0], len(offsets) // (2 * group_size)
-    losses = logits.new_empty(*shape, LOSSES, group_size + 1, dtype=torch.float32)
-    counts = logits.new_empty(*shape, COUNTS, group_size + 1, dtype=torch.int32)
+    shape = grid[0], len(offsets) // 16
+    losses = logits.new_empty(*shape, LOSSES, 9, dtype=torch.float32)
+    counts = logits.new_empty(*shape, COUNTS, 9, dtype=torch.int32)
     if n > 0:
         launch(tables_kernel, grid,
             logits, target, losses, counts,
@@ -308,7 +304,7 @@ def forward(
         )  # fmt: skip
     loss_sum = losses.sum(dim=0).mT.contiguous()
     pixel_count, same, correct_different, correct_same = counts.sum(dim=0).unbind(dim=1)
-    different = pixel_count * torch.arange(group_size, -1, -1, device=logits.device)
+    different = pixel_count * torch.arange(8, -1, -1, device=logits.device)
     signal_count = torch.stack((different, same), dim=-1)
     correct_count = torch.stack((correct_different, correct_same), dim=-1)
     return loss_sum, signal_count, correct_count, pixel_count.clone()
@@ -319,14 +315,13 @@ def backward(
     logits: Tensor,
     target: Tensor,
     offsets: list[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
 ) -> Tensor:
     """The gradient with respect to the logits, given that with respect to the loss sums."""
     n, _, height, width = logits.shape
     grad = torch.empty_like(logits)
-    block = blocks(logits, offsets, group_size)
+    block = blocks(offsets)
     if n > 0:
         launch(gradient_kernel, pixel_grid(logits, block["BLOCK_P"]),
             grad_loss_sum, logits, target, grad,
@@ -337,28 +332,26 @@ def backward(
     return grad
 
 
-def blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, Any]:
+def blocks(offsets: list[int]) -> dict[str, Any]:
     return {
         "OFFSETS": steps_in_32_bits(offsets),
-        "GROUP_SIZE": group_size,
         "BLOCK_P": INTERPRETED_BLOCK_P if INTERPRETED else BLOCK_P,
     }
 
 
-def tables_blocks(logits: Tensor, offsets: list[int], group_size: int) -> dict[str, Any]:
+def tables_blocks(offsets: list[int]) -> dict[str, Any]:
     return {
-        **blocks(logits, offsets, group_size),
-        "BLOCK_K": triton.next_power_of_2(group_size),
+        **blocks(offsets),
         "BLOCK_P": INTERPRETED_BLOCK_P if INTERPRETED else TABLES_BLOCK_P,
         "num_warps": TABLES_WARPS,
     }
 
 
-def steps(logits: Tensor, group_size: int, block_p: int) -> int:
+def steps(logits: Tensor, block_p: int) -> int:
     """Blocks of a program that makes tables: what it counts fits 8 bits, and 16 for all pixels."""
     n = len(logits)
     of_image = triton.cdiv(num_pairs(logits), block_p // 2)
-    fit = min(0xFF, 0xFFFF // block_p) // group_size
+    fit = min(0xFF, 0xFFFF // block_p) // 8
     return max(1, min(MAX_STEPS, fit, of_image, n * of_image // MIN_PROGRAMS))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tritonaff.ops.backend import tile_runs
 from tritonaff.portable import affinity_field as portable
 from tritonaff.portable import affinity_field_authors as portable_authors
-from tritonaff.portable.blocks import grad_dtype, label_dtype
+from tritonaff.portable.blocks import grad_dtype, label_dtype, precision
 
 
 @torch.library.custom_op("tritonaff::affinity_field_statistics", mutates_args=())
@@ -63,7 +63,7 @@ def _(
         logits.new_empty(c if variant == "paper" else 2 * c, k + 1, dtype=torch.int64),
         logits.new_empty(statistic, dtype=label_dtype(c)),
         logits.new_empty(statistic),
-        logits.new_empty(statistic, dtype=_precision(logits)),
+        logits.new_empty(statistic, dtype=precision(logits)),
     )
 
 
@@ -206,9 +206,14 @@ def _(
 
 
 @torch.library.custom_op("tritonaff::affinity_field_scale", mutates_args=("grad",))
-def affinity_field_scale(grad: Tensor, scale: Tensor, variant: str, backend: str) -> None:
+def affinity_field_scale(grad: Tensor, scale: Tensor, backend: str) -> None:
     """grad times scale, in place."""
-    _implementation(grad, variant, backend).scale_(grad, scale)
+    if tile_runs(backend, grad):
+        from tritonaff.kernels.affinity_field import scale_
+
+        scale_(grad, scale)
+    else:
+        grad.mul_(scale)
 
 
 def _setup_context_of_gradient(
@@ -238,7 +243,7 @@ def _backward_of_gradient(
     # Its memory is handed on.
     grad, ctx.grad = ctx.grad, None
     if type(grad) is Tensor:
-        affinity_field_scale(grad, scale, *ctx.options[-2:])
+        affinity_field_scale(grad, scale, ctx.options[-1])
     else:  # traced, to be fused with what follows
         grad = grad * scale
     return grad.to(ctx.dtype), *(None for _ in range(10))
@@ -279,13 +284,9 @@ def _compute(
 
 
 def _tables_like(logits: Tensor, kernel_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    c, dtype = logits.shape[1], _precision(logits)
+    c, dtype = logits.shape[1], precision(logits)
     sums = logits.new_empty(2, c, len(kernel_sizes), dtype=dtype)
     return sums, logits.new_empty(c, dtype=dtype)
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _implementation(logits: Tensor, variant: str, backend: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonaff.ops.backend import tile_runs, without_autocast
 from tritonaff.portable import affinity_regression as portable
-from tritonaff.portable.blocks import sum_dtype
+from tritonaff.portable.blocks import precision, sum_dtype
 
 # The tiles hold a block of points with all their classes several times over.
 MAX_TILE_CLASSES = 256
@@ -40,10 +40,9 @@ def _(
     logits: Tensor, target: Tensor, grid_sizes: Sequence[int], ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, c = logits.shape[:2]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     matrices = 0 if grid_sizes else 3
     return (
-        logits.new_empty(n, dtype=dtype),
+        logits.new_empty(n, dtype=precision(logits)),
         logits.new_empty(n, dtype=torch.int64),
         logits.new_empty(n, matrices, c, c, dtype=sum_dtype(logits.device)),
     )
@@ -112,8 +111,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int], backend: str
 def _(logits: Tensor, grid_sizes: Sequence[int], backend: str) -> Tensor:
     n, _, height, width = logits.shape
     points = sum(size * size for size in grid_sizes) if grid_sizes else height * width
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(n, points, points, dtype=dtype)
+    return logits.new_empty(n, points, points, dtype=precision(logits))
 
 
 @torch.library.custom_op("tritonaff::square_root_affinity_backward", mutates_args=())

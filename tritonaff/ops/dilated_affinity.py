@@ -1,8 +1,8 @@
 """Dilated affinity as custom ops: opaque to the compiler, differentiable, whatever implementation
 runs inside.
 
-``offsets`` are dy0, dx0, dy1, dx1, ...: those of G groups of S = ``group_size`` neighbours. The
-logits have a channel for each, and tables a row for each group.
+``offsets`` are dy0, dx0, dy1, dx1, ...: those of the 8 neighbours of each of R rates, see
+rates.rate_offsets. The logits have a channel for each, and tables a row for each rate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonaff.ops.backend import tile_runs
 from tritonaff.portable import dilated_affinity as portable
+from tritonaff.portable.blocks import precision
 
 
 @torch.library.custom_op("tritonaff::dilated_affinity", mutates_args=())
@@ -22,18 +23,17 @@ def dilated_affinity(
     logits: Tensor,
     target: Tensor,
     offsets: Sequence[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Focal loss sums (G, S + 1, 2), signal and correct counts likewise, pixel counts (G, S + 1).
+    """Focal loss sums (R, 9, 2), signal and correct counts likewise, pixel counts (R, 9).
 
-    By group, neighbour category and target, different first.
+    By rate, neighbour category and target, different first.
     """
     implementation = _implementation(logits, backend)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(
-        logits, target, list(offsets), group_size, gamma, ignore_index
+        logits, target, list(offsets), gamma, ignore_index
     )
     return result
 
@@ -43,18 +43,16 @@ def _(
     logits: Tensor,
     target: Tensor,
     offsets: Sequence[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    groups, categories = len(offsets) // (2 * group_size), group_size + 1
+    num_rates = len(offsets) // 16
     return (
-        logits.new_empty(groups, categories, 2, dtype=dtype),
-        logits.new_empty(groups, categories, 2, dtype=torch.int64),
-        logits.new_empty(groups, categories, 2, dtype=torch.int64),
-        logits.new_empty(groups, categories, dtype=torch.int64),
+        logits.new_empty(num_rates, 9, 2, dtype=precision(logits)),
+        logits.new_empty(num_rates, 9, 2, dtype=torch.int64),
+        logits.new_empty(num_rates, 9, 2, dtype=torch.int64),
+        logits.new_empty(num_rates, 9, dtype=torch.int64),
     )
 
 
@@ -64,7 +62,6 @@ def dilated_affinity_backward(
     logits: Tensor,
     target: Tensor,
     offsets: Sequence[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
     backend: str,
@@ -72,7 +69,7 @@ def dilated_affinity_backward(
     """The gradient with respect to the logits, in their dtype and memory format."""
     implementation = _implementation(logits, backend)
     grad: Tensor = implementation.backward(
-        grad_loss_sum.contiguous(), logits, target, list(offsets), group_size, gamma, ignore_index
+        grad_loss_sum.contiguous(), logits, target, list(offsets), gamma, ignore_index
     )
     return grad
 
@@ -83,7 +80,6 @@ def _(
     logits: Tensor,
     target: Tensor,
     offsets: Sequence[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
     backend: str,
@@ -111,33 +107,29 @@ dilated_affinity.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("tritonaff::neighbor_counts", mutates_args=())
 def neighbor_counts(
-    target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int
+    target: Tensor, offsets: Sequence[int], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Pixel counts (G, S + 1) and signal counts (G, S + 1, 2)."""
-    return portable.neighbor_counts(target, list(offsets), group_size, ignore_index)
+    """Pixel counts (R, 9) and signal counts (R, 9, 2)."""
+    return portable.neighbor_counts(target, list(offsets), ignore_index)
 
 
 @neighbor_counts.register_fake
-def _(
-    target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    groups, categories = len(offsets) // (2 * group_size), group_size + 1
+def _(target: Tensor, offsets: Sequence[int], ignore_index: int) -> tuple[Tensor, Tensor]:
+    num_rates = len(offsets) // 16
     return (
-        target.new_empty(groups, categories, dtype=torch.int64),
-        target.new_empty(groups, categories, 2, dtype=torch.int64),
+        target.new_empty(num_rates, 9, dtype=torch.int64),
+        target.new_empty(num_rates, 9, 2, dtype=torch.int64),
     )
 
 
 @torch.library.custom_op("tritonaff::dilated_affinity_target", mutates_args=())
-def dilated_affinity_target(
-    target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int
-) -> Tensor:
-    """(N, G S, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
-    return portable.affinity_target(target, list(offsets), group_size, ignore_index)
+def dilated_affinity_target(target: Tensor, offsets: Sequence[int], ignore_index: int) -> Tensor:
+    """(N, 8 R, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
+    return portable.affinity_target(target, list(offsets), ignore_index)
 
 
 @dilated_affinity_target.register_fake
-def _(target: Tensor, offsets: Sequence[int], group_size: int, ignore_index: int) -> Tensor:
+def _(target: Tensor, offsets: Sequence[int], ignore_index: int) -> Tensor:
     n, height, width = target.shape
     return target.new_empty(n, len(offsets) // 2, height, width, dtype=torch.uint8)
 

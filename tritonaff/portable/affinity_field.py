@@ -126,10 +126,6 @@ def compute(
     return *tables, in_layout_of(given, grad_p, grad_dtype(given))
 
 
-def scale_(grad: Tensor, scale: Tensor) -> None:
-    grad.mul_(scale)
-
-
 def add_to_tables(sums: Tensor, edge: Edge, margin: float) -> None:
     """To those of one size (2, C): hinges; what the dense sums hold of edges is taken out."""
     hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba())).mul_(edge.weight)
@@ -253,10 +249,6 @@ class Dense:
         return box_sum(padded, d, self.box, self.rows, self.image.reach - d)
 
 
-def _selects_pairs(device: torch.device) -> bool:
-    return device.type == "cpu"
-
-
 def dense_blocks(image: Image) -> Iterator[Dense]:
     """The blocks of a batch, one after the other in the same buffers."""
     slices = list(blocks(image.logits))
@@ -326,12 +318,15 @@ def edges(image: Image, d: int) -> Iterator[Edge]:
         yield Edge(weight.to(p_a.dtype), channel, at_a, at_b, p_a, q_a, p_b, q_b, *ratios)
 
 
-def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels a, their neighbours b of another label (indices into flattened labels), and weights.
-
-    Selecting them needs their number on the host, which only a CPU has at hand: other devices take
-    all pairs, with weight 0 for those of equal labels.
+def _selects_pairs(device: torch.device) -> bool:
+    """Whether only pairs of different labels are taken: the host must know their number then, which
+    only a CPU has at hand. Other devices take all, with weight 0 for those of equal labels.
     """
+    return device.type == "cpu"
+
+
+def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pixels a, their neighbours b of another label, indices into flattened labels, and weights."""
     pixel = torch.arange(label.numel(), device=label.device).view(label.shape)
     pixel = F.pad(pixel, (d, d, 0, d)).view(-1)
     # 0 = does not count. With these margins a shift of the flattened map never reaches another row

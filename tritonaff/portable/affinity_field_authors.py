@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from tritonaff.portable.affinity_field import (
     count_by_label,
-    scale_,  # noqa: F401
     softmax_backward_,
     softmax_statistics,
     tables_of,

@@ -73,7 +73,7 @@ def backward(
         grad_p, grad_y, other = flat(grad[images]), torch.empty_like(p), torch.empty_like(p)
         grad_gates = torch.zeros_like(stencil.gates) if needs_affinity else None
         while totals:
-            stencil.normalise_backward(grad_p, iterates.pop(), totals.pop(), out=grad_y)
+            stencil.normalize_backward(grad_p, iterates.pop(), totals.pop(), out=grad_y)
             if grad_gates is not None:
                 stencil.gates_backward(grad_y, iterates[-1], grad_gates)
             if totals or needs_probs:
@@ -85,7 +85,7 @@ def backward(
     return grad_probs, grad_affinity
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A neighbour that some pixel of the image has."""
 
     channel: int
@@ -97,18 +97,18 @@ class Neighbour(NamedTuple):
 class Stencil:
     """The sum over neighbours of Eq. 6 for some images, its normalisation, and their adjoints.
 
-    Tensors over pixels are (n, C, H W), ``gates`` (n, neighbours, H W).
+    Tensors over pixels are (n, C, H W), ``gates`` (n, neighbors, H W).
     """
 
     def __init__(
         self,
         gates: Tensor,
-        neighbours: list[Neighbour],
+        neighbors: list[Neighbor],
         size: tuple[int, int],
         self_weight: float,
         slope: float | None,
     ) -> None:
-        self.gates, self.neighbours, self.size = gates, neighbours, size
+        self.gates, self.neighbors, self.size = gates, neighbors, size
         self.self_weight, self.slope = self_weight, slope
 
     @classmethod
@@ -124,18 +124,18 @@ class Stencil:
         n, _, height, width = affinity.shape
         slope = math.log(steepness) if from_logits else None
         offsets = rate_offsets(list(zip(rates[::2], rates[1::2], strict=True)))
-        neighbours = [
-            Neighbour(channel, dy, dx, dy * width + dx)
+        neighbors = [
+            Neighbor(channel, dy, dx, dy * width + dx)
             for channel, (dy, dx) in enumerate(zip(offsets[::2], offsets[1::2], strict=True))
             if abs(dy) < height and abs(dx) < width
         ]
-        gates = p.new_empty(n, len(neighbours), height, width)
-        for gate, neighbour in zip(gates.unbind(1), neighbours, strict=True):
-            gate.copy_(affinity[:, neighbour.channel])
+        gates = p.new_empty(n, len(neighbors), height, width)
+        for gate, neighbor in zip(gates.unbind(1), neighbors, strict=True):
+            gate.copy_(affinity[:, neighbor.channel])
             if slope is not None:
                 gate.mul_(slope).sigmoid_()
-            clear_outside(gate, neighbour)
-        return cls(gates.flatten(2), neighbours, (height, width), self_weight, slope)
+            clear_outside(gate, neighbor)
+        return cls(gates.flatten(2), neighbors, (height, width), self_weight, slope)
 
     def step(self, p: Tensor, out: Tensor, total: Tensor) -> Tensor:
         """One iteration, p to ``out``. What y was divided by goes to ``total`` (n, 1, H W)."""
@@ -149,7 +149,7 @@ class Stencil:
             y.div_(class_sum.masked_fill_(class_sum == 0, math.inf))
         return out
 
-    def normalise_backward(self, grad_p: Tensor, p: Tensor, total: Tensor, out: Tensor) -> None:
+    def normalize_backward(self, grad_p: Tensor, p: Tensor, total: Tensor, out: Tensor) -> None:
         """From the gradient of p = y / total to that of y."""
         for pixels in blocks(p):
             g, grad_y = grad_p[..., pixels], out[..., pixels]
@@ -184,11 +184,11 @@ class Stencil:
         """From the gradient of the gates, which it overwrites, to that of the affinity."""
         planes = *grad_gates.shape[:2], *self.size
         grads, gates = grad_gates.view(planes).unbind(1), self.gates.view(planes).unbind(1)
-        for grad, gate, neighbour in zip(grads, gates, self.neighbours, strict=True):
+        for grad, gate, neighbor in zip(grads, gates, self.neighbors, strict=True):
             if self.slope is not None:
                 grad.mul_(gate).mul_(1 - gate).mul_(self.slope)
-            clear_outside(grad, neighbour)
-            out[:, neighbour.channel].copy_(grad)
+            clear_outside(grad, neighbor)
+            out[:, neighbor.channel].copy_(grad)
 
     def ranges(self, pixels: slice, backwards: bool = False) -> Iterator[tuple[int, slice, slice]]:
         """For every neighbour, those of ``pixels`` and their neighbours that are pixels at all.
@@ -196,8 +196,8 @@ class Stencil:
         Backwards, ``pixels`` are the neighbours.
         """
         height, width = self.size
-        for k, neighbour in enumerate(self.neighbours):
-            shift = neighbour.shift
+        for k, neighbor in enumerate(self.neighbors):
+            shift = neighbor.shift
             start, stop = pixels.start, pixels.stop
             if backwards:
                 start, stop = start - shift, stop - shift
@@ -206,11 +206,11 @@ class Stencil:
                 yield k, slice(start, stop), slice(start + shift, stop + shift)
 
 
-def clear_outside(plane: Tensor, neighbour: Neighbour) -> None:
+def clear_outside(plane: Tensor, neighbor: Neighbor) -> None:
     """Zero, in (n, H, W), at pixels whose neighbour is outside the image."""
     height, width = plane.shape[-2:]
-    plane[:, beyond(neighbour.dy, height)].zero_()
-    plane[:, :, beyond(neighbour.dx, width)].zero_()
+    plane[:, beyond(neighbor.dy, height)].zero_()
+    plane[:, :, beyond(neighbor.dx, width)].zero_()
 
 
 def beyond(step: int, size: int) -> slice:

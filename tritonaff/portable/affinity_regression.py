@@ -19,6 +19,7 @@ from tritonaff.portable.blocks import (
     bands,
     counted_labels,
     in_layout_of,
+    precision,
     sum_dtype,
 )
 
@@ -43,7 +44,7 @@ def forward(
             gram[images] += points.gram()
             count[images] += points.count()
         kept = gram
-    squared_error = squared_error_of(gram).to(at_least_float32(logits[:0]).dtype)
+    squared_error = squared_error_of(gram).to(precision(logits))
     return squared_error, count * count, kept
 
 

@@ -48,8 +48,13 @@ def label_dtype(num_classes: int) -> torch.dtype:
     return torch.int16 if num_classes <= torch.iinfo(torch.int16).max else torch.int32
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+def precision(tensor: Tensor) -> torch.dtype:
+    """Of what is computed from it: float64 from float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(precision(tensor))
 
 
 def grad_dtype(logits: Tensor) -> torch.dtype:

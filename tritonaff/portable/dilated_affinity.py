@@ -1,6 +1,6 @@
 """Dilated affinity in torch operations: any device, no Triton.
 
-Bands of rows, one group of neighbours at a time, in buffers that stay in a CPU's cache. Whether a
+Bands of rows, one rate at a time, in buffers that stay in a CPU's cache. Whether a
 signal is valid, same or different is computed from the labels where it is needed. Focal terms are
 added up over the neighbours of a pixel first, so that only pixels, not signals, are sorted into
 categories.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import bands, sum_dtype
+from tritonaff.portable.blocks import bands, precision, sum_dtype
 
 NOT_VALID = 255
 # Most pixels are of one category: neighbouring ones are added up in lanes of their own, because
@@ -32,18 +32,16 @@ def forward(
     logits: Tensor,
     target: Tensor,
     offsets: list[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss sums, signal counts and correct counts (G, S + 1, 2), pixel counts (G, S + 1)."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    shape = 2, len(offsets) // (2 * group_size), 2, group_size + 1, LANES
-    # Of losses and of signals predicted right: by group, target, category and lane.
+    """Loss sums, signal counts and correct counts (R, 9, 2), pixel counts (R, 9)."""
+    shape = 2, len(offsets) // 16, 2, 9, LANES
+    # Of losses and of signals predicted right: by rate, target, category and lane.
     sums = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
-    histogram = Histogram(target, offsets, group_size)
+    histogram = Histogram(target, offsets)
     buffers: list[Tensor] = []
-    for block in signals(target, offsets, group_size, ignore_index, dtype):
+    for block in signals(target, offsets, ignore_index, precision(logits)):
         histogram.add(block)
         x, pt, not_pt, product = block.of_its_size(buffers)
         x.copy_(logits[block.place])
@@ -55,12 +53,12 @@ def forward(
         focal = probabilities(x, block, pt, not_pt, product).mul_(not_pt.pow_(gamma))
         for t, chosen in enumerate((block.different, block.same)):
             per_pixel = torch.mul(focal, chosen, out=product).sum(dim=1), correct[t]
-            for table, values in zip(sums[:, block.group, t], per_pixel, strict=True):
+            for table, values in zip(sums[:, block.rate, t], per_pixel, strict=True):
                 table.view(-1).scatter_add_(0, block.bins, values.flatten().to(sums.dtype))
     loss_sum, correct_count = sums.sum(dim=-1).transpose(2, 3)
     pixel_count, signal_count = histogram.counts()
     return (
-        loss_sum.to(dtype).contiguous(),
+        loss_sum.to(precision(logits)).contiguous(),
         signal_count,
         correct_count.to(torch.int64).contiguous(),
         pixel_count,
@@ -72,7 +70,6 @@ def backward(
     logits: Tensor,
     target: Tensor,
     offsets: list[int],
-    group_size: int,
     gamma: float,
     ignore_index: int,
 ) -> Tensor:
@@ -83,7 +80,7 @@ def backward(
     """
     grad = torch.empty_like(logits)
     buffers: list[Tensor] = []
-    for block in signals(target, offsets, group_size, ignore_index, grad_loss_sum.dtype):
+    for block in signals(target, offsets, ignore_index, grad_loss_sum.dtype):
         x, pt, not_pt, signed = block.of_its_size(buffers)
         x.copy_(logits[block.place])
         minus_log_pt = probabilities(x, block, pt, not_pt, signed)
@@ -91,7 +88,7 @@ def backward(
         slope.mul_(not_pt.pow_(gamma))
         of_different, of_same = (
             coefficient.index_select(0, block.category).view_as(block.same[:, :1])
-            for coefficient in grad_loss_sum[block.group].unbind(dim=1)
+            for coefficient in grad_loss_sum[block.rate].unbind(dim=1)
         )
         torch.mul(block.different, of_different, out=signed)
         signed.addcmul_(block.same, of_same, value=-1)
@@ -99,35 +96,31 @@ def backward(
     return grad
 
 
-def neighbor_counts(
-    target: Tensor, offsets: list[int], group_size: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Pixel counts (G, S + 1) and signal counts (G, S + 1, 2)."""
-    histogram = Histogram(target, offsets, group_size)
-    for block in signals(target, offsets, group_size, ignore_index, torch.float32):
+def neighbor_counts(target: Tensor, offsets: list[int], ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Pixel counts (R, 9) and signal counts (R, 9, 2)."""
+    histogram = Histogram(target, offsets)
+    for block in signals(target, offsets, ignore_index, torch.float32):
         histogram.add(block)
     return histogram.counts()
 
 
-def affinity_target(
-    target: Tensor, offsets: list[int], group_size: int, ignore_index: int
-) -> Tensor:
-    """(N, G S, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
+def affinity_target(target: Tensor, offsets: list[int], ignore_index: int) -> Tensor:
+    """(N, 8 R, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
     n, height, width = target.shape
     result = target.new_empty(n, len(offsets) // 2, height, width, dtype=torch.uint8)
-    for block in signals(target, offsets, group_size, ignore_index, torch.float32):
+    for block in signals(target, offsets, ignore_index, torch.float32):
         valid = block.same + block.different
         result[block.place] = valid.mul_(-NOT_VALID).add_(NOT_VALID).add_(block.same)
     return result
 
 
 class Signals(NamedTuple):
-    """The signals of one group of neighbours for some images, or for some rows of one."""
+    """The signals of one rate for some images, or for some rows of one."""
 
-    group: int
+    rate: int
     place: tuple[slice, slice, slice]  # of the signals in the logits
-    same: Tensor  # (n, S, h, W), 1 and 0
-    different: Tensor  # (n, S, h, W), 1 and 0
+    same: Tensor  # (n, 8, h, W), 1 and 0
+    different: Tensor  # (n, 8, h, W), 1 and 0
     num_different: Tensor  # (n, h, W)
     category: Tensor  # (n h W,)
     bins: Tensor  # (n h W,), category * LANES + a lane
@@ -141,7 +134,7 @@ class Signals(NamedTuple):
 
 
 def signals(
-    target: Tensor, offsets: list[int], group_size: int, ignore_index: int, dtype: torch.dtype
+    target: Tensor, offsets: list[int], ignore_index: int, dtype: torch.dtype
 ) -> Iterator[Signals]:
     """The signals of a batch, block by block, all in the same buffers."""
     _, height, width = target.shape
@@ -153,11 +146,11 @@ def signals(
     label = F.pad(comparable(target), padding)
 
     buffer: Tensor | None = None
-    for images, band in bands(target[:, None].expand(-1, group_size, -1, -1)):
+    for images, band in bands(target[:, None].expand(-1, 8, -1, -1)):
         n = min(images.stop, len(target)) - images.start
         rows = min(band.stop, height) - band.start
         if buffer is None:  # the first block is as large as any
-            buffer = counted.new_empty(2, n, group_size, rows, width)
+            buffer = counted.new_empty(2, n, 8, rows, width)
             lanes = torch.arange(n * rows * width, device=target.device) % LANES
         same, different = buffer[:, :n, :, :rows]
         same_by_step, valid_by_step = same.unbind(dim=1), different.unbind(dim=1)
@@ -166,8 +159,8 @@ def signals(
             for x in (label, counted)
         )
 
-        for group in range(len(steps) // group_size):
-            channels = slice(group * group_size, (group + 1) * group_size)
+        for rate in range(len(steps) // 8):
+            channels = slice(8 * rate, 8 * rate + 8)
             for s, (dy, dx) in enumerate(steps[channels]):
                 if (dy, dx) not in in_image:
                     same_by_step[s].zero_()
@@ -177,10 +170,10 @@ def signals(
                 torch.mul(counted_here, moved(counted_here, dy, dx), out=valid_by_step[s])
             different.sub_(same.mul_(different))
             num_different = different.sum(dim=1)
-            category = group_size - num_different.flatten().to(torch.int64)
+            category = 8 - num_different.flatten().to(torch.int64)
             bins = torch.add(lanes[: len(category)], category, alpha=LANES)
             place = images, channels, band
-            yield Signals(group, place, same, different, num_different, category, bins)
+            yield Signals(rate, place, same, different, num_different, category, bins)
 
 
 def moved(window: Tensor, dy: int, dx: int) -> Tensor:
@@ -212,27 +205,25 @@ def probabilities(x: Tensor, block: Signals, pt: Tensor, not_pt: Tensor, spare: 
 
 
 class Histogram:
-    """Pixels by group, category and number of valid neighbours: every count comes from it."""
+    """Pixels by rate, category and number of valid neighbours: every count comes from it."""
 
-    def __init__(self, target: Tensor, offsets: list[int], group_size: int) -> None:
-        self.bins = group_size + 1
-        groups = len(offsets) // (2 * group_size)
-        shape = groups, self.bins, self.bins, LANES
+    def __init__(self, target: Tensor, offsets: list[int]) -> None:
+        shape = len(offsets) // 16, 9, 9, LANES
         self.pixels = target.new_zeros(shape, dtype=torch.int64)
 
     def add(self, block: Signals) -> None:
-        # Category k and v = S - k + same valid neighbours have bin k (S + 1) + v, in LANES of them.
+        # Category k and v = 8 - k + same valid neighbours have bin 9 k + v, in LANES of them.
         same = block.same.sum(dim=1).flatten().to(torch.int64)
-        more = torch.add(same + (self.bins - 1), block.category, alpha=self.bins - 2)
+        more = torch.add(same + 8, block.category, alpha=7)
         place = torch.add(block.bins, more, alpha=LANES)
-        self.pixels[block.group].view(-1).scatter_add_(0, place, torch.ones_like(place))
+        self.pixels[block.rate].view(-1).scatter_add_(0, place, torch.ones_like(place))
 
     def counts(self) -> tuple[Tensor, Tensor]:
-        """Pixel counts (G, S + 1), without pixels that have no valid neighbour, and signal counts
-        (G, S + 1, 2).
+        """Pixel counts (R, 9), without pixels that have no valid neighbour, and signal counts
+        (R, 9, 2).
         """
         pixels = self.pixels.sum(dim=-1)
-        number = torch.arange(self.bins, device=pixels.device)
+        number = torch.arange(9, device=pixels.device)
         pixel_count = pixels[:, :, 1:].sum(dim=2)
         different = pixel_count * number.flip(0)
         return pixel_count, torch.stack(

@@ -95,6 +95,7 @@ def cross_entropy_terms(
 def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
     """x at (h + dy, w + dx) for every pixel (h, w); ``outside`` where that is not in the image."""
     height, width = x.shape[-2:]
+    dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))  # further is outside, too
     pad_h, pad_w = abs(dy), abs(dx)
     padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h), value=outside)
     return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]

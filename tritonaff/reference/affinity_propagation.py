@@ -37,7 +37,7 @@ def affinity_propagation(
         for s, (dy, dx) in enumerate(offsets):
             # Outside the image there is no neighbour: p_s is 0.
             total = total + a[:, s : s + 1] * shifted(p, dy, dx, 0.0)
-        p = normalised(total)
+        p = normalized(total)
     return p.to(probs.dtype)
 
 
@@ -46,7 +46,7 @@ def steep_sigmoid(x: Tensor, mu: float) -> Tensor:
     return torch.sigmoid(x * math.log(mu))
 
 
-def normalised(total: Tensor) -> Tensor:
+def normalized(total: Tensor) -> Tensor:
     """N of Eq. 6: makes the sum over classes 1; where there is nothing to divide, 0."""
     class_sum = total.sum(dim=1, keepdim=True)
     return total / class_sum.masked_fill(class_sum == 0, math.inf)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DIRECTIONS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+from tritonaff.reference.affinity_field import DIRECTIONS, shifted
+
 NOT_VALID = 255
 
 
@@ -26,8 +27,8 @@ def dilated_affinity_target(
     for r1, r2 in rates:
         for dy, dx in DIRECTIONS:
             # Outside the image nothing counts, and any label does.
-            label_j = shifted(label, r1 * dy, r2 * dx)
-            valid = (counted * shifted(counted, r1 * dy, r2 * dx)).bool()
+            label_j = shifted(label, r1 * dy, r2 * dx, 0)
+            valid = (counted * shifted(counted, r1 * dy, r2 * dx, 0)).bool()
             signals.append((label == label_j).long().where(valid, NOT_VALID))
     return torch.stack(signals, dim=1).to(torch.uint8)
 
@@ -96,12 +97,3 @@ def sum_by_category(values: Tensor, in_category: Tensor) -> Tensor:
     """Sum (N, 8, H, W) into (9,)."""
     per_pixel = values.sum(dim=1)
     return torch.stack([(per_pixel * chosen).sum() for chosen in in_category])
-
-
-def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
-    """x at (h + dy, w + dx) for every pixel (h, w); 0 where that is not in the image."""
-    height, width = x.shape[-2:]
-    dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))
-    pad_h, pad_w = abs(dy), abs(dx)
-    padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
-    return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]
