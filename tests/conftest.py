@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 # Most tensors here are tiny: waking a second thread for them costs more than it saves.
 torch.set_num_threads(1)
+# Convolutions in full precision: networks are compared with themselves.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

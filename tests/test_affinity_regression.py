@@ -117,6 +117,7 @@ def inputs(draw, dtypes):
     return logits, target, ignore_index
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the tiles
 grids = st.sampled_from(GRIDS)
 
 
@@ -130,10 +131,9 @@ def test_portable_matches_the_reference(values, grid_sizes):
 @given(inputs([torch.float32, torch.bfloat16, torch.float16]), grids)
 def test_triton_matches_the_reference(values, grid_sizes):
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     logits, target, ignore_index = values
     case = case_with(grid_sizes, ignore_index=ignore_index)
-    check_parity(case, "triton", logits.to(device), target.to(device))
+    check_parity(case, "triton", logits.to(DEVICE), target.to(DEVICE))
 
 
 @given(inputs([torch.float32, torch.bfloat16, torch.float64]), grids)
@@ -145,8 +145,9 @@ def test_matrices_match_the_reference(values, grid_sizes):
     for backend in ("portable", "triton"):
         if backend == "triton" and logits.dtype == torch.float64:
             continue
+        device = DEVICE if backend == "triton" else "cpu"
         with tritonaff.use_backend(backend):
-            affinity = tritonaff.square_root_affinity(logits, grid_sizes)
+            affinity = tritonaff.square_root_affinity(logits.to(device), grid_sizes).cpu()
             labels = tritonaff.label_affinity(target, grid_sizes, ignore_index)
         # A sum of squares that is 1 at most: a few roundings, and those of the exponents.
         rounding = 1e-12 if logits.dtype == torch.float64 else 4e-6
@@ -402,8 +403,9 @@ doubles = inputs([torch.float64])
 def test_affinities_are_between_0_and_1(values, grid_sizes, backend):
     logits, _, _ = values
     assume(backend == "portable" or logits.dtype == torch.float32)
+    device = DEVICE if backend == "triton" else "cpu"
     with tritonaff.use_backend(backend):
-        affinity = tritonaff.square_root_affinity(logits, grid_sizes)
+        affinity = tritonaff.square_root_affinity(logits.to(device), grid_sizes)
     rounding = 8 * torch.finfo(affinity.dtype).eps
     assert (affinity >= 0).all()
     assert (affinity <= 1 + rounding).all()
@@ -437,10 +439,12 @@ def test_perfect_predictions_have_no_loss(values, grid_sizes):
     label = torch.where(target == ignore_index, 0, target)
     perfect = 1e4 * torch.nn.functional.one_hot(label, logits.shape[1]).movedim(-1, 1).double()
     for backend in ("reference", "portable", "triton"):
-        x = perfect.float() if backend == "triton" else perfect
+        x, labels = perfect, target
+        if backend == "triton":
+            x, labels = perfect.float().to(DEVICE), target.to(DEVICE)
         with tritonaff.use_backend(backend):
             loss = tritonaff.affinity_regression_loss(
-                x, target, grid_sizes, ignore_index=ignore_index
+                x, labels, grid_sizes, ignore_index=ignore_index
             )
         assert loss == 0
 

@@ -77,7 +77,8 @@ def test_more_elements_than_2_to_the_31(op):
     n, c, height, width = 2, 32 if op == "dilated_affinity" else 19, 256, 512
     images = (1 << 31) // (c * height * width) + 2
     # Inputs, gradients and what lies between them; propagation holds iterates and gates in float32.
-    needed = images * c * height * width * (64 if op == "affinity_propagation" else 24)
+    needed = images * c * height * width * (48 if op == "affinity_propagation" else 24)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB, free are {free / 1e9:.0f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -107,7 +108,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    device = _device(args.device)
+    device = usable_device(args.device)
     impls = args.impl or _impls_here(device)
     if device.type == "cpu" and "triton" in impls:
         raise ValueError("the tiles run on a GPU; interpreted they are tested, but not timed")
@@ -147,7 +148,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -404,7 +405,8 @@ def versions() -> dict[str, str]:
         )
         result["commit"] = commit + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
-        result["commit"] = "unknown"
+        code = (path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
+        result["commit"] = f"unknown, files {hashlib.sha256(b''.join(code)).hexdigest()[:7]}"
     return result
 
 

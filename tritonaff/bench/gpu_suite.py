@@ -2,17 +2,21 @@
 tritonaff.bench.gpu_suite``.
 
 Correctness first (the tests), then every row of :data:`ROWS` with its rivals in the same run, then
-what profilers and sanitizers say. Every row is saved when it is done, to
+what profilers and sanitizers say. Every row is saved when it is done, with its commit, to
 docs/results/DEVICE.json, and is not measured again: a run that is cut short, or told ``--minutes``,
 goes on where it was. A row that fails is recorded as failed, and is tried again with ``--retry``.
-The exit status is 1 where anything failed and 2 where something is left to do. ``report`` writes
-docs/performance.md from these files.
+What the tests print is in DEVICE.log. The exit status is 1 where anything failed, 2 where something
+is left to do, and 3 where an error has left this process without its device: the next one goes on.
+``report`` writes docs/performance.md from these files; figures whose tests are not green count for
+nothing there.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
+import importlib.util
 import io
 import json
 import os
@@ -21,12 +25,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +45,7 @@ from torch.nn import functional as F
 
 import tritonaff
 from tritonaff.bench import measure
-from tritonaff.bench.__main__ import DTYPES, describe, versions, write_json
+from tritonaff.bench.__main__ import DTYPES, describe, usable_device, versions, write_json
 from tritonaff.bench.cases import (
     AFFINITY_FIELD_SIZES,
     CASES,
@@ -50,25 +57,30 @@ from tritonaff.bench.performance_page import write_page
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "docs" / "results"
+COMMANDS = ("run", "report", "exercise", "compile")
 PARTS = ("correctness", "figures", "tools")
-# What the tiles do; the other tests do not touch a GPU.
-TEST_FILES = (
-    "test_affinity_field.py",
-    "test_affinity_regression.py",
-    "test_affinity_propagation.py",
-    "test_dilated_affinity.py",
-    "test_offsets.py",
-    "test_cuda_graphs.py",
-    "test_compile.py",
-    "test_backend.py",
-)
+# What the tiles do, and in how many processes; the other tests do not touch a GPU.
+TEST_FILES = {
+    "test_affinity_field.py": 4,
+    "test_affinity_regression.py": 2,
+    "test_affinity_propagation.py": 1,
+    "test_dilated_affinity.py": 1,
+    "test_cuda_graphs.py": 1,
+    "test_compile.py": 1,
+    "test_backend.py": 1,
+    "test_offsets.py": 1,
+}
+# It fills the memory of a GPU.
+ALONE = "test_offsets.py"
 FIELD_SHAPES = ((16, 21, 60, 60), (8, 19, 90, 90), (8, 19, 512, 512), (4, 19, 512, 1024),
                 (4, 150, 512, 512))  # fmt: skip
 SMALL = FIELD_SHAPES[0]
 QUICK_SHAPE = (2, 5, 16, 20)
 # The eager reference keeps so many times the logits of an affinity field in memory.
 EAGER_FIELD_COPIES = 220
-MINUTES, MINUTES_PER_ROW = 9, 4
+MINUTES, MINUTES_OF_TESTS, MINUTES_PER_ROW = 9, 5, 4
+# Times are those of the device, as its profiler has them, of so many runs.
+PROFILED_RUNS = 10
 
 
 class OutOfTime(Exception):
@@ -97,27 +109,53 @@ class Bench:
     quick: bool
 
     def ms(self, run: Callable[[], Any]) -> float:
-        return round(measure.median_ms(lambda _: run(), self.device, self.quick), 5)
+        return round(measure.median_ms(ignoring(run), self.device, self.quick), 5)
 
     def peak_bytes(self, run: Callable[[], Any]) -> int:
-        return measure.peak_bytes(lambda _: run(), self.device)
+        return measure.peak_bytes(ignoring(run), self.device)
 
-    def launches(self, run: Callable[[], Any]) -> tuple[int, float]:
-        """How many kernels, copies and fills the device ran, and their milliseconds."""
+    def launches(
+        self, run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None
+    ) -> tuple[float, float]:
+        """How many kernels, copies and fills the device runs, and their milliseconds."""
         if self.device.type != "cuda":
             raise NotHere("launches are counted on CUDA devices")
-        run()
+        run(prepare())
+        prepared = [prepare() for _ in range(PROFILED_RUNS)]
         torch.cuda.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            run()
+            while prepared:
+                run(prepared.pop())
             torch.cuda.synchronize()
-        events = [
-            event
+        us = [
+            event.time_range.elapsed_us()
             for event in profile.events() or ()
             if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ]
-        return len(events), sum(event.time_range.elapsed_us() for event in events) / 1e3
+        if not us:
+            raise NotHere("the profiler sees no kernels")
+        return len(us) / PROFILED_RUNS, sum(us) / 1e3 / PROFILED_RUNS
+
+    def device_ms(
+        self, run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None
+    ) -> float:
+        """Without what the host does between kernels; on a CPU there is nothing between."""
+        if self.device.type != "cuda":
+            return measure.median_ms(run, self.device, self.quick, prepare)
+        return self.launches(run, prepare)[1]
+
+    def inputs(self, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        logits, target = _inputs(shape)
+        return logits.to(self.device, dtype), target.to(self.device)
+
+
+def ignoring(run: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda _: run()
+
+
+# Drawing them takes longer than the rows that ask for them.
+_inputs = cache(make_inputs)
 
 
 def step(
@@ -165,7 +203,7 @@ def images_that_fit(shape: Shape, bench: Bench) -> int:
 
 def field_against_eager(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     shape = (images_that_fit(shape, bench), *shape[1:])
-    inputs = make_inputs(shape, dtype, bench.device)
+    inputs = bench.inputs(shape, dtype)
     ours, rival = (
         bench.ms(step(field, *inputs)),
         bench.ms(step(field, *inputs, backend="reference")),
@@ -177,7 +215,7 @@ def field_against_compiled(shape: Shape, dtype: torch.dtype, bench: Bench) -> di
     if not measure.compiler_works(bench.device):
         raise NotHere("no compiler")
     shape = (images_that_fit(shape, bench), *shape[1:])
-    inputs = make_inputs(shape, dtype, bench.device)
+    inputs = bench.inputs(shape, dtype)
     ours = bench.ms(step(field, *inputs))
     torch._dynamo.reset()
     run = step(torch.compile(field, fullgraph=True), *inputs, backend="reference")
@@ -192,21 +230,26 @@ def field_against_compiled(shape: Shape, dtype: torch.dtype, bench: Bench) -> di
 def against_cross_entropy(
     loss: Callable[..., Tensor], logits: Tensor, target: Tensor, bench: Bench
 ) -> dict[str, Any]:
-    ours = bench.ms(step(loss, logits, target))
-    rival = bench.ms(step(cross_entropy, logits, target))
-    return {"ms": ours, "rival_ms": rival, "ratio": ours / rival}
+    values: dict[str, Any] = {}
+    for name, each in (("", loss), ("rival_", cross_entropy)):
+        run = step(each, logits, target)
+        values[f"{name}ms"] = bench.ms(run)
+        values[f"{name}device_ms"] = bench.device_ms(ignoring(run))
+    for name in ("", "device_"):
+        values[f"{name}ratio"] = values[f"{name}ms"] / values[f"rival_{name}ms"]
+    return values
 
 
 def field_alone(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    return against_cross_entropy(field, *make_inputs(shape, dtype, bench.device), bench)
+    return against_cross_entropy(field, *bench.inputs(shape, dtype), bench)
 
 
 def field_fused(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    return against_cross_entropy(fused, *make_inputs(shape, dtype, bench.device), bench)
+    return against_cross_entropy(fused, *bench.inputs(shape, dtype), bench)
 
 
 def field_memory(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    logits, target = make_inputs(shape, dtype, bench.device)
+    logits, target = bench.inputs(shape, dtype)
     run = step(field, logits, target)
     run()
     peak = bench.peak_bytes(run)
@@ -216,22 +259,23 @@ def field_memory(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, An
 def launches(
     loss: Callable[..., Tensor], shape: Shape, dtype: torch.dtype, bench: Bench
 ) -> dict[str, Any]:
-    inputs = make_inputs(shape, dtype, bench.device)
+    inputs = bench.inputs(shape, dtype)
     values: dict[str, Any] = {}
     torch._dynamo.reset()
     for name, each in (("launches", loss), ("compiled_launches", torch.compile(loss))):
-        values[name], values[f"{name}_ms"] = bench.launches(step(each, *inputs))
+        run = step(each, *inputs)
+        values[name], values[f"{name}_ms"] = bench.launches(ignoring(run))
     return values
 
 
 def grids(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    logits, target = make_inputs(shape, dtype, bench.device)
+    logits, target = bench.inputs(shape, dtype)
     return against_cross_entropy(tritonaff.affinity_regression_loss, logits, target, bench)
 
 
 def every_pixel(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     case = CASES["affinity_regression_every_pixel"]
-    return against_cross_entropy(case.loss, *make_inputs(shape, dtype, bench.device), bench)
+    return against_cross_entropy(case.loss, *bench.inputs(shape, dtype), bench)
 
 
 def dilated(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
@@ -247,8 +291,8 @@ def dilated(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     def backward(loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, leaf)
 
-    forward_ms = measure.median_ms(forward, bench.device, bench.quick)
-    backward_ms = measure.median_ms(backward, bench.device, bench.quick, forward)
+    forward_ms = bench.device_ms(forward)
+    backward_ms = bench.device_ms(backward, forward)
     values: dict[str, Any] = {"copy_gb_per_s": round(copy, 1)}
     for mode, ms in (("fwd", forward_ms), ("bwd", backward_ms)):
         gb_per_s = measure.traffic_bytes(mode, (leaf, target)) / ms / 1e6
@@ -279,20 +323,30 @@ class Step(torch.nn.Module):
 
 
 def compile_seconds(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    """What the loss adds to the first step; the kernels are compiled anew as well."""
+    """What the loss adds to the first step, in a process that has not compiled its kernels yet."""
     if not measure.compiler_works(bench.device):
         raise NotHere("no compiler")
+    command = [sys.executable, "-m", __spec__.name, "compile", "--device", str(bench.device)]
+    output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if output.returncode != 0:
+        raise RuntimeError(output.stderr[-2000:])
+    values: dict[str, Any] = json.loads(output.stdout.splitlines()[-1])
+    return values
+
+
+def first_steps(shape: Shape, device: torch.device) -> dict[str, float]:
+    """Seconds of the first compiled step with and without the loss, nothing in any cache."""
     n, classes, height, width = shape
-    image = torch.randn(n, 3, height, width, device=bench.device)
-    _, target = make_inputs(shape, dtype, bench.device)
+    image = torch.randn(n, 3, height, width, device=device)
+    _, target = make_inputs(shape, device=device)
     seconds = []
     for with_loss in (False, False, True):  # the first one loads the compiler
-        module = Step(classes, with_loss).to(bench.device)
+        module = Step(classes, with_loss).to(device)
         torch._dynamo.reset()
         with fresh_cache():
             start = time.perf_counter()
             torch.compile(module, fullgraph=True)(image, target).backward()
-            if bench.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     return {"with_s": seconds[2], "without_s": seconds[1], "seconds": seconds[2] - seconds[1]}
@@ -329,7 +383,7 @@ def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     n, _, height, width = shape
     grad, p = (torch.rand(shape, device=bench.device) for _ in range(2))
     total = torch.ones(n, height, width, device=bench.device)
-    inputs = make_inputs(shape, torch.float32, bench.device)
+    inputs = bench.inputs(shape, torch.float32)
     torch._dynamo.reset()
     calls: dict[str, Callable[[], Any]] = {
         name: partial(torch.compile(op, fullgraph=True), grad, p, total)
@@ -341,7 +395,7 @@ def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, call in calls.items():
         values[f"{name}_us"] = 1e3 * bench.ms(partial(_repeat, call, 100)) / 100
-        values[f"{name}_launches"], ms = bench.launches(call)
+        values[f"{name}_launches"], ms = bench.launches(ignoring(call))
         values[f"{name}_device_us"] = 1e3 * ms
     return values
 
@@ -351,7 +405,9 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
         call()
 
 
-# Cheap ones first: a run that is cut short has them.
+# Cheap ones first: a run that is cut short has them. The compiler takes half a minute for the
+# reference, of every shape.
+COMPILED_SHAPES = (FIELD_SHAPES[2], SMALL, FIELD_SHAPES[4], FIELD_SHAPES[3], FIELD_SHAPES[1])
 ROWS = (
     Row("field_alone", field_alone, FIELD_SHAPES),
     Row("field_fused", field_fused, FIELD_SHAPES),
@@ -365,7 +421,7 @@ ROWS = (
     Row("grids_launches", partial(launches, tritonaff.affinity_regression_loss), (SMALL,)),
     Row("boundary", boundary, (SMALL,), ("float32",)),
     Row("compile_seconds", compile_seconds, (SMALL,), ("float32",)),
-    Row("field_against_compiled", field_against_compiled, FIELD_SHAPES),
+    Row("field_against_compiled", field_against_compiled, COMPILED_SHAPES),
 )
 
 
@@ -379,18 +435,25 @@ def jobs(quick: bool) -> Iterator[tuple[str, Row, Shape, str]]:
 
 
 class Record:
-    """The results of one device and one version of everything, saved after every row."""
+    """The results of one device and one version of Python, torch and Triton, saved after every row;
+    each says of which commit it is.
+    """
 
     def __init__(self, folder: Path, device: torch.device, quick: bool, retry: bool) -> None:
         name = describe(device)
         file = f"{name} quick" if quick else name
         self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', file.lower()).strip('-')}.json"
-        head = {"suite": True, "device": name, "quick": quick, "versions": versions()}
+        used = versions()
+        self.commit = used.pop("commit")
+        head = {"suite": True, "device": name, "quick": quick, "versions": used}
         self.content: dict[str, Any] = {**head, "rows": {}}
         if self.path.exists():
             before = json.loads(self.path.read_text())
             if all(before.get(key) == value for key, value in head.items()):
                 self.content = before
+        for row in self.content["rows"].values():
+            if row["status"] == "started":
+                row |= {"status": "failed", "error": "the process ended before the row did"}
         if retry:
             rows = self.content["rows"].items()
             self.content["rows"] = {k: row for k, row in rows if row["status"] != "failed"}
@@ -399,10 +462,22 @@ class Record:
         return key in self.content["rows"]
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        self.content["rows"][key] = row
+        self.content["rows"][key] = {**row, "commit": self.commit}
+        self._save()
+        print(f"{row['status']:8} {key}  {_summary(row)}", flush=True)
+
+    def start(self, key: str) -> None:
+        """Should the process end with this row, the next one knows."""
+        self.content["rows"][key] = {"status": "started"}
+        self._save()
+
+    def forget(self, key: str) -> None:
+        del self.content["rows"][key]
+        self._save()
+
+    def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
-        print(f"{row['status']:8} {key}  {_summary(row)}", flush=True)
 
     def failed(self, prefix: str = "") -> list[str]:
         rows = self.content["rows"].items()
@@ -432,39 +507,56 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def attempt(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The row that ``work`` gives, whatever happens to it."""
     start = time.perf_counter()
     try:
-        with at_most(seconds):
-            row = {"status": "ok", **work()}
+        row = {"status": "ok", **work()}
     except NotHere as reason:
         row = {"status": "left out", "error": str(reason)}
     except Exception as error:
         row = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        row["traceback"] = traceback.format_exc()[-3000:]
     return {"took_s": round(time.perf_counter() - start, 1), **row}
 
 
-def run_tests(file: str, seconds: float) -> dict[str, Any]:
-    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+_log_lock = threading.Lock()
+
+
+def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, Any]:
+    """The last line that pytest prints; all of them go to the end of a file."""
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-rs"]
+    options += ["--durations=10", "-o", "faulthandler_timeout=60"]
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        options += ["-n", str(workers)]
     command = [sys.executable, "-m", "pytest", *options, f"tests/{file}"]
     start = time.perf_counter()
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
-    except subprocess.TimeoutExpired as late:
-        raise OutOfTime(f"took more than {seconds:.0f} s") from late
-    lines = (result.stdout + result.stderr).strip().splitlines() or [""]
-    if result.returncode != 0:
-        raise AssertionError("\n".join([lines[-1], *lines[-40:]]))
-    return {"summary": lines[-1], "took_s": round(time.perf_counter() - start, 1)}
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            status = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, timeout=seconds,
+                env={**os.environ, "COLUMNS": "250"},
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired as late:
+            raise OutOfTime(f"took more than {seconds:.0f} s") from late
+        finally:
+            output.seek(0)
+            text = output.read()
+            with _log_lock, log.open("a") as lines:
+                lines.write(text)
+    last = text.strip().splitlines()[-40:] or [""]
+    if status != 0:
+        raise AssertionError("\n".join([last[-1], *last]))
+    return {"summary": last[-1].strip("= "), "took_s": round(time.perf_counter() - start, 1)}
 
 
-def exercise(device: torch.device) -> None:
-    """Every operation once, forward and backward, on a small image: what sanitizers watch."""
+def exercise(device: torch.device, height: int) -> None:
+    """Every operation once, forward and backward: what sanitizers and profilers watch."""
+    images = height, 2 * height - 4
     for case in CASES.values():
-        channels = 32 if case.name == "dilated_affinity" else 5
-        step(case.loss, *case.make_inputs((2, channels, 37, 70), device=device))()
-    step(fused, *make_inputs((2, 5, 37, 70), device=device))()
+        channels = 32 if case.name == "dilated_affinity" else 19
+        step(case.loss, *case.make_inputs((2, channels, *images), device=device))()
+    step(fused, *make_inputs((2, 19, *images), device=device))()
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -482,10 +574,14 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     path = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
     if path is None:
         raise NotHere(f"{program} is not installed")
-    options = ["--tool", tool, "--error-exitcode", "9"]
+    # torch asks the driver for what this one may not have.
+    options, height = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"], 37
     if tool == "ncu":
-        options = ["--csv", "--metrics", ",".join(METRICS), "--kernel-name", "regex:_kernel$"]
+        options = ["--csv", "--metrics", ",".join(METRICS), "--clock-control", "none"]
+        options += ["--kernel-name", f"regex:^({'|'.join(kernel_names())})$"]
+        height = 514  # an image that fills the device
     command = [path, *options, sys.executable, "-m", __spec__.name, "exercise"]
+    command += ["--height", str(height)]
     # Every tensor an allocation of its own: else what is beyond one is another one's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(
@@ -495,7 +591,21 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     if result.returncode != 0:
         lines = (result.stdout + result.stderr).strip().splitlines()
         raise RuntimeError("\n".join([line for line in lines if "=" in line][-20:] or lines[-20:]))
-    return {"kernels": ncu_kernels(result.stdout)} if tool == "ncu" else {}
+    if tool != "ncu":
+        return {}
+    kernels = ncu_kernels(result.stdout)
+    if not kernels:
+        raise RuntimeError(f"ncu has seen no kernel: {result.stdout[-2000:]}")
+    return {"kernels": kernels}
+
+
+def kernel_names() -> list[str]:
+    """Of our tiles."""
+    folder = Path(tritonaff.__file__).parent / "kernels"
+    names = [
+        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.iterdir()
+    ]
+    return sorted({name for each in names for name in each})
 
 
 def ncu_kernels(output: str) -> list[dict[str, Any]]:
@@ -510,55 +620,49 @@ def ncu_kernels(output: str) -> list[dict[str, Any]]:
     return list(kernels.values())
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, device: torch.device) -> int:
     deadline: float = time.monotonic() + 60 * args.minutes
-    device = torch.device(args.device)
     record = Record(args.results, device, args.quick, args.retry)
-    print(f"{record.content['device']}, results in {record.path}")
+    print(f"{record.content['device']}, commit {record.commit}, results in {record.path}")
 
     def left() -> float:
         return deadline - time.monotonic()
 
-    def work(key: str, minutes: float, measure: Callable[[], dict[str, Any]]) -> bool:
-        """False where there is no time left for it."""
-        if record.has(key):
-            return True
-        if left() < 5:
-            return False
-        in_full = left() > 60 * minutes - 10
-        row = attempt(min(60 * minutes, left()), measure)
-        if not in_full and OutOfTime.__name__ in row.get("error", ""):
-            return False  # the next run gives it all the time that it may take
-        record.add(key, row)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return True
-
-    files = ("test_rates.py",) if args.quick else TEST_FILES
-    keys = [f"correctness {file}" for file in files]
     done = True
     if "correctness" in args.only:
+        files = {"test_rates.py": 1} if args.quick else TEST_FILES
         # Side by side: what takes their time is the compiler, which keeps one core busy.
-        with ThreadPoolExecutor(len(files)) as pool:
-            tests = {
-                key: pool.submit(run_tests, file, left())
-                for file, key in zip(files, keys, strict=True)
-                if not record.has(key)
-            }
-            for key, result in tests.items():
-                done &= work(key, MINUTES, result.result)
-    wrong = [key for key in keys if record.content["rows"].get(key, {}).get("status") != "ok"]
-    if "figures" in args.only and wrong:
-        print(f"no figures: not green are {', '.join(wrong)}", file=sys.stderr)
-        return 1 if record.failed() else 2
+        for alone in (False, True):
+            done &= run_test_files(
+                record,
+                {file: n for file, n in files.items() if (file == ALONE) == alone},
+                min(60 * MINUTES_OF_TESTS, left()),
+            )
+
+    work: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     if "figures" in args.only:
         bench = Bench(device, args.quick)
         for key, row, shape, dtype in jobs(args.quick):
-            measure_it = partial(row.measure, shape, DTYPES[dtype], bench)
-            done &= work(key, MINUTES_PER_ROW, measure_it)
+            work.append((key, partial(row.measure, shape, DTYPES[dtype], bench)))
     if "tools" in args.only and device.type == "cuda":
         for tool in ("memcheck", "racecheck", "ncu"):
-            done &= work(f"tools {tool}", MINUTES, partial(run_tool, tool, device))
+            work.append((f"tools {tool}", partial(run_tool, tool, device)))
+    for key, measure_it in work:
+        if record.has(key):
+            continue
+        if left() < 5:
+            done = False
+            break
+        limit = min(60 * MINUTES_PER_ROW, left())
+        result = run_row(record, key, measure_it, limit)
+        if OutOfTime.__name__ in result.get("error", "") and limit < 60 * MINUTES_PER_ROW - 10:
+            done = False  # the next run gives it all the time that it may take
+            record.forget(key)
+        else:
+            record.add(key, result)
+        if is_lost(device):
+            print("the device is lost to this process: run it again", file=sys.stderr)
+            return 3
     if not done:
         print("not all is done: run it again", file=sys.stderr)
     if record.failed():
@@ -566,11 +670,65 @@ def run(args: argparse.Namespace) -> int:
     return 0 if done else 2
 
 
+def run_test_files(record: Record, files: dict[str, int], seconds: float) -> bool:
+    """Side by side; whether all have come to an end."""
+    waiting = {file: n for file, n in files.items() if not record.has(f"correctness {file}")}
+    if not waiting:
+        return True
+    if seconds < 5:
+        return False
+    done = True
+    log = record.path.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(waiting)) as pool:
+        tests = {pool.submit(run_tests, file, n, seconds, log): file for file, n in waiting.items()}
+        for test in as_completed(tests):
+            row = attempt(test.result)
+            if OutOfTime.__name__ in row.get("error", ""):
+                print(f"not done: {tests[test]}, {row['error']}", file=sys.stderr)
+                done = False
+            else:
+                record.add(f"correctness {tests[test]}", row)
+    return done
+
+
+def run_row(
+    record: Record, key: str, measure_it: Callable[[], dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    def timed() -> dict[str, Any]:
+        with at_most(seconds):
+            return measure_it()
+
+    record.start(key)
+    # No signal ends a kernel that never ends.
+    faulthandler.dump_traceback_later(seconds + 20, exit=True, file=2)
+    try:
+        return attempt(timed)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an error of a kernel keeps this process from doing anything more."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tritonaff.bench.gpu_suite", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=("run", "report", "exercise"), default="run")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="run")
+    parser.add_argument("--device", default="cuda", help="cuda unless given")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=list(PARTS), metavar="PARTS",
+        help=f"of {','.join(PARTS)}",
+    )  # fmt: skip
+    parser.add_argument("--height", type=int, default=37, help="of the images of exercise")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the suite itself")
     parser.add_argument("--retry", action="store_true", help="rows that failed, once more")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stops after them")
@@ -582,10 +740,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "report":
         write_page(args.results, args.page)
         return 0
+    try:
+        device = usable_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.command == "exercise":
-        exercise(torch.device(args.device))
+        exercise(device, args.height)
         return 0
-    return run(args)
+    if args.command == "compile":
+        print(json.dumps(first_steps(SMALL, device)))
+        return 0
+    return run(args, device)
 
 
 if __name__ == "__main__":

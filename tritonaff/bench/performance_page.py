@@ -25,6 +25,11 @@ class Criterion:
     def more_is_better(self) -> bool:
         return self.aim > self.least
 
+    @property
+    def tests(self) -> str:
+        """What must have passed on the device before a figure counts."""
+        return f"test_{TESTS[self.row.partition('_')[0]]}.py"
+
     def holds(self, value: float) -> str:
         """ "aim", "yes" or "no"."""
         sign = 1 if self.more_is_better else -1
@@ -36,6 +41,15 @@ class Criterion:
         return f"{'≥' if self.more_is_better else '≤'} {value:g}"
 
 
+# By what the names of rows begin with.
+TESTS = {
+    "field": "affinity_field",
+    "grids": "affinity_regression",
+    "every": "affinity_regression",
+    "dilated": "dilated_affinity",
+    "propagation": "affinity_propagation",
+    "compile": "compile",
+}
 CRITERIA = (
     Criterion("affinity field, times as fast as eager", "field_against_eager", "ratio", 50, 200),
     Criterion("... as torch.compile", "field_against_compiled", "ratio", 8, 30),
@@ -124,15 +138,22 @@ def _measured(name: str, suite: dict[str, Any]) -> list[str]:
             worst, holds = f"{values[where]:.3g}", criterion.holds(values[where])
         if any(row["status"] == "failed" for _, row in rows):
             holds = f"no ({'; '.join(missing)})"
+        tests = suite["rows"].get(f"correctness {criterion.tests}", {"status": "not run"})
+        if rows and tests["status"] != "ok":
+            holds = f"no ({criterion.tests}: {tests['status']})"
         verdict = [criterion.title, worst, where, criterion.bound(criterion.least)]
         verdicts.append([*verdict, criterion.bound(criterion.aim), holds])
     lines += table(["", "measured", "at", "at least", "aim", "holds"], verdicts)
     lines += ["", "Every row:", ""]
     cells = [
-        [key, row["status"], "; ".join(_values(row)) or row.get("error", "").splitlines()[0]]
+        [key, row["status"], "; ".join(_values(row)) or _words(row), row.get("commit", "")]
         for key, row in suite["rows"].items()
     ]
-    return [*lines, *table(["row", "", "values"], cells)]
+    return [*lines, *table(["row", "", "values", "commit"], cells)]
+
+
+def _words(row: dict[str, Any]) -> str:
+    return str(row.get("error") or row.get("summary", "")).partition("\n")[0]
 
 
 def _values(row: dict[str, Any]) -> list[str]:
