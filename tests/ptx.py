@@ -516,7 +516,7 @@ class Kernel:
         if head == "cvt":
             return self.convert(parts, o)
         modes = [p for p in parts[:-1] if p not in MODES or f"{head}.{p}" in RESULTS]
-        if head in ("min", "max") and kind[0] == "f" and not modes:
+        if head in ("min", "max") and kind[0] in "fb" and not modes:
             modes = ["number"]
         form = RESULTS.get(".".join([head, *modes]), "{wide}")
         not_wider = "{wide}" in form and kind not in WIDER
@@ -539,6 +539,8 @@ class Kernel:
             values = [f"flush({value})" for value in values]
         wide = numpy_type(WIDER.get(kind, kind))
         value = form.format(*values, type=numpy_type(kind), wide=wide)
+        if kind == "bf16":  # its operands are float32
+            value = f"to_bfloat16({value})"
         return self.assign(o[0], f"flush({value})" if "ftz" in parts else value)
 
     def move(self, o: list[str], kind: str) -> list[str]:

@@ -362,7 +362,7 @@ def separate_losses(logits, target, kernel_sizes, weight, ignore_index, variant)
     label = label.where(known, -100)
     weight = None if weight is None else weight.double()
     loss = torch.nn.functional.cross_entropy(logits, label, weight)
-    if not known.any() or (weight is not None and not weight[label[known]].any()):
+    if not known.any() or (weight is not None and weight[label[known]].sum() == 0):
         loss = 0 * logits.sum()  # torch gives NaN
     with tritonaff.use_backend("reference"):
         return loss + tritonaff.affinity_field_loss(
@@ -370,7 +370,7 @@ def separate_losses(logits, target, kernel_sizes, weight, ignore_index, variant)
         )
 
 
-weights = st.sampled_from([None, "random", "some are 0"])
+weights = st.sampled_from([None, "random", "some are 0", "negative"])
 
 
 def check_cross_entropy(backend, values, kind, variant="paper"):
@@ -379,6 +379,8 @@ def check_cross_entropy(backend, values, kind, variant="paper"):
     weight = None if kind is None else torch.rand(c, generator=torch.Generator().manual_seed(1))
     if kind == "some are 0":
         weight[::2] = 0
+    if kind == "negative":
+        weight = -weight
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     logits = logits.to(device).detach().requires_grad_()
     target, weight = target.to(device), weight if weight is None else weight.to(device)

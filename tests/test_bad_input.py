@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import tritonaff
+from tritonaff.bench.cases import CASES
 
 LOGITS = torch.zeros(2, 3, 4, 5)
 NO_CLASSES = LOGITS[:, :0]
@@ -113,6 +115,7 @@ BAD_GRIDS = {
     "no int": ({"grid_sizes": (6.0,)}, TypeError, "grid_sizes must be an int, got float"),
     "empty": ({"grid_sizes": ()}, ValueError, "at least one size, or be None"),
     "zero": ({"grid_sizes": (12, 0)}, ValueError, "grid_sizes must be at least 1, got 0"),
+    "huge": ({"grid_sizes": (12, 5000)}, ValueError, "at most 16777216 points, got 25000144"),
     "negative": ({"grid_sizes": (-6,)}, ValueError, "grid_sizes must be at least 1, got -6"),
 }
 
@@ -323,3 +326,37 @@ def test_fullgraph_errors_carry_the_message():
     compiled = torch.compile(tritonaff.affinity_field_loss, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="kernel_sizes must be odd"):
         compiled(LOGITS, TARGET, kernel_sizes=(4,))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_mode_derivatives(case):
+    """A custom op would give 0."""
+    inputs = case.make_inputs((1, 8, 6, 6) if "dilated" in case.name else (1, 3, 6, 6))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        with pytest.raises(TypeError, match="must be no dual tensor"):
+            case.loss(dual, *inputs[1:])
+
+
+def test_a_nested_tensor():
+    with pytest.raises(TypeError, match="must be a dense tensor, got a nested tensor"):
+        tritonaff.affinity_field_loss(torch.nested.nested_tensor([LOGITS[0]]), TARGET)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ([1.0, 2.0], ValueError, r"class_weight must have shape \(3,\), got \(2,\)"),
+        ("12", TypeError, "class_weight must be a tensor, got str"),
+        (torch.ones(3, 1), ValueError, r"class_weight must have shape \(C,\), got \(3, 1\)"),
+    ],
+)
+def test_class_weights(weight, error, message):
+    with pytest.raises(error, match=message):
+        tritonaff.AdaptiveAffinityFieldLoss(3, cross_entropy=True, class_weight=weight)
+
+
+def test_weights_elsewhere_say_what_to_do():
+    loss = tritonaff.AdaptiveAffinityFieldLoss(3).to("meta")
+    with pytest.raises(ValueError, match=r"got meta and cpu; .* loss.to\(device\)"):
+        loss(LOGITS, TARGET)

@@ -53,6 +53,22 @@ def test_numbers(warps):
 
 
 @triton.jit
+def halves_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out_ptr + i, tl.maximum(tl.load(x_ptr + i), tl.load(y_ptr + i)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maximum_of_halves(dtype):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, SIZE).to(dtype)
+    x[0], y[1] = torch.nan, torch.nan
+    out = torch.empty_like(x)
+    halves_kernel[1,](x, y, out, SIZE)
+    torch.testing.assert_close(out, torch.fmax(x, y), rtol=0, atol=0)
+
+
+@triton.jit
 def not_numbers_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)

@@ -201,6 +201,10 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
         binary(logits, y_true)
     with pytest.raises(TypeError, match="y_pred must be a tensor"):
         binary([], y_true)
+    with pytest.raises(ValueError, match="y_true must have one channel"):
+        binary(one, y_true.expand(-1, 2, -1, -1))
+    with pytest.raises(ValueError, match="whole numbers, got soft labels"):
+        binary(one, 0.7 * y_true)
 
 
 # ----------------------------------------------------------------------------- MMSegmentation

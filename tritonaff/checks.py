@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd import forward_ad
 
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 COUNT_DTYPES = (torch.int32, torch.int64)
 # An affinity matrix is for people to look at: larger ones are taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
+# Points of grids: more would take seconds, and are taken for a mistake.
+MAX_POINTS = 1 << 24
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -68,7 +71,7 @@ def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rate
 def _check_affinity_shape(
     name: str, affinity: Tensor, num_rates: int, of: str, images: Tensor
 ) -> None:
-    expected = len(images), 8 * num_rates, *images.shape[-2:]
+    expected = images.shape[0], 8 * num_rates, *images.shape[-2:]
     if tuple(affinity.shape) != expected:
         raise ValueError(
             f"{name} must have the shape (N, 8 R, H, W) = {expected} of R = {num_rates} rates "
@@ -128,6 +131,15 @@ def check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) 
         )
 
 
+def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> None:
+    check_tensor(name, weight, LOGITS_DTYPES, shape)
+    if weight.device != logits.device:
+        raise ValueError(
+            f"{name} and logits must be on one device, got {weight.device} and {logits.device}; "
+            "a loss with weights of its own moves with loss.to(device)"
+        )
+
+
 def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """ValueError for a label that is neither a class nor ignore_index: on a CPU, in eager mode.
 
@@ -172,6 +184,9 @@ def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     sizes = tuple(check_int("every one of grid_sizes", size, at_least=1) for size in grid_sizes)
     if not sizes:
         raise ValueError("grid_sizes must hold at least one size, or be None for every pixel")
+    points = sum(size * size for size in sizes)
+    if points > MAX_POINTS:
+        raise ValueError(f"grid_sizes must be of at most {MAX_POINTS} points, got {points}")
     return sizes
 
 
@@ -278,8 +293,13 @@ def check_tensor(
             f"{name} must be a tensor of this process alone, got a DTensor: pass "
             f"{name}.to_local(); a loss takes all processes' batches as one with process_group="
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {got}")
+    if not torch.compiler.is_compiling():
+        dual = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]
+        if dual.tangent is not None:  # a custom op would drop it
+            raise TypeError(f"{name} must be no dual tensor: there are no forward-mode derivatives")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
@@ -290,4 +310,6 @@ def check_tensor(
         not isinstance(want, int) or want == size for want, size in zip(shape, sizes, strict=False)
     )
     if len(sizes) != len(shape) or not fits:
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {sizes}")
+        comma = "," if len(shape) == 1 else ""
+        expected = f"({', '.join(map(str, shape))}{comma})"
+        raise ValueError(f"{name} must have shape {expected}, got {sizes}")

@@ -419,11 +419,10 @@ def _coefficients_of_log_loss(weight: Tensor | None, pixel_count: Tensor, logits
     if weight is None:
         weight = torch.ones_like(pixel_count, dtype=precision(logits))
     else:
-        checks.check_tensor("weight", weight, checks.LOGITS_DTYPES, tuple(pixel_count.shape))
-        checks.check_one_device("weight", weight, "logits", logits)
+        checks.check_weight("weight", weight, tuple(pixel_count.shape), logits)
         weight = weight.to(precision(logits))
     weights = (pixel_count * weight).sum()
-    return weight * (weights > 0) / weights.where(weights > 0, 1)
+    return weight * (weights != 0) / weights.where(weights != 0, 1)
 
 
 def _coefficients(
@@ -449,8 +448,7 @@ def _coefficients(
         if weight is None:
             tables.append(of_size.new_full(shape, 1 / shape[1]))
             continue
-        checks.check_tensor(name, weight, checks.LOGITS_DTYPES, shape)
-        checks.check_one_device(name, weight, "logits", logits)
+        checks.check_weight(name, weight, shape, logits)
         tables.append(weight.to(dtype))
     return torch.stack(tables) * of_size
 

@@ -73,6 +73,10 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         self.ignore_index = checks.check_ignore_index(ignore_index)
         return self.loss_weight * super().forward(cls_score, label)
 
+    def extra_repr(self) -> str:
+        name = f"loss_name={self.loss_name!r}"
+        return f"{super().extra_repr()}, loss_weight={self.loss_weight}, {name}"
+
 
 try:
     # Of MMEngine: MMSegmentation's own registry looks here too.

@@ -54,7 +54,8 @@ class AffinityFieldLoss(_Loss):
         edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
             :func:`tritonaff.affinity_field_loss`.
         cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
-        class_weight: (C,) floating, the weights of the classes in it. Default 1.
+        class_weight: (C,) floating, or a sequence of C numbers: the weights of the classes in it.
+            Default 1.
 
     Shapes:
         ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
@@ -87,7 +88,7 @@ class AffinityFieldLoss(_Loss):
         ignore_index: int = 255,
         variant: str = "paper",
         cross_entropy: bool = False,
-        class_weight: Tensor | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(process_group)
@@ -101,11 +102,13 @@ class AffinityFieldLoss(_Loss):
         self.variant = variant
         self.cross_entropy = checks.check_bool("cross_entropy", cross_entropy)
         if class_weight is not None:
+            if isinstance(class_weight, (list, tuple)):
+                class_weight = torch.tensor(class_weight, dtype=torch.float32)
             checks.check_tensor("class_weight", class_weight, checks.LOGITS_DTYPES, ("C",))
             if not cross_entropy:
                 raise ValueError("class_weight needs cross_entropy=True")
         self.class_weight: Tensor | None
-        self.register_buffer("class_weight", class_weight)
+        self.register_buffer("class_weight", class_weight)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -234,7 +237,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         ignore_index: int = 255,
         variant: str = "paper",
         cross_entropy: bool = False,
-        class_weight: Tensor | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
@@ -250,6 +253,9 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             process_group=process_group,
         )
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
+        if self.class_weight is not None:
+            expected = (self.num_classes,)
+            checks.check_tensor("class_weight", self.class_weight, checks.LOGITS_DTYPES, expected)
         shape = self.num_classes, len(self.kernel_sizes)
         self.edge_scores = nn.Parameter(torch.zeros(shape))
         self.non_edge_scores = nn.Parameter(torch.zeros(shape))

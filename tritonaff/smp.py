@@ -24,7 +24,8 @@ class SegmentationModelsLoss(nn.Module):
 
     Shapes:
         ``forward(y_pred, y_true)`` with y_pred (N, C, H, W), y_true (N, H, W) gives a scalar.
-        Binary: y_pred (N, 1, H, W), y_true (N, H, W) or (N, 1, H, W) of any dtype.
+        Binary: y_pred (N, 1, H, W), y_true (N, H, W) or (N, 1, H, W) of any dtype that holds 0, 1
+        and the loss's ignore_index; an adaptive loss has num_classes=2.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -56,7 +57,18 @@ class SegmentationModelsLoss(nn.Module):
             # With probabilities, log(1 - p) and log p are the logits of the two classes.
             other = torch.zeros_like(y_pred) if self.from_logits else 1 - y_pred
             y_pred = torch.cat((other, y_pred), dim=1)
-            y_true = (y_true[:, 0] if y_true.dim() == 4 else y_true).to(torch.int64)
+            if y_true.dim() == 4:
+                if y_true.shape[1] != 1:
+                    raise ValueError(
+                        f"y_true must have one channel, got shape {tuple(y_true.shape)}"
+                    )
+                y_true = y_true[:, 0]
+            label = y_true.to(torch.int64)
+            # Elsewhere looking would stall the stream or break the graph.
+            looks = y_true.device.type == "cpu" and not torch.compiler.is_compiling()
+            if looks and not torch.equal(label.to(y_true.dtype), y_true):
+                raise ValueError("y_true must hold whole numbers, got soft labels")
+            y_true = label
         if not self.from_logits:
             y_pred = y_pred.clamp_min(torch.finfo(y_pred.dtype).tiny).log()
         loss: Tensor = self.loss(y_pred, y_true)
