@@ -584,7 +584,7 @@ def main() -> int:
     device = ranks.join()
     try:
         return run(options, device)
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, OSError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -599,6 +599,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         raise DataError(
             f"a batch of {options.batch_size} is too small for {ranks.size()} processes"
         )
+    options.output.mkdir(parents=True, exist_ok=True)
     data = load_folder(options.data, options.ignore_index) if options.data else drawn_scenes()
     display.say(
         f"{data.name}: {len(data.classes)} classes, {len(data.train)} training, "
@@ -696,10 +697,12 @@ def parse_arguments() -> argparse.Namespace:
         "--loss",
         nargs="+",
         choices=LOSSES,
+        metavar="LOSS",
         default=("ce", "ce+aaf"),
-        help="which losses to train with (default: ce ce+aaf); ce+ar is cross-entropy and, in the "
-        "last third of the steps, affinity regression, and draws heat maps of it; ce+dilated also "
-        "trains a head for dilated affinity, and shows what propagation along it does and costs",
+        help="which losses to train with: ce, ce+aaf, ce+ar, ce+dilated (default: ce ce+aaf); "
+        "ce+ar is cross-entropy and, in the last third of the steps, affinity regression, and "
+        "draws heat maps of it; ce+dilated also trains a head for dilated affinity, and shows what "
+        "propagation along it does and costs",
     )
     parser.add_argument(
         "--affinity-at",
@@ -719,7 +722,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("HEIGHT", "WIDTH"),
         help="of the random crops to train on (default: 96 128)",
     )
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=rate, default=3e-3, help="default: %(default)s")
     parser.add_argument(
         "--seed", type=int, default=0, help="of initial weights and crops (default: %(default)s)"
     )
@@ -762,6 +765,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def rate(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
 
 
 if __name__ == "__main__":

@@ -163,4 +163,4 @@ class NeighborStatistics:
             ("ignore_index", self.ignore_index, ignore_index),
         ):
             if mine != other:
-                raise ValueError(f"both must have the same {name}, got {mine} and {other}")
+                raise ValueError(f"both counts must be of the same {name}, got {mine} and {other}")

@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tritonaff-stats", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tritonaff-stats",
+        description=__doc__,
+        usage="%(prog)s LABEL_DIR --rates R[,R2] [R[,R2] ...] [options]",
+    )
     parser.add_argument(
         "labels",
         type=Path,

@@ -43,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 1 where an implementation computes something else."""
     args = _parser().parse_args(argv)
     try:
+        if getattr(args, "json", None):
+            args.json.parent.mkdir(parents=True, exist_ok=True)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
-    except (ParityError, ValueError) as error:
+    except (OSError, ParityError, ValueError) as error:
         print(f"tritonaff-bench: {error}", file=sys.stderr)
         return 1
 
@@ -56,14 +58,23 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="check parity, then measure time and memory")
     run.set_defaults(command=_run)
-    run.add_argument("--op", type=_names(tuple(CASES)), default=tuple(CASES))
+    run.add_argument(
+        "--op", type=_names(tuple(CASES)), default=tuple(CASES),
+        help="several with commas between; the command list has them (default: all)",
+    )  # fmt: skip
     run.add_argument(
         "--impl", type=_names(IMPLS), help=f"of {','.join(IMPLS)} (default: all that run here)"
     )
-    run.add_argument("--mode", type=_names(measure.MODES), default=measure.MODES)
-    run.add_argument("--dtype", type=_names(tuple(DTYPES)), default=("float32",))
-    run.add_argument("--shape", type=_shape, nargs="+", metavar="N,C,H,W")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, known, default in (
+        ("--mode", measure.MODES, measure.MODES), ("--dtype", tuple(DTYPES), ("float32",)),
+    ):  # fmt: skip
+        run.add_argument(
+            name, type=_names(known), default=default,
+            help=f"of {','.join(known)} (default: {','.join(default)})",
+        )  # fmt: skip
+    run.add_argument("--shape", type=_shape, nargs="+", metavar="N,C,H,W", help="default: see list")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run.add_argument("--device", default=device, help="default: %(default)s")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
     run.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
 
@@ -318,19 +329,22 @@ def _scaling(args: argparse.Namespace) -> int:
     all_reduce_ms = scaling.all_reduce_ms()
     device = f"CPU {_cpu_name()}, 1 thread"
     print(f"{device}, {_one_line(versions())}")
-    columns = ["op", "grows", "ms", "x time", "expected", "x memory", "peak MB"]
-    lines = [
-        [
-            row.op,
-            " ".join((row.grows, *map(str, row.values))),
-            " ".join(f"{ms:.2f}" for ms in row.ms),
-            f"{row.growth:.2f}",
-            row.expected,
-            f"{row.memory_growth:.2f}",
-            " ".join(f"{count / 1e6:.1f}" for count in row.peak_bytes),
+    columns = ["", "ms", "x time", "expected", "x memory", "MB"]
+    lines = []
+    for op in dict.fromkeys(row.op for row in rows):
+        lines.append([op.removeprefix("affinity_"), *[""] * 5])
+        lines += [
+            [
+                " ".join((f"  {row.grows}", *map(str, row.values))),
+                " ".join(f"{ms:.1f}" for ms in row.ms),
+                f"{row.growth:.2f}",
+                row.expected,
+                f"{row.memory_growth:.2f}",
+                f"{row.peak_bytes[-1] / 1e6:.1f}",
+            ]
+            for row in rows
+            if row.op == op
         ]
-        for row in rows
-    ]
     _print("by doubling, forward and backward", columns, lines)
     print(f"one all-reduce of a loss's tables, two gloo processes: {all_reduce_ms:.2f} ms")
     if args.json:

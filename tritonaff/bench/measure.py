@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch._inductor.utils import fresh_cache
 from tritonaff.bench.cases import Case, differentiable
 from tritonaff.ops.backend import use_backend
 
+# torch 2.13 prints two lines whenever it profiles.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 MODES = ("fwd", "bwd", "fwd_bwd")
 YARDSTICK = "cross_entropy"
 
