@@ -416,13 +416,14 @@ def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
 
 def _coefficients_of_log_loss(weight: Tensor | None, pixel_count: Tensor, logits: Tensor) -> Tensor:
     """(C,), which make the weighted mean over pixels; 0 where their weights are."""
+    shape, dtype = tuple(pixel_count.shape), precision(logits)
     if weight is None:
-        weight = torch.ones_like(pixel_count, dtype=precision(logits))
-    else:
-        checks.check_weight("weight", weight, tuple(pixel_count.shape), logits)
-        weight = weight.to(precision(logits))
-    weights = (pixel_count * weight).sum()
-    return weight * (weights != 0) / weights.where(weights != 0, 1)
+        total = pixel_count.sum()
+        return torch.where(total > 0, total.to(dtype).reciprocal(), 0).expand(shape).contiguous()
+    checks.check_weight("weight", weight, shape, logits)
+    weight = weight.to(dtype)
+    total = (pixel_count * weight).sum()
+    return weight * torch.where(total != 0, total.reciprocal(), 0)
 
 
 def _coefficients(
@@ -437,10 +438,12 @@ def _coefficients(
     dtype, shape = precision(logits), (logits.shape[1], totals.shape[1])
     # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
     # them in rounding.
-    of_size = (totals > 0).to(dtype)[:, None] / totals.clamp(min=1)[:, None]
-    # Not a stack of two: that would be a launch for each under torch.compile.
-    is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
-    of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
+    of_size = torch.where(totals > 0, totals.to(dtype).reciprocal(), 0)[:, None]
+    if lambdas[0] == lambdas[1]:
+        of_size = lambdas[0] * of_size
+    else:  # not a stack of two: that would be a launch for each under torch.compile
+        is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
+        of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
     if weights[0] is None and weights[1] is None:
         return (of_size / shape[1]).expand(2, *shape).contiguous()
     tables = []

@@ -37,12 +37,14 @@ from triton.language.target_info import is_cuda
 
 from tritonaff.kernels.shared import (
     INTERPRETED,
+    cdiv,
     even_strides,
     evenly_spaced,
     first_pixel,
     is_inside,
     launch,
     load_label,
+    next_power_of_2,
     pixel_step,
     step_in,
     steps_in_32_bits,
@@ -952,7 +954,7 @@ def statistics(
         for i, sizes in enumerate(passes(kernel_sizes)):
             launch(counts_kernel, (count_programs(patches),),
                 label, totals, counts, num_classes, height, width, patches, PIXELS=i == 0,
-                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **sizes, **patch,
+                BLOCK_CLASSES=next_power_of_2(num_classes), **sizes, **patch,
             )  # fmt: skip
     return totals, counts, label, top, rest
 
@@ -979,7 +981,7 @@ def compute(
     with_gradient = grad_sums is not None
     sums = log_loss = zero = grad = dense = edges = None
     strips, patches = strip_programs(logits), patches_of(logits)
-    edge_programs = triton.cdiv(patches, PATCHES_IN_A_PROGRAM)
+    edge_programs = cdiv(patches, PATCHES_IN_A_PROGRAM)
     passes_of_sizes = passes(kernel_sizes)
     if with_tables:
         new_table = logits.new_empty if n > 0 else logits.new_zeros
@@ -1008,7 +1010,7 @@ def compute(
                 grad_sums, logits, label, top, rest, edges, grad, *shape, margin, limit, eps,
                 patches, edge_programs, CROSS_ENTROPY=i == 0,
                 REPLACE=grad is not None and grad.dtype != torch.float32,
-                BLOCK_CLASSES=triton.next_power_of_2(num_classes), **asked, **sizes,
+                BLOCK_CLASSES=next_power_of_2(num_classes), **asked, **sizes,
                 **patch_blocks(logits),
             )  # fmt: skip
         sum_programs = num_classes * (k + 1) if with_tables else 0
@@ -1031,7 +1033,7 @@ def scale_(grad: Tensor, scale: Tensor) -> None:
     time.
     """
     if grad.numel() > 0:
-        launch(scale_kernel, (triton.cdiv(grad.numel(), BLOCK_SCALE),),
+        launch(scale_kernel, (cdiv(grad.numel(), BLOCK_SCALE),),
             grad, scale, grad.numel(), BLOCK=BLOCK_SCALE,
         )  # fmt: skip
 
@@ -1063,7 +1065,7 @@ def passes(kernel_sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def strip_blocks(logits: Tensor) -> dict[str, int]:
-    classes = triton.next_power_of_2(logits.shape[1])
+    classes = next_power_of_2(logits.shape[1])
     if INTERPRETED:
         return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": 32, "UNROLL": 1}
     in_a_warp = CLASSES_IN_A_WARP["hip" if torch.version.hip else "cuda"]
@@ -1078,20 +1080,20 @@ def rows(logits: Tensor) -> int:
     """
     _, num_classes, height, _ = logits.shape
     programs = strips_of(logits, height) * num_classes  # were a band an image
-    most = max(8, min(64, triton.cdiv(height * programs, STRIP_PROGRAMS)))
+    most = max(8, min(64, cdiv(height * programs, STRIP_PROGRAMS)))
     if INTERPRETED:
         most = INTERPRETED_ROWS
-    return triton.cdiv(height, triton.cdiv(height, most))
+    return cdiv(height, cdiv(height, most))
 
 
 def strips_of(logits: Tensor, rows: int) -> int:
     n, _, height, width = logits.shape
-    columns = n * triton.cdiv(height, rows) * (HALO.value + triton.cdiv(width, 4) * 4)
-    return triton.cdiv(columns - HALO.value, 4 * strip_blocks(logits)["LANES"] - 2 * HALO.value)
+    columns = n * cdiv(height, rows) * (HALO.value + cdiv(width, 4) * 4)
+    return cdiv(columns - HALO.value, 4 * strip_blocks(logits)["LANES"] - 2 * HALO.value)
 
 
 def class_blocks(logits: Tensor) -> int:
-    return triton.cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
+    return cdiv(logits.shape[1], strip_blocks(logits)["BLOCK_C"])
 
 
 def strip_programs(logits: Tensor) -> int:
@@ -1119,15 +1121,15 @@ def undivided(patch: dict[str, int]) -> dict[str, int]:
 def patches_of(logits: Tensor) -> int:
     n, _, height, width = logits.shape
     blocks = patch_blocks(logits)
-    return n * triton.cdiv(height, blocks["BLOCK_H"]) * triton.cdiv(width, blocks["BLOCK_W"])
+    return n * cdiv(height, blocks["BLOCK_H"]) * cdiv(width, blocks["BLOCK_W"])
 
 
 def count_programs(patches: int) -> int:
-    return max(min(patches, COUNT_PROGRAMS), triton.cdiv(patches, MAX_PATCHES))
+    return max(min(patches, COUNT_PROGRAMS), cdiv(patches, MAX_PATCHES))
 
 
 def pixel_blocks(logits: Tensor) -> dict[str, int]:
-    classes = triton.next_power_of_2(logits.shape[1])
+    classes = next_power_of_2(logits.shape[1])
     if INTERPRETED:
         return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "BLOCK_P": INTERPRETED_PIXELS}
     return {"BLOCK_C": min(4, classes), "BLOCK_P": 128, "num_warps": 1}
@@ -1135,4 +1137,4 @@ def pixel_blocks(logits: Tensor) -> dict[str, int]:
 
 def pixel_grid(logits: Tensor) -> tuple[int]:
     n, _, height, width = logits.shape
-    return (n * triton.cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)
+    return (n * cdiv(height * width, pixel_blocks(logits)["BLOCK_P"]),)

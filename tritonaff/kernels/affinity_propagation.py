@@ -40,8 +40,10 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import (
     INTERPRETED,
+    cdiv,
     is_inside,
     launch,
+    next_power_of_2,
     pixels,
     step_in,
     steps_in_32_bits,
@@ -509,24 +511,24 @@ def tile(probs: Tensor) -> dict[str, int]:
     """Not more pixels than an image has: see pixels_to_load."""
     _, classes, height, width = probs.shape
     block_p = INTERPRETED_BLOCK // 8 if INTERPRETED else BLOCK_P
-    blocks = 1 if classes <= MAX_CLASSES else triton.cdiv(classes, CLASSES_OF_MANY)
+    blocks = 1 if classes <= MAX_CLASSES else cdiv(classes, CLASSES_OF_MANY)
     return {
         "C": classes,
-        "BLOCK_C": triton.cdiv(classes, blocks),
+        "BLOCK_C": cdiv(classes, blocks),
         "BLOCK_P": min(block_p, 1 << (height * width).bit_length() - 1),
     }
 
 
 def all_classes(probs: Tensor) -> dict[str, int]:
     """A tile (BLOCK_C, BLOCK_P) of all classes."""
-    classes = triton.next_power_of_2(probs.shape[1])
+    classes = next_power_of_2(probs.shape[1])
     block = INTERPRETED_BLOCK if INTERPRETED else BLOCK
     return {"BLOCK_C": classes, "BLOCK_P": max(4, block // classes)}
 
 
 def grid(probs: Tensor, blocks: dict[str, int]) -> tuple[int]:
     n, _, height, width = probs.shape
-    return (triton.cdiv(height * width, blocks["BLOCK_P"]) * n,)
+    return (cdiv(height * width, blocks["BLOCK_P"]) * n,)
 
 
 def gates_tile() -> dict[str, int]:
@@ -535,4 +537,4 @@ def gates_tile() -> dict[str, int]:
 
 def gates_grid(affinity: Tensor) -> tuple[int]:
     n, _, height, width = affinity.shape
-    return (triton.cdiv(height * width, gates_tile()["BLOCK_P"]) * n,)
+    return (cdiv(height * width, gates_tile()["BLOCK_P"]) * n,)

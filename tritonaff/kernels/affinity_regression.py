@@ -34,11 +34,13 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import (
     INTERPRETED,
+    cdiv,
     even_strides,
     evenly_spaced,
     first_pixel,
     launch,
     load_label,
+    next_power_of_2,
     rows_and_columns,
 )
 from tritonaff.portable.affinity_regression import factors, squared_error_of
@@ -468,7 +470,7 @@ def forward(
     if grid_sizes:
         points = sum(size * size for size in grid_sizes)
         blocks = pairs_blocks(logits, points)
-        programs = triton.cdiv(points, blocks["BLOCK"] * blocks["STEPS"])
+        programs = cdiv(points, blocks["BLOCK"] * blocks["STEPS"])
         error = logits.new_empty(n, programs, dtype=torch.float32)
         pair_count = logits.new_empty(n, dtype=torch.int64)
         if n > 0:
@@ -483,11 +485,11 @@ def forward(
 
     logits = evenly_spaced(logits)
     blocks = gram_blocks(logits)
-    splits = triton.cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
+    splits = cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
     partial = logits.new_empty(splits, n, num_classes, 2 * num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
     if n > 0:
-        tiles = triton.cdiv(num_classes, blocks["BLOCK_A"])
+        tiles = cdiv(num_classes, blocks["BLOCK_A"])
         launch(gram_kernel, (splits * n, tiles * tiles),
             logits, target.contiguous(), partial, count, height * width, n,
             *even_strides(logits), ignore_index, **blocks,
@@ -515,9 +517,7 @@ def backward(
         grad = torch.empty_like(logits)
         points = sum(size * size for size in grid_sizes)
         blocks = pairs_gradient_blocks(logits, points)
-        programs = triton.cdiv(points, blocks["BLOCK_I"]) + triton.cdiv(
-            height * width, blocks["BLOCK_P"]
-        )
+        programs = cdiv(points, blocks["BLOCK_I"]) + cdiv(height * width, blocks["BLOCK_P"])
         if n > 0:
             launch(pairs_gradient_kernel, (n * programs,),
                 grad_squared_error, logits, target, grad,
@@ -534,7 +534,7 @@ def backward(
     given, logits = logits, evenly_spaced(logits)
     grad = evenly_spaced(torch.empty_like(logits))
     if n > 0:
-        launch(gradient_kernel, (n * triton.cdiv(height * width, blocks["BLOCK_P"]),),
+        launch(gradient_kernel, (n * cdiv(height * width, blocks["BLOCK_P"]),),
             factor, logits, target.contiguous(), grad, height * width,
             *even_strides(logits), *even_strides(grad), ignore_index, **blocks,
         )  # fmt: skip
@@ -547,7 +547,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     points = sum(size * size for size in grid_sizes) if grid_sizes else height * width
     affinity = logits.new_empty(n, points, points, dtype=torch.float32)
     blocks = matrix_blocks(logits)
-    tiles = triton.cdiv(points, blocks["BLOCK_I"])
+    tiles = cdiv(points, blocks["BLOCK_I"])
     if n > 0:
         launch(matrix_kernel, (n * tiles, tiles),
             logits, affinity, height, width, points, *logits.stride(),
@@ -560,7 +560,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
 # none on the GPUs that `tritonaff-bench static` compiles for, from Triton 3.7 on.
 def all_classes(logits: Tensor) -> dict[str, int]:
     """A matrix product takes 16 of a side at least, and 8 of the second one."""
-    block_c = max(16, triton.next_power_of_2(logits.shape[1]))
+    block_c = max(16, next_power_of_2(logits.shape[1]))
     return {"C": logits.shape[1], "BLOCK_C": block_c, "num_warps": 8 if block_c > 64 else 4}
 
 
@@ -581,7 +581,7 @@ def pairs_blocks(logits: Tensor, points: int) -> dict[str, int]:
         **classes,
         "BLOCK_A": classes["BLOCK_C"] if classes["BLOCK_C"] <= 32 else 16,
         "BLOCK": block,
-        "STEPS": triton.cdiv(min(points, POINTS_PER_PROGRAM), block),
+        "STEPS": cdiv(min(points, POINTS_PER_PROGRAM), block),
     }
 
 
@@ -594,7 +594,7 @@ def pairs_gradient_blocks(logits: Tensor, points: int) -> dict[str, int]:
         "BLOCK_I": block,
         "BLOCK_J": block,
         "BLOCK_P": pixels_per_program(logits),
-        "STEPS_J": triton.cdiv(points, block),
+        "STEPS_J": cdiv(points, block),
         "CHANNELS_LAST": logits.stride(1) == 1,
     }
 
@@ -603,7 +603,7 @@ def gram_blocks(logits: Tensor) -> dict[str, int]:
     classes = all_classes(logits)
     block_a = block_y = min(32, classes["BLOCK_C"])
     if block_a == classes["BLOCK_C"]:
-        block_y = triton.next_power_of_2(max(8, 2 * classes["C"] - block_a))
+        block_y = next_power_of_2(max(8, 2 * classes["C"] - block_a))
         if block_y < 32:  # few enough registers for fewer threads, which repeat less
             classes["num_warps"] = 2
     block_p, pixels = 32, GRAM_PIXELS_PER_CLASS * classes["BLOCK_C"]

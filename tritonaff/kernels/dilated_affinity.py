@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tritonaff.kernels.shared import (
     INTERPRETED,
+    cdiv,
     first_pixel,
     is_inside,
     launch,
@@ -350,7 +351,7 @@ def tables_blocks(offsets: list[int]) -> dict[str, Any]:
 def steps(logits: Tensor, block_p: int) -> int:
     """Blocks of a program that makes tables: what it counts fits 8 bits, and 16 for all pixels."""
     n = len(logits)
-    of_image = triton.cdiv(num_pairs(logits), block_p // 2)
+    of_image = cdiv(num_pairs(logits), block_p // 2)
     fit = min(0xFF, 0xFFFF // block_p) // 8
     return max(1, min(MAX_STEPS, fit, of_image, n * of_image // MIN_PROGRAMS))
 
@@ -358,9 +359,9 @@ def steps(logits: Tensor, block_p: int) -> int:
 def num_pairs(logits: Tensor) -> int:
     """Pairs of pixels in an image."""
     *_, height, width = logits.shape
-    return int(height * triton.cdiv(width, 2))
+    return int(height * cdiv(width, 2))
 
 
 def pixel_grid(logits: Tensor, pixels_per_program: int) -> tuple[int]:
     """Images are part of the one axis that is not limited to 65535."""
-    return (triton.cdiv(num_pairs(logits), pixels_per_program // 2) * len(logits),)
+    return (cdiv(num_pairs(logits), pixels_per_program // 2) * len(logits),)
