@@ -651,7 +651,7 @@ def draw_sizes(
         axis.bar(classes, weights[:, k], bottom=bottom, color=colour, label=f"{size} x {size}")
         bottom += weights[:, k]
     axis.set_ylabel("weight in the edge term")
-    axis.tick_params(axis="x", rotation=40)
+    axis.set_xticks(range(len(classes)), classes, rotation=40, ha="right", rotation_mode="anchor")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, reverse=True)
     save(figure, path)

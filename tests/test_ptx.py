@@ -61,10 +61,10 @@ def halves_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_maximum_of_halves(dtype):
     torch.manual_seed(0)
-    x, y = torch.randn(2, SIZE).to(dtype)
+    x, y = torch.randn(2, 32).to(dtype)
     x[0], y[1] = torch.nan, torch.nan
     out = torch.empty_like(x)
-    halves_kernel[1,](x, y, out, SIZE)
+    halves_kernel[1,](x, y, out, 32, num_warps=1)  # a lane has one
     torch.testing.assert_close(out, torch.fmax(x, y), rtol=0, atol=0)
 
 
