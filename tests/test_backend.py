@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,3 +128,23 @@ print("fine")
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    shared = pytest.importorskip("tritonaff.kernels.shared")
+    current, launched = [0], []
+
+    @contextmanager
+    def device(there):
+        before, current[0] = current[0], there.index
+        yield
+        current[0] = before
+
+    module = SimpleNamespace(current_device=lambda: current[0], device=device)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    kernel = {(1,): lambda *args, **options: launched.append((current[0], options))}
+    for there in (0, None):  # the index of meta tensors
+        current[0] = there
+        shared.launch(kernel, (1,), 3, torch.empty(1, device="meta"), BLOCK=2)
+        assert current[0] == there
+    assert launched == [(None, {"BLOCK": 2, "enable_fp_fusion": True})] * 2

@@ -107,9 +107,11 @@ def launch(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -
     """On the device of the first tensor, not on the current one. Products are fused with sums,
     which Triton leaves out from version 3.10 on unless it is told.
     """
-    tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    device: AbstractContextManager[object] = nullcontext()
-    if tensor.device.type != "cpu":
-        device = torch.get_device_module(tensor.device).device(tensor.device)
-    with device:
+    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+    there: AbstractContextManager[object] = nullcontext()
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if module.current_device() != device.index:
+            there = module.device(device)
+    with there:
         kernel[programs](*args, enable_fp_fusion=True, **options)
