@@ -49,6 +49,21 @@ def test_every_row_of_the_table_runs(suite, capsys):
     assert f"ratio {row['ratio']:.4g}" in capsys.readouterr().out
 
 
+def test_times_of_the_kernels_alone(suite, monkeypatch):
+    """Where a profiler sees them."""
+    rows = tuple(row for row in gpu_suite.ROWS if row.name in ("grids", "dilated"))
+    monkeypatch.setattr(gpu_suite, "ROWS", rows)
+    monkeypatch.setattr(gpu_suite.Bench, "launches", lambda *_: (2, 0.5))
+    _, rows = suite("--only", "figures")
+    row = rows["grids float32 2,5,16,20"]
+    assert (row["device_ms"], row["rival_device_ms"], row["device_ratio"]) == (0.5, 0.5, 1)
+    row = rows["dilated float32 2,32,16,20"]
+    assert row["fwd_device_ms"] == 0.5
+    megabytes = 2 * 16 * 20 * (4 * 32 + 8) / 1e6
+    expected = 100 * megabytes / 0.5 / row["copy_gb_per_s"]
+    assert row["fwd_percent"] == pytest.approx(expected, rel=0.01)
+
+
 def test_every_criterion_has_its_row():
     rows = {row.name: row for row in gpu_suite.ROWS}
     for criterion in CRITERIA:

@@ -144,7 +144,9 @@ def _measured(name: str, suite: dict[str, Any]) -> list[str]:
         verdict = [criterion.title, worst, where, criterion.bound(criterion.least)]
         verdicts.append([*verdict, criterion.bound(criterion.aim), holds])
     lines += table(["", "measured", "at", "at least", "aim", "holds"], verdicts)
-    lines += ["", "Every row:", ""]
+    clock = "`ms` and `ratio` are by the clock, one call at a time, the host's work included; "
+    clock += "`device_ms` and `device_ratio` are of the kernels alone."
+    lines += ["", f"Every row. {clock}", ""]
     cells = [
         [key, row["status"], "; ".join(_values(row)) or _words(row), row.get("commit", "")]
         for key, row in suite["rows"].items()
