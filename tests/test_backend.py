@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import make_inputs
+from tritonaff.bench.cases import CASES, evaluate, make_inputs
 from tritonaff.ops import backend as backends
 
 
@@ -148,3 +150,31 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
         shared.launch(kernel, (1,), 3, torch.empty(1, device="meta"), BLOCK=2)
         assert current[0] == there
     assert launched == [(None, {"BLOCK": 2, "enable_fp_fusion": True})] * 2
+
+
+LOSSES = {name: case for name, case in CASES.items() if name != "affinity_propagation"}
+for title, loss in {
+    "authors": partial(tritonaff.affinity_field_loss, variant="authors"),
+    "cross_entropy": partial(tritonaff.affinity_field_cross_entropy, kernel_sizes=(3, 5)),
+}.items():
+    LOSSES[title] = replace(CASES["affinity_field"], loss=loss, tables=lambda *_: ())
+
+
+@pytest.mark.parametrize("name", ["reference", "portable", "triton"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_ignored_pixels_may_hold_no_numbers(device, loss, name, bad):
+    """The result is that of zeros there, and so is their gradient: zero."""
+    if name == "triton":
+        pytest.importorskip("triton")
+        if loss == "authors":
+            pytest.skip("this variant has no tile")
+    case = LOSSES[loss]
+    logits, target = case.make_inputs((2, 32 if loss == "dilated_affinity" else 5, 13, 17))
+    target[torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) < 0.2] = 255
+    ignored = (target == 255)[:, None].to(device)
+    logits, target = logits.to(device), target.to(device)
+    results = evaluate(case, name, logits.masked_fill(ignored, bad), target)
+    expected = evaluate(case, name, logits.masked_fill(ignored, 0), target)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+    assert not results["gradient"].masked_select(ignored).any()

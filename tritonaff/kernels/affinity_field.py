@@ -901,6 +901,8 @@ def softmax_backward(
         grad = tl.where((x == top) & (rest < 1), from_others, grad - e * total)
         if CROSS_ENTROPY:
             grad += cross * tl.where(row == label - c, e - 1 - rest, e)
+        # Where no pixel counts nothing was written but 0, and 0 times what is no number is none.
+        grad = tl.where(label >= 0, grad, 0.0)
         tl.store(row_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask)
         c += BLOCK_C
 

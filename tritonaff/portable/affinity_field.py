@@ -30,6 +30,7 @@ from tritonaff.portable.blocks import (
     grad_dtype,
     in_layout_of,
     label_dtype,
+    may_hold,
     sum_dtype,
 )
 
@@ -82,6 +83,7 @@ def compute(
     """
     given, logits = logits, at_least_float32(logits).contiguous()
     label, top = label.to(torch.int64), top.to(logits.dtype)
+    logits, top, rest = numbers_where_ignored(logits, label, top, rest)
     image = Image.load(logits, label, top, rest, kernel_sizes, eps)
     sums = logits.new_zeros(2, logits.shape[1], len(kernel_sizes), dtype=sum_dtype(logits.device))
     grad_p = logits.new_zeros(0 if grad_sums is None else logits.shape)
@@ -372,6 +374,21 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
         top[images, :, rows] = largest
         rest[images, :, rows] = e.mul_(below).sum(dim=1, keepdim=True).add_(ties)
     return top, rest
+
+
+def numbers_where_ignored(
+    logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros in place of what is no number at pixels that do not count: 0 times it would be none."""
+    wrong = rest.isnan().logical_and_(label < 0)
+    if not may_hold(wrong):
+        return logits, top, rest
+    others = logits.shape[1] - 1
+    return (
+        logits.masked_fill(wrong, 0),
+        top.masked_fill(wrong, 0),
+        rest.masked_fill(wrong, others),
+    )
 
 
 def tables_of(

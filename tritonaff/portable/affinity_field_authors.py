@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tritonaff.portable.affinity_field import (
     count_by_label,
+    numbers_where_ignored,
     softmax_backward_,
     softmax_statistics,
     tables_of,
@@ -73,6 +74,7 @@ def compute(
     """
     given, logits = logits, at_least_float32(logits).contiguous()
     label, top = label.to(torch.int64), top.to(logits.dtype)
+    logits, top, rest = numbers_where_ignored(logits, label, top, rest)
     sums = logits.new_zeros(2, logits.shape[1], len(kernel_sizes), dtype=sum_dtype(logits.device))
     grad_p = logits.new_zeros(0 if grad_sums is None else logits.shape)
     for images, classes in blocks(logits):

@@ -19,6 +19,7 @@ from tritonaff.portable.blocks import (
     bands,
     counted_labels,
     in_layout_of,
+    may_hold,
     precision,
     sum_dtype,
 )
@@ -88,6 +89,10 @@ class Points:
         # 1 - p in the label's channel is the sum of the others: all digits where p is near 1.
         others = s.square().scatter_(1, self.own, 0).sum(dim=1, keepdim=True)
         total = others + own_s.square()
+        wrong = total.isnan().logical_and_(label < 0)
+        if may_hold(wrong):  # 0 times what is no number would be none
+            for tensor, number in ((s, 0), (own_s, 0), (others, 0), (total, 1)):
+                tensor.masked_fill_(wrong, number)
         scale = total.rsqrt().mul_(valid)
         self.s = s.mul_(scale)
         self.own_s = own_s.mul_(scale)

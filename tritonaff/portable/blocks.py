@@ -43,6 +43,13 @@ def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tenso
     return label.where(counted, -1).contiguous()
 
 
+def may_hold(mask: Tensor) -> bool:
+    """Whether it does somewhere. A CPU can look; other devices would have to wait, and take it that
+    it does.
+    """
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
 def label_dtype(num_classes: int) -> torch.dtype:
     """For labels that live until the backward pass."""
     return torch.int16 if num_classes <= torch.iinfo(torch.int16).max else torch.int32

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import bands, precision, sum_dtype
+from tritonaff.portable.blocks import bands, may_hold, precision, sum_dtype
 
 NOT_VALID = 255
 # Most pixels are of one category: neighbouring ones are added up in lanes of their own, because
@@ -44,7 +44,7 @@ def forward(
     for block in signals(target, offsets, ignore_index, precision(logits)):
         histogram.add(block)
         x, pt, not_pt, product = block.of_its_size(buffers)
-        x.copy_(logits[block.place])
+        copy_(x, logits, block)
         predicted_same = torch.gt(x, 0, out=pt)
         correct_same = torch.mul(predicted_same, block.same, out=product).sum(dim=1)
         wrong = torch.mul(predicted_same, block.different, out=product).sum(dim=1)
@@ -82,7 +82,7 @@ def backward(
     buffers: list[Tensor] = []
     for block in signals(target, offsets, ignore_index, grad_loss_sum.dtype):
         x, pt, not_pt, signed = block.of_its_size(buffers)
-        x.copy_(logits[block.place])
+        copy_(x, logits, block)
         minus_log_pt = probabilities(x, block, pt, not_pt, signed)
         slope = torch.addcmul(not_pt, minus_log_pt, pt, value=gamma, out=x)
         slope.mul_(not_pt.pow_(gamma))
@@ -174,6 +174,13 @@ def signals(
             bins = torch.add(lanes[: len(category)], category, alpha=LANES)
             place = images, channels, band
             yield Signals(rate, place, same, different, num_different, category, bins)
+
+
+def copy_(x: Tensor, logits: Tensor, block: Signals) -> None:
+    """The logits of a block; but 0 where signals are not valid, if some logit is no number."""
+    x.copy_(logits[block.place])
+    if may_hold(x.sum().isfinite().logical_not_()):
+        x.masked_fill_(block.same + block.different == 0, 0)
 
 
 def moved(window: Tensor, dy: int, dx: int) -> Tensor:

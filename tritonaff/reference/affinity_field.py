@@ -35,6 +35,7 @@ def affinity_field_terms(
     label = target.long()
     counted = (label >= 0) & (label < len(channels)) & (label != ignore_index)
     label = label.where(counted, NOT_COUNTED)  # (N, H, W)
+    logits = logits.where(counted[:, None], 0)  # what does not count may be no number
     has_label = label[:, None] == channels[:, None, None]  # (N, C, H, W)
 
     p = logits.softmax(dim=1)
@@ -88,6 +89,7 @@ def cross_entropy_terms(
     channels = torch.arange(logits.shape[1], device=logits.device)
     label = target.long()
     has_label = (label[:, None] == channels[:, None, None]) & (label != ignore_index)[:, None]
+    logits = logits.where(has_label.any(dim=1, keepdim=True), 0)
     log_loss = torch.where(has_label, -logits.log_softmax(dim=1), 0)
     return log_loss.sum(dim=(0, 2, 3)), has_label.sum(dim=(0, 2, 3))
 

@@ -18,6 +18,7 @@ def affinity_regression_terms(
     label = target.long()
     is_class = (label >= 0) & (label < logits.shape[1])
     label = label.where(is_class, ignore_index)
+    logits = logits.where((label != ignore_index)[:, None], 0)  # others may be no numbers
 
     a = square_root_affinity(logits, grid_sizes)
     m, valid = label_affinity(label, grid_sizes, ignore_index)

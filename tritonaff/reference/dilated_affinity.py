@@ -65,6 +65,7 @@ def dilated_affinity_terms(
     of_rates = torch.split(signals, 8, dim=1), torch.split(affinity_logits, 8, dim=1)
     for signal, x in zip(*of_rates, strict=True):
         in_category, different, same = categories(signal)
+        x = x.where(different | same, 0)  # others may be no numbers
         # Eq. 4. The logit of pt is x where the target is 1 and -x where it is 0.
         u = x.where(same, -x)
         log_pt, log_not_pt = F.logsigmoid(u), F.logsigmoid(-u)
