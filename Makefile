@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # The tiles as a GPU runs them, on a machine without one.
-TILE_TESTS := ptx affinity_field affinity_propagation affinity_regression dilated_affinity compile
+TILE_TESTS := ptx backend affinity_field affinity_propagation affinity_regression dilated_affinity compile
 
 .PHONY: demo test test-ptx bench lint format wheel clean
 
