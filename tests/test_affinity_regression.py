@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, laid_out
 
 import tritonaff
-from tritonaff.bench.cases import Case, check_parity, evaluate, make_inputs
+from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
 from tritonaff.bench.measure import peak_bytes
 from tritonaff.functional import AffinityRegressionTerms
 
@@ -89,7 +89,8 @@ def case_with(grid_sizes, **options):
         weight = 1 + torch.arange(len(logits), device=logits.device)
         return (weight * squared_error).sum() / pair_count.sum().clamp(min=1)
 
-    return Case("affinity_regression", (), (), loss, tables, largest_term=1.0)
+    largest_term = CASES["affinity_regression"].largest_term
+    return Case("affinity_regression", (), (), loss, tables, largest_term)
 
 
 @st.composite
