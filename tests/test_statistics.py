@@ -334,4 +334,5 @@ def test_an_interrupt_ends_it_without_a_traceback(folder):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert errors == "tritonaff-stats: interrupted\n"
-    assert process.returncode == 130
+    # Should it have met an exec of a string, CPython ends by the signal, though it was handled.
+    assert process.returncode in (130, -signal.SIGINT)
