@@ -324,7 +324,12 @@ def test_an_interrupt_ends_it_without_a_traceback(folder):
         (folder / f"copy{k}.png").write_bytes((folder / "a.png").read_bytes())
     command = [sys.executable, "-m", "tritonaff.statistics_cli", "labels", "--rates", "1"]
     process = subprocess.Popen(
-        [*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What a shell starts in the background ignores it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     deadline = time.monotonic() + 60
