@@ -60,6 +60,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=["reference", "portable", "triton"])
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """Those two and the specification."""
+    name: str = request.param
+    if name == "triton":
+        pytest.importorskip("triton")
+    return name
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty holds NaN: an element that an implementation forgets to write shows."""

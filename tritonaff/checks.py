@@ -124,20 +124,20 @@ def check_process_group(group: Any) -> None:
         )
 
 
-def check_one_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_one_device(
+    name: str, tensor: Tensor, other_name: str, other: Tensor, remedy: str = ""
+) -> None:
     if tensor.device != other.device:
         raise ValueError(
             f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}"
+            f"{remedy}"
         )
 
 
 def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> None:
     check_tensor(name, weight, LOGITS_DTYPES, shape)
-    if weight.device != logits.device:
-        raise ValueError(
-            f"{name} and logits must be on one device, got {weight.device} and {logits.device}; "
-            "a loss with weights of its own moves with loss.to(device)"
-        )
+    remedy = "; a loss with weights of its own moves with loss.to(device)"
+    check_one_device(name, weight, "logits", logits, remedy)
 
 
 def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> None:

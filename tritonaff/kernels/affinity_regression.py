@@ -251,7 +251,8 @@ def pairs_kernel(
             times = tl.where(start_j == start_i, 1, 2)
             error += times * tl.sum(difference * difference, axis=0)[None, :]
             # The first block meets all.
-            met_by_first = (points_j[1] >= 0) & (start_i == 0)
+            _place_j, label_j, _top_j, _scale_j, _own_s_j, _own_q_j = points_j
+            met_by_first = (label_j >= 0) & (start_i == 0)
             count += tl.sum(met_by_first.to(tl.int64), axis=1)
             start_j += BLOCK
     tl.store(error_ptr + tl.program_id(0), tl.sum(error) * 0.25)
