@@ -120,6 +120,10 @@ OPS = {
         3,
         lambda logits, target: tables(tritonaff.affinity_regression_terms(logits, target, None)),
     ),
+    "affinity_regression_many_classes": (
+        65,
+        lambda logits, target: tables(tritonaff.affinity_regression_terms(logits, target, None)),
+    ),
     "dilated_affinity": (
         16,
         lambda logits, target: tables(tritonaff.dilated_affinity_terms(logits, target, RATES)),
@@ -165,7 +169,7 @@ def evaluate(op, arguments):
 def far_strides(op):
     near = inputs(op, 3, 5, 6)
     # Where pixels do not follow one another, these tiles see a copy.
-    planes = op in ("affinity_field", "affinity_regression_every_pixel")
+    planes = op == "affinity_field" or op.startswith("affinity_regression_")
     far = {name: stretched(tensor, planes) for name, tensor in near.items()}
     expected = evaluate(op, near)
     allocate_sparsely()

@@ -156,10 +156,14 @@ def test_matrices_match_the_reference(values, grid_sizes):
         assert all(map(torch.equal, labels, expected_labels))
 
 
-@pytest.mark.parametrize("classes", [19, 32, 40, 256])
-@pytest.mark.parametrize("grid_sizes", [(12, 6), None])
+@pytest.mark.parametrize(
+    ("grid_sizes", "classes"),
+    [*itertools.product(((12, 6), None), (19, 32, 40, 256)), (None, 65)],
+)
 def test_many_classes(backend, device, classes, grid_sizes):
-    """One full block of classes and more than one, more than one of pixels."""
+    """One full block of classes and more than one, more than one of pixels: the largest numbers
+    that kernels take for a few classes, and more.
+    """
     shape = (2, classes, 23, 31) if classes < 100 else (1, classes, 12, 13)
     for confidence in (0.0, 9.0):
         values = make_inputs(shape, device=device, confidence=confidence)

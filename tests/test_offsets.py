@@ -32,7 +32,7 @@ def results():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reserves address space as Linux does")
 @pytest.mark.parametrize("far", ["strides", "pixels"])
-@pytest.mark.parametrize("op", [*CASES, "square_root_affinity"])
+@pytest.mark.parametrize("op", [*CASES, "affinity_regression_many_classes", "square_root_affinity"])
 def test_the_tiles_interpreted(results, op, far):
     """Elements 2^31 apart, and the last programs of 2^31 pixels."""
     if (op, far) == ("affinity_regression", "pixels"):

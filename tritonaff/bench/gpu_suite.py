@@ -419,6 +419,7 @@ ROWS = (
     Row("field_memory", field_memory, FIELD_SHAPES),
     Row("grids", grids, FIELD_SHAPES),
     Row("every_pixel", every_pixel, ((1, 19, 1024, 2048),)),
+    Row("many_classes", every_pixel, (FIELD_SHAPES[4],)),
     Row("dilated", dilated, ((8, 32, 512, 512), (4, 32, 512, 1024))),
     Row("field_against_eager", field_against_eager, FIELD_SHAPES),
     Row("propagation", propagation, ((4, 21, 513, 513),)),

@@ -129,6 +129,11 @@ PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
 PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
 GRAM = affinity_regression.gram_blocks(BATCH)
 GRADIENT = affinity_regression.gradient_blocks(LOGITS)
+MANY = torch.empty(8, 150, 512, 512, device="meta")
+MANY_STATISTICS = affinity_regression.statistics_blocks(MANY)
+MANY_GRAM = affinity_regression.gram_blocks(MANY)
+MANY_GRADIENT = affinity_regression.gradient_blocks(MANY)
+MANY_BLOCKS = -(-150 // MANY_GRAM["BLOCK_A"])
 MATRIX = affinity_regression.matrix_blocks(LOGITS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
 GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile()}
@@ -290,6 +295,48 @@ TILES = (
         19 * GRADIENT["BLOCK_P"],
         moved=LOGIT + LABEL + GRAD,
         trips=GRADIENT["C"],
+    ),
+    # These have no launches: the time implied is that of 19 classes.
+    Tile(
+        "affinity_regression_150_classes",
+        affinity_regression.statistics_kernel,
+        MANY_STATISTICS,
+        150 * MANY_STATISTICS["BLOCK_P"],
+        moved=4 + (8 + 4 * 4) / 150,
+        per_pixel=150,
+        launches=0,
+    ),
+    Tile(
+        "affinity_regression_150_classes",
+        affinity_regression.block_gram_kernel,
+        MANY_GRAM,
+        # Of two blocks across from each other one program computes both.
+        150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / (MANY_BLOCKS * (MANY_BLOCKS + 1) / 2),
+        moved=4 + (8 + 4 * 4) / 150,
+        trips=MANY_GRAM["STEPS"],
+        per_pixel=150,
+        launches=0,
+    ),
+    Tile(
+        "affinity_regression_150_classes",
+        affinity_regression.block_labels_kernel,
+        MANY_GRAM,
+        # As if the pixels of a step had one label: a column of blocks has products.
+        150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / MANY_BLOCKS,
+        moved=4 + (8 + 4 * 4) / 150,
+        trips=MANY_GRAM["STEPS"],
+        per_pixel=150,
+        launches=0,
+    ),
+    Tile(
+        "affinity_regression_150_classes",
+        affinity_regression.block_gradient_kernel,
+        MANY_GRADIENT,
+        150 * MANY_GRADIENT["BLOCK_P"],
+        moved=4 + (8 + 4 * 4) / 150 + 4,
+        trips=-(-150 // MANY_GRADIENT["BLOCK_D"]),
+        per_pixel=150,
+        launches=0,
     ),
     Tile(
         "square_root_affinity",

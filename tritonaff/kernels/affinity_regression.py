@@ -13,8 +13,15 @@ At the points of grids, few enough for all pairs:
 
 Every pixel, linear in their number:
 
-    gram_kernel            pixels of one image, 2 blocks of classes -> partial D D^T, D Y^T
+    gram_kernel            pixels of one image, all classes -> partial D D^T, D Y^T
     gradient_kernel        pixels, all classes -> d loss / d logits
+
+and of more classes than a tile of a matrix has:
+
+    statistics_kernel      pixels, all classes -> what square roots of single classes need
+    block_gram_kernel      pixels of one image, two blocks of classes -> partial D D^T
+    block_labels_kernel    the same -> partial D Y^T
+    block_gradient_kernel  pixels, all blocks of classes -> d loss / d logits
 
     matrix_kernel          a block of points against another -> the matrix A itself, for people
 
@@ -50,6 +57,8 @@ from tritonaff.portable.blocks import in_layout_of
 # matrices stay below an eighth of float32 logits, and a quarter of that where there would be too
 # few programs for a GPU.
 GRAM_PIXELS_PER_CLASS, GRAM_PROGRAMS = 32, 1024
+# Of more classes the Gram matrices are cut into blocks, and the gradient.
+GRAM_CLASSES, GRADIENT_CLASSES = 32, 64
 # Points i that one program compares with all others.
 POINTS_PER_PROGRAM = 256
 
@@ -199,15 +208,19 @@ def twice_difference(
 
 
 @triton.jit
-def through_softmax(grad_s, s, c, label, own_s, own_q):
-    """The gradient of the logits (S G - p <S, G>) / 2 from that of S."""
-    product = grad_s * s
+def own_and_others(product, c, label):
+    """What sums over some classes give: in the label's channel, and in the others."""
     own = c == label
     own_product = tl.sum(tl.where(own, product, 0.0), axis=0)[None, :]
-    others = tl.sum(tl.where(own, 0.0, product), axis=0)[None, :]
+    return own_product, tl.sum(tl.where(own, 0.0, product), axis=0)[None, :]
+
+
+@triton.jit
+def through_softmax(product, own_product, others, s, c, label, own_s, own_q):
+    """The gradient of the logits (S G - p <S, G>) / 2 from the product S G and its sums."""
     # Where p is near 1 its channel would subtract nearly equal numbers.
     own_grad = own_q * own_product - own_s * own_s * others
-    return tl.where(own, own_grad, product - s * s * (own_product + others)) * 0.5
+    return tl.where(c == label, own_grad, product - s * s * (own_product + others)) * 0.5
 
 
 @triton.jit
@@ -334,7 +347,9 @@ def pairs_gradient_kernel(
     grad_s *= 2 * tl.load(grad_error_ptr + n)
     s_i, _d_i, _m_i = load_roots(logits_ptr, c, points_i, C, stride_c)
     _place_i, label_i, _top_i, _scale_i, own_s_i, own_q_i = points_i
-    grad = through_softmax(grad_s, s_i, c, label_i, own_s_i, own_q_i) * times
+    product = grad_s * s_i
+    own_product, others = own_and_others(product, c, label_i)
+    grad = through_softmax(product, own_product, others, s_i, c, label_i, own_s_i, own_q_i) * times
     offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c
     offs = offs + h_i.to(tl.int64) * grad_stride_h + w_i.to(tl.int64) * grad_stride_w
     # Points that are the same pixel have the same gradient: the first one writes it, that of all.
@@ -345,54 +360,38 @@ def pairs_gradient_kernel(
 def gram_kernel(
     logits_ptr, target_ptr, gram_ptr, count_ptr,
     HW, N, stride_n, stride_c, stride_p, ignore_index,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, STEPS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Y: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     # Partial matrices D [D; Y]^T: (splits, N, C, 2C). Labels by class: (splits, N, C).
     split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
-    tiles = tl.cdiv(C, BLOCK_A)
     logits_ptr += n * stride_n
     target_ptr += n * HW
     c = tl.arange(0, BLOCK_C)[:, None]
-    row = (tl.program_id(1) // tiles) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
-    column = (tl.program_id(1) % tiles) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
-    if BLOCK_A == BLOCK_C:
-        # The first product is as wide as its block: what is left of it takes the first rows of Y.
-        end = 2 * C
-        rest = BLOCK_A + tl.arange(0, BLOCK_Y)[:, None]
-    else:
-        end = C
-        rest = C + column
+    # D D^T is as wide as a block: what is left of it takes the first rows of Y.
+    rest = BLOCK_C + tl.arange(0, BLOCK_Y)[:, None]
     # The matrices cancel where the predictions of a label are nearly the same.
-    dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
-    dy = tl.zeros((BLOCK_A, BLOCK_Y), tl.float64)
-    count = tl.zeros((BLOCK_A, BLOCK_P), tl.int32)
+    dd = tl.zeros((BLOCK_C, BLOCK_C), tl.float64)
+    dy = tl.zeros((BLOCK_C, BLOCK_Y), tl.float64)
+    count = tl.zeros((BLOCK_C, BLOCK_P), tl.int32)
     # Registers are better spent on more programs than on what the next step will need.
     for step in tl.range(STEPS, num_stages=1):
         pixel = (split.to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-        place = pixel * stride_p
         label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
-        x = load_logits(logits_ptr, c, place, label >= 0, C, stride_c)
+        x = load_logits(logits_ptr, c, pixel * stride_p, label >= 0, C, stride_c)
         top, scale, own_s, own_q = statistics(x, c, label)
-        points = (place, label, top, scale, own_s, own_q)
-        if BLOCK_A == BLOCK_C:
-            _s, d_a, _m = roots(x, c, label, top, scale, own_s, own_q)
-            d_b = d_a
-        else:
-            _s_a, d_a, _m_a = load_roots(logits_ptr, row, points, C, stride_c)
-            _s_b, d_b, _m_b = load_roots(logits_ptr, column, points, C, stride_c)
-        d_b = tl.where(column < C, d_b, tl.where(column == C + label, 1.0, 0.0))
+        _s, d, _m = roots(x, c, label, top, scale, own_s, own_q)
+        d_and_y = tl.where(c < C, d, tl.where(c == C + label, 1.0, 0.0))
         y = tl.where(rest == C + label, 1.0, 0.0)
-        dd += tl.dot(d_a, tl.trans(d_b), input_precision="ieee").to(tl.float64)
-        dy += tl.dot(d_a, tl.trans(y), input_precision="ieee").to(tl.float64)
-        count += tl.where((row < C) & (row == label), 1, 0)
-    offs = tl.program_id(0).to(tl.int64) * 2 * C * C + row * 2 * C
-    column, rest = tl.trans(column), tl.trans(rest)
-    tl.store(gram_ptr + offs + column, dd, mask=(row < C) & (column < end))
-    tl.store(gram_ptr + offs + rest, dy, mask=(row < C) & (rest < 2 * C))
-    if tl.program_id(1) % tiles == 0:
-        labels = tl.program_id(0).to(tl.int64) * C + row
-        tl.store(count_ptr + labels, tl.sum(count, axis=1)[:, None], mask=row < C)
+        dd += tl.dot(d, tl.trans(d_and_y), input_precision="ieee").to(tl.float64)
+        dy += tl.dot(d, tl.trans(y), input_precision="ieee").to(tl.float64)
+        count += tl.where((c < C) & (c == label), 1, 0)
+    offs = tl.program_id(0).to(tl.int64) * 2 * C * C + c * 2 * C
+    column, rest = tl.trans(c), tl.trans(rest)
+    tl.store(gram_ptr + offs + column, dd, mask=(c < C) & (column < 2 * C))
+    tl.store(gram_ptr + offs + rest, dy, mask=(c < C) & (rest < 2 * C))
+    labels = tl.program_id(0).to(tl.int64) * C + c
+    tl.store(count_ptr + labels, tl.sum(count, axis=1)[:, None], mask=c < C)
 
 
 @triton.jit
@@ -423,9 +422,165 @@ def gradient_kernel(
         # C is a constant: rows beyond it are left out when this is compiled.
         grad_s = tl.where(c < C, grad_s + factor * d, 0.0)
     s, _d, _m = roots(x, c, label, top, scale, own_s, own_q)
-    grad = through_softmax(grad_s, s, c, label, own_s, own_q)
+    product = grad_s * s
+    own_product, others = own_and_others(product, c, label)
+    grad = through_softmax(product, own_product, others, s, c, label, own_s, own_q)
     offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c + pixel * grad_stride_p
     tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=(c < C) & (pixel < HW))
+
+
+@triton.jit
+def statistics_kernel(
+    logits_ptr, target_ptr, statistics_ptr,
+    HW, stride_n, stride_c, stride_p, ignore_index,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # (N, 4, HW)
+    n, first = first_pixel(HW, BLOCK_P)
+    target_ptr += n * HW
+    statistics_ptr += n * 4 * HW
+    pixel = first + tl.arange(0, BLOCK_P)[None, :]
+    c = tl.arange(0, BLOCK_C)[:, None]
+    label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+    x = load_logits(logits_ptr + n * stride_n, c, pixel * stride_p, label >= 0, C, stride_c)
+    numbers = statistics(x, c, label)
+    for k in tl.static_range(4):
+        tl.store(statistics_ptr + pixel, numbers[k], mask=pixel < HW)
+        statistics_ptr += HW
+
+
+@triton.jit
+def load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index):
+    """What :func:`load_statistics` gives, of :func:`statistics_kernel`'s."""
+    label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+    points = (pixel * stride_p, label)
+    for _k in tl.static_range(4):
+        points += (tl.load(statistics_ptr + pixel, mask=label >= 0, other=0.0),)
+        statistics_ptr += HW
+    return points
+
+
+@triton.jit
+def block_of_matrix(C: tl.constexpr, BLOCK_A: tl.constexpr):
+    """Where the rows and the columns of this program's block of a (C, C) matrix start."""
+    blocks = tl.cdiv(C, BLOCK_A)
+    return (tl.program_id(1) // blocks) * BLOCK_A, (tl.program_id(1) % blocks) * BLOCK_A
+
+
+@triton.jit
+def block_gram_kernel(
+    logits_ptr, target_ptr, statistics_ptr, gram_ptr,
+    HW, N, stride_n, stride_c, stride_p, ignore_index,
+    C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    # A block of D D^T, where gram_kernel writes it, and the one across, for it is symmetric.
+    start_row, start_column = block_of_matrix(C, BLOCK_A)
+    if start_row > start_column:
+        return
+    split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
+    logits_ptr += n * stride_n
+    target_ptr += n * HW
+    statistics_ptr += n * 4 * HW
+    row = start_row + tl.arange(0, BLOCK_A)[:, None]
+    column = start_column + tl.arange(0, BLOCK_A)[:, None]
+    dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
+    for step in tl.range(STEPS, num_stages=1):
+        pixel = (split.to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        points = load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index)
+        _s, d, _m = load_roots(logits_ptr, row, points, C, stride_c)
+        _s, other_d, _m = load_roots(logits_ptr, column, points, C, stride_c)
+        dd += tl.dot(d, tl.trans(other_d), input_precision="ieee").to(tl.float64)
+    gram_ptr += tl.program_id(0).to(tl.int64) * 2 * C * C
+    column = tl.trans(column)
+    inside = (row < C) & (column < C)
+    tl.store(gram_ptr + row * 2 * C + column, dd, mask=inside)
+    if start_row < start_column:
+        tl.store(gram_ptr + column * 2 * C + row, dd, mask=inside)
+
+
+@triton.jit
+def block_labels_kernel(
+    logits_ptr, target_ptr, statistics_ptr, gram_ptr, count_ptr,
+    HW, N, stride_n, stride_c, stride_p, ignore_index,
+    C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    # A block of D Y^T, and the labels of its columns.
+    start_row, start_column = block_of_matrix(C, BLOCK_A)
+    split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
+    logits_ptr += n * stride_n
+    target_ptr += n * HW
+    statistics_ptr += n * 4 * HW
+    row = start_row + tl.arange(0, BLOCK_A)[:, None]
+    column = start_column + tl.arange(0, BLOCK_A)[:, None]
+    dy = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
+    count = tl.zeros((BLOCK_A, BLOCK_P), tl.int32)
+    for step in tl.range(STEPS, num_stages=1):
+        pixel = (split.to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        points = load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index)
+        _place, label, _top, _scale, _own_s, _own_q = points
+        own = tl.where(column == label, 1, 0)
+        count += own
+        # Pixels next to each other have few labels: most blocks none of them.
+        if tl.max(tl.max(own, axis=0), axis=0) > 0:
+            _s, d, _m = load_roots(logits_ptr, row, points, C, stride_c)
+            y = tl.trans(own.to(tl.float32))
+            dy += tl.dot(d, y, input_precision="ieee").to(tl.float64)
+    gram_ptr += tl.program_id(0).to(tl.int64) * 2 * C * C
+    across = tl.trans(column)
+    inside = (row < C) & (across < C)
+    tl.store(gram_ptr + row * 2 * C + C + across, dy, mask=inside)
+    if start_row == 0:
+        labels = tl.program_id(0).to(tl.int64) * C + column
+        tl.store(count_ptr + labels, tl.sum(count, axis=1)[:, None], mask=column < C)
+
+
+@triton.jit
+def block_gradient_kernel(
+    factor_ptr, logits_ptr, target_ptr, statistics_ptr, grad_ptr,
+    HW, stride_n, stride_c, stride_p, grad_stride_n, grad_stride_c, grad_stride_p, ignore_index,
+    C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (C + BLOCK_A - 1) // BLOCK_A
+    n, first = first_pixel(HW, BLOCK_P)
+    logits_ptr += n * stride_n
+    factor_ptr += n * 2 * C * C
+    pixel = first + tl.arange(0, BLOCK_P)[None, :]
+    points = load_points(
+        target_ptr + n * HW, statistics_ptr + n * 4 * HW, pixel, HW, C, stride_p, ignore_index
+    )
+    _place, label, _top, _scale, own_s, own_q = points
+    block = tl.arange(0, BLOCK_A)[:, None]
+    grads_s = ()
+    for k in tl.static_range(BLOCKS):
+        # The product with Y is a column of its matrix.
+        c = k * BLOCK_A + block
+        labelled = (c < C) & (label >= 0)
+        grads_s += (tl.load(factor_ptr + c * 2 * C + C + label, mask=labelled, other=0.0),)
+    for start in range(0, C, BLOCK_D):
+        a = start + tl.arange(0, BLOCK_D)[:, None]
+        _s, d, _m = load_roots(logits_ptr, a, points, C, stride_c)
+        sums = ()
+        for k in tl.static_range(BLOCKS):
+            c = k * BLOCK_A + block
+            inside = (c < C) & (tl.trans(a) < C)
+            factor = tl.load(factor_ptr + c * 2 * C + tl.trans(a), mask=inside, other=0.0)
+            sums += (tl.dot(factor, d, acc=grads_s[k], input_precision="ieee"),)
+        grads_s = sums
+    own_product = tl.zeros((1, BLOCK_P), tl.float32)
+    others = tl.zeros((1, BLOCK_P), tl.float32)
+    for k in tl.static_range(BLOCKS):
+        c = k * BLOCK_A + block
+        s, _d, _m = load_roots(logits_ptr, c, points, C, stride_c)
+        own_of_block, others_of_block = own_and_others(grads_s[k] * s, c, label)
+        own_product += own_of_block
+        others += others_of_block
+    for k in tl.static_range(BLOCKS):
+        c = k * BLOCK_A + block
+        s, _d, _m = load_roots(logits_ptr, c, points, C, stride_c)
+        product = grads_s[k] * s
+        grad = through_softmax(product, own_product, others, s, c, label, own_s, own_q)
+        offs = n * grad_stride_n + c.to(tl.int64) * grad_stride_c + pixel * grad_stride_p
+        tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=(c < C) & (pixel < HW))
 
 
 @triton.jit
@@ -489,12 +644,15 @@ def forward(
     splits = cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
     partial = logits.new_empty(splits, n, num_classes, 2 * num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
-    if n > 0:
-        tiles = cdiv(num_classes, blocks["BLOCK_A"])
-        launch(gram_kernel, (splits * n, tiles * tiles),
-            logits, target.contiguous(), partial, count, height * width, n,
-            *even_strides(logits), ignore_index, **blocks,
-        )  # fmt: skip
+    target = target.contiguous()
+    pixels = height * width, n, *even_strides(logits), ignore_index
+    if n > 0 and num_classes <= GRAM_CLASSES:
+        launch(gram_kernel, (splits * n,), logits, target, partial, count, *pixels, **blocks)
+    elif n > 0:
+        tiles = splits * n, cdiv(num_classes, blocks["BLOCK_A"]) ** 2
+        given = logits, target, statistics_of(logits, target, ignore_index)
+        launch(block_gram_kernel, tiles, *given, partial, *pixels, **blocks)
+        launch(block_labels_kernel, tiles, *given, partial, count, *pixels, **blocks)
     dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
     # M = D + 2 Y, and Y Y^T is diagonal.
@@ -513,7 +671,7 @@ def backward(
     ignore_index: int,
 ) -> Tensor:
     """The gradient with respect to the logits, given that with respect to the squared errors."""
-    n, _, height, width = logits.shape
+    n, num_classes, height, width = logits.shape
     if grid_sizes:
         grad = torch.empty_like(logits)
         points = sum(size * size for size in grid_sizes)
@@ -532,14 +690,29 @@ def backward(
     of_d, of_m = factors(gram, grad_squared_error).chunk(2, dim=2)
     factor = torch.cat((of_d + of_m, 2 * of_m), dim=2).float()
     blocks = gradient_blocks(logits)
-    given, logits = logits, evenly_spaced(logits)
+    programs = n * cdiv(height * width, blocks["BLOCK_P"])
+    given, logits, target = logits, evenly_spaced(logits), target.contiguous()
     grad = evenly_spaced(torch.empty_like(logits))
-    if n > 0:
-        launch(gradient_kernel, (n * cdiv(height * width, blocks["BLOCK_P"]),),
-            factor, logits, target.contiguous(), grad, height * width,
-            *even_strides(logits), *even_strides(grad), ignore_index, **blocks,
+    pixels = height * width, *even_strides(logits), *even_strides(grad), ignore_index
+    if n > 0 and num_classes <= GRADIENT_CLASSES:
+        launch(gradient_kernel, (programs,), factor, logits, target, grad, *pixels, **blocks)
+    elif n > 0:
+        launch(block_gradient_kernel, (programs,),
+            factor, logits, target, statistics_of(logits, target, ignore_index), grad, *pixels,
+            **blocks,
         )  # fmt: skip
     return in_layout_of(given, grad)
+
+
+def statistics_of(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """:func:`statistics` of all pixels of evenly spaced logits: (N, 4, H W)."""
+    n, _, height, width = logits.shape
+    result = logits.new_empty(n, 4, height * width, dtype=torch.float32)
+    blocks = statistics_blocks(logits)
+    launch(statistics_kernel, (n * cdiv(height * width, blocks["BLOCK_P"]),),
+        logits, target, result, height * width, *even_strides(logits), ignore_index, **blocks,
+    )  # fmt: skip
+    return result
 
 
 def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
@@ -602,27 +775,30 @@ def pairs_gradient_blocks(logits: Tensor, points: int) -> dict[str, int]:
 
 def gram_blocks(logits: Tensor) -> dict[str, int]:
     classes = all_classes(logits)
-    block_a = block_y = min(32, classes["BLOCK_C"])
-    if block_a == classes["BLOCK_C"]:
-        block_y = next_power_of_2(max(8, 2 * classes["C"] - block_a))
-        if block_y < 32:  # few enough registers for fewer threads, which repeat less
-            classes["num_warps"] = 2
     block_p, pixels = 32, GRAM_PIXELS_PER_CLASS * classes["BLOCK_C"]
     if logits[:, 0].numel() < GRAM_PROGRAMS * pixels:
         pixels //= 4
     if INTERPRETED:
         block_p, pixels = 128, 1024
-    return {
-        **classes,
-        "BLOCK_P": block_p,
-        "BLOCK_A": block_a,
-        "BLOCK_Y": block_y,
-        "STEPS": pixels // block_p,
-    }
+    steps = {"BLOCK_P": block_p, "STEPS": pixels // block_p}
+    if classes["C"] > GRAM_CLASSES:
+        return {"C": classes["C"], "BLOCK_A": 32, **steps}
+    block_y = next_power_of_2(max(8, 2 * classes["C"] - classes["BLOCK_C"]))
+    if block_y < 32:  # few enough registers for fewer threads, which repeat less
+        classes["num_warps"] = 2
+    return {**classes, "BLOCK_Y": block_y, **steps}
+
+
+def statistics_blocks(logits: Tensor) -> dict[str, int]:
+    return {**all_classes(logits), "BLOCK_P": 512 if INTERPRETED else 32, "num_warps": 4}
 
 
 def gradient_blocks(logits: Tensor) -> dict[str, int]:
-    return {**all_classes(logits), "BLOCK_P": pixels_per_program(logits), "num_warps": 4}
+    classes = all_classes(logits)
+    if classes["C"] > GRADIENT_CLASSES:
+        block_p = 128 if INTERPRETED else 32
+        return {"C": classes["C"], "BLOCK_A": 32, "BLOCK_D": 16, "BLOCK_P": block_p}
+    return {**classes, "BLOCK_P": pixels_per_program(logits)}
 
 
 def matrix_blocks(logits: Tensor) -> dict[str, int]:
