@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, laid_out
 
@@ -93,9 +93,14 @@ def case_with(grid_sizes, **options):
     return Case("affinity_regression", (), (), loss, tables, largest_term)
 
 
+few_classes = st.integers(1, 20)
+# Of more than 32 every pixel has other tiles, and of more than 64.
+many_classes = st.sampled_from([33, 65, 100])
+
+
 @st.composite
-def inputs(draw, dtypes):
-    n, c = draw(st.integers(0, 2)), draw(st.integers(1, 20))
+def inputs(draw, dtypes, classes=few_classes):
+    n, c = draw(st.integers(0, 2)), draw(classes)
     height, width = draw(st.integers(1, 20)), draw(st.integers(1, 30))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     ignore_index = draw(st.sampled_from([255, -100, 0]))
@@ -134,6 +139,15 @@ def test_triton_matches_the_reference(values, grid_sizes):
     pytest.importorskip("triton")
     logits, target, ignore_index = values
     case = case_with(grid_sizes, ignore_index=ignore_index)
+    check_parity(case, "triton", logits.to(DEVICE), target.to(DEVICE))
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16], many_classes))
+@settings(max_examples=settings.default.max_examples // 2)
+def test_triton_matches_the_reference_with_many_classes(values):
+    pytest.importorskip("triton")
+    logits, target, ignore_index = values
+    case = case_with(None, ignore_index=ignore_index)
     check_parity(case, "triton", logits.to(DEVICE), target.to(DEVICE))
 
 

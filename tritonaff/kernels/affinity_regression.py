@@ -645,14 +645,15 @@ def forward(
     partial = logits.new_empty(splits, n, num_classes, 2 * num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
     target = target.contiguous()
-    pixels = height * width, n, *even_strides(logits), ignore_index
-    if n > 0 and num_classes <= GRAM_CLASSES:
-        launch(gram_kernel, (splits * n,), logits, target, partial, count, *pixels, **blocks)
-    elif n > 0:
-        tiles = splits * n, cdiv(num_classes, blocks["BLOCK_A"]) ** 2
-        given = logits, target, statistics_of(logits, target, ignore_index)
-        launch(block_gram_kernel, tiles, *given, partial, *pixels, **blocks)
-        launch(block_labels_kernel, tiles, *given, partial, count, *pixels, **blocks)
+    if n > 0:
+        pixels = height * width, n, *even_strides(logits), ignore_index
+        if num_classes <= GRAM_CLASSES:
+            launch(gram_kernel, (splits * n,), logits, target, partial, count, *pixels, **blocks)
+        else:
+            tiles = splits * n, cdiv(num_classes, blocks["BLOCK_A"]) ** 2
+            inputs = logits, target, statistics_of(logits, target, ignore_index)
+            launch(block_gram_kernel, tiles, *inputs, partial, *pixels, **blocks)
+            launch(block_labels_kernel, tiles, *inputs, partial, count, *pixels, **blocks)
     dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
     # M = D + 2 Y, and Y Y^T is diagonal.
@@ -693,14 +694,13 @@ def backward(
     programs = n * cdiv(height * width, blocks["BLOCK_P"])
     given, logits, target = logits, evenly_spaced(logits), target.contiguous()
     grad = evenly_spaced(torch.empty_like(logits))
-    pixels = height * width, *even_strides(logits), *even_strides(grad), ignore_index
-    if n > 0 and num_classes <= GRADIENT_CLASSES:
-        launch(gradient_kernel, (programs,), factor, logits, target, grad, *pixels, **blocks)
-    elif n > 0:
-        launch(block_gradient_kernel, (programs,),
-            factor, logits, target, statistics_of(logits, target, ignore_index), grad, *pixels,
-            **blocks,
-        )  # fmt: skip
+    if n > 0:
+        pixels = height * width, *even_strides(logits), *even_strides(grad), ignore_index
+        if num_classes <= GRADIENT_CLASSES:
+            launch(gradient_kernel, (programs,), factor, logits, target, grad, *pixels, **blocks)
+        else:
+            inputs = logits, target, statistics_of(logits, target, ignore_index)
+            launch(block_gradient_kernel, (programs,), factor, *inputs, grad, *pixels, **blocks)
     return in_layout_of(given, grad)
 
 
