@@ -2,6 +2,7 @@
 against the definition.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -134,21 +135,25 @@ def test_portable_matches_the_reference(values, grid_sizes):
     check_parity(case, "portable", logits, target)
 
 
+def check_tiles(logits, target, ignore_index, grid_sizes):
+    pytest.importorskip("triton")
+    case = case_with(grid_sizes, ignore_index=ignore_index)
+    if grid_sizes is None:
+        # Where all points predict the same, 4 S (A - M) cancels in the products, whose sums are
+        # float32: of a pixel, all classes together, it is off by the rounding of 4 S, a norm of 4.
+        case = dataclasses.replace(case, largest_term=4.0 * logits.shape[1] ** 0.5)
+    check_parity(case, "triton", logits.to(DEVICE), target.to(DEVICE))
+
+
 @given(inputs([torch.float32, torch.bfloat16, torch.float16]), grids)
 def test_triton_matches_the_reference(values, grid_sizes):
-    pytest.importorskip("triton")
-    logits, target, ignore_index = values
-    case = case_with(grid_sizes, ignore_index=ignore_index)
-    check_parity(case, "triton", logits.to(DEVICE), target.to(DEVICE))
+    check_tiles(*values, grid_sizes)
 
 
 @given(inputs([torch.float32, torch.bfloat16, torch.float16], many_classes))
 @settings(max_examples=settings.default.max_examples // 2)
 def test_triton_matches_the_reference_with_many_classes(values):
-    pytest.importorskip("triton")
-    logits, target, ignore_index = values
-    case = case_with(None, ignore_index=ignore_index)
-    check_parity(case, "triton", logits.to(DEVICE), target.to(DEVICE))
+    check_tiles(*values, None)
 
 
 @given(inputs([torch.float32, torch.bfloat16, torch.float64]), grids)
