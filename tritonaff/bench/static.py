@@ -296,7 +296,7 @@ TILES = (
         moved=LOGIT + LABEL + GRAD,
         trips=GRADIENT["C"],
     ),
-    # These have no launches: the time implied is that of 19 classes.
+    # Not in the times implied, which are of 19 classes.
     Tile(
         "affinity_regression_150_classes",
         affinity_regression.statistics_kernel,

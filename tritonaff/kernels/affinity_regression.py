@@ -16,7 +16,7 @@ Every pixel, linear in their number:
     gram_kernel            pixels of one image, all classes -> partial D D^T, D Y^T
     gradient_kernel        pixels, all classes -> d loss / d logits
 
-and of more classes than a tile of a matrix has:
+and of more than 32 classes, or 64 for the gradient:
 
     statistics_kernel      pixels, all classes -> what square roots of single classes need
     block_gram_kernel      pixels of one image, two blocks of classes -> partial D D^T
@@ -53,11 +53,10 @@ from tritonaff.kernels.shared import (
 from tritonaff.portable.affinity_regression import factors, squared_error_of
 from tritonaff.portable.blocks import in_layout_of
 
-# Pixels per class that one program adds to a tile of the Gram matrices: so many that the partial
-# matrices stay below an eighth of float32 logits, and a quarter of that where there would be too
-# few programs for a GPU.
+# Pixels per class that one program adds up: so many that the partial matrices stay below an eighth
+# of float32 logits. A quarter as many where there would be too few programs for a GPU.
 GRAM_PIXELS_PER_CLASS, GRAM_PROGRAMS = 32, 1024
-# Of more classes the Gram matrices are cut into blocks, and the gradient.
+# More classes than these are cut into blocks of 32: by the Gram matrices, by the gradient.
 GRAM_CLASSES, GRADIENT_CLASSES = 32, 64
 # Points i that one program compares with all others.
 POINTS_PER_PROGRAM = 256
@@ -450,9 +449,8 @@ def statistics_kernel(
 
 
 @triton.jit
-def load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index):
-    """What :func:`load_statistics` gives, of :func:`statistics_kernel`'s."""
-    label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+def load_points(label, statistics_ptr, pixel, HW, stride_p):
+    """As :func:`load_statistics`, from what :func:`statistics_kernel` has stored."""
     points = (pixel * stride_p, label)
     for _k in tl.static_range(4):
         points += (tl.load(statistics_ptr + pixel, mask=label >= 0, other=0.0),)
@@ -461,10 +459,16 @@ def load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index
 
 
 @triton.jit
-def block_of_matrix(C: tl.constexpr, BLOCK_A: tl.constexpr):
-    """Where the rows and the columns of this program's block of a (C, C) matrix start."""
+def block_of_matrices(N, C: tl.constexpr, BLOCK_A: tl.constexpr, PIXELS: tl.constexpr):
+    """What this program works on: the first row and the first column of its block; which partial
+    matrix; image and first pixel. Programs next to each other have the same pixels.
+    """
     blocks = tl.cdiv(C, BLOCK_A)
-    return (tl.program_id(1) // blocks) * BLOCK_A, (tl.program_id(1) % blocks) * BLOCK_A
+    block = tl.program_id(0) % (blocks * blocks)
+    partial = tl.program_id(0) // (blocks * blocks)
+    split, n = (partial // N).to(tl.int64), (partial % N).to(tl.int64)
+    start_row, start_column = (block // blocks) * BLOCK_A, (block % blocks) * BLOCK_A
+    return start_row, start_column, partial.to(tl.int64), n, split * PIXELS
 
 
 @triton.jit
@@ -474,23 +478,24 @@ def block_gram_kernel(
     C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     # A block of D D^T, where gram_kernel writes it, and the one across, for it is symmetric.
-    start_row, start_column = block_of_matrix(C, BLOCK_A)
+    start_row, start_column, partial, n, first = block_of_matrices(N, C, BLOCK_A, BLOCK_P * STEPS)
     if start_row > start_column:
         return
-    split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
     logits_ptr += n * stride_n
     target_ptr += n * HW
     statistics_ptr += n * 4 * HW
     row = start_row + tl.arange(0, BLOCK_A)[:, None]
     column = start_column + tl.arange(0, BLOCK_A)[:, None]
     dd = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
-    for step in tl.range(STEPS, num_stages=1):
-        pixel = (split.to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-        points = load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index)
+    steps = tl.minimum(tl.cdiv(HW - first, BLOCK_P), STEPS).to(tl.int32)
+    for step in tl.range(steps, num_stages=1):
+        pixel = first + step * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+        points = load_points(label, statistics_ptr, pixel, HW, stride_p)
         _s, d, _m = load_roots(logits_ptr, row, points, C, stride_c)
         _s, other_d, _m = load_roots(logits_ptr, column, points, C, stride_c)
         dd += tl.dot(d, tl.trans(other_d), input_precision="ieee").to(tl.float64)
-    gram_ptr += tl.program_id(0).to(tl.int64) * 2 * C * C
+    gram_ptr += partial * 2 * C * C
     column = tl.trans(column)
     inside = (row < C) & (column < C)
     tl.store(gram_ptr + row * 2 * C + column, dd, mask=inside)
@@ -505,8 +510,7 @@ def block_labels_kernel(
     C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     # A block of D Y^T, and the labels of its columns.
-    start_row, start_column = block_of_matrix(C, BLOCK_A)
-    split, n = tl.program_id(0) // N, (tl.program_id(0) % N).to(tl.int64)
+    start_row, start_column, partial, n, first = block_of_matrices(N, C, BLOCK_A, BLOCK_P * STEPS)
     logits_ptr += n * stride_n
     target_ptr += n * HW
     statistics_ptr += n * 4 * HW
@@ -514,23 +518,25 @@ def block_labels_kernel(
     column = start_column + tl.arange(0, BLOCK_A)[:, None]
     dy = tl.zeros((BLOCK_A, BLOCK_A), tl.float64)
     count = tl.zeros((BLOCK_A, BLOCK_P), tl.int32)
-    for step in tl.range(STEPS, num_stages=1):
-        pixel = (split.to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-        points = load_points(target_ptr, statistics_ptr, pixel, HW, C, stride_p, ignore_index)
-        _place, label, _top, _scale, _own_s, _own_q = points
-        own = tl.where(column == label, 1, 0)
-        count += own
+    steps = tl.minimum(tl.cdiv(HW - first, BLOCK_P), STEPS).to(tl.int32)
+    for step in tl.range(steps, num_stages=1):
+        pixel = first + step * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        label = load_label(target_ptr, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
         # Pixels next to each other have few labels: most blocks none of them.
-        if tl.max(tl.max(own, axis=0), axis=0) > 0:
+        here = (label >= start_column) & (label < start_column + BLOCK_A)
+        if tl.max(tl.max(here.to(tl.int32), axis=1), axis=0) > 0:
+            points = load_points(label, statistics_ptr, pixel, HW, stride_p)
             _s, d, _m = load_roots(logits_ptr, row, points, C, stride_c)
-            y = tl.trans(own.to(tl.float32))
+            own = column == label
+            y = tl.trans(tl.where(own, 1.0, 0.0))
             dy += tl.dot(d, y, input_precision="ieee").to(tl.float64)
-    gram_ptr += tl.program_id(0).to(tl.int64) * 2 * C * C
+            count += own.to(tl.int32)
+    gram_ptr += partial * 2 * C * C
     across = tl.trans(column)
     inside = (row < C) & (across < C)
     tl.store(gram_ptr + row * 2 * C + C + across, dy, mask=inside)
     if start_row == 0:
-        labels = tl.program_id(0).to(tl.int64) * C + column
+        labels = partial * C + column
         tl.store(count_ptr + labels, tl.sum(count, axis=1)[:, None], mask=column < C)
 
 
@@ -545,10 +551,9 @@ def block_gradient_kernel(
     logits_ptr += n * stride_n
     factor_ptr += n * 2 * C * C
     pixel = first + tl.arange(0, BLOCK_P)[None, :]
-    points = load_points(
-        target_ptr + n * HW, statistics_ptr + n * 4 * HW, pixel, HW, C, stride_p, ignore_index
-    )
-    _place, label, _top, _scale, own_s, own_q = points
+    label = load_label(target_ptr + n * HW, 0 * pixel, pixel, 1, HW, C, 0, 1, ignore_index)
+    points = load_points(label, statistics_ptr + n * 4 * HW, pixel, HW, stride_p)
+    _place, _label, _top, _scale, own_s, own_q = points
     block = tl.arange(0, BLOCK_A)[:, None]
     grads_s = ()
     for k in tl.static_range(BLOCKS):
@@ -650,10 +655,10 @@ def forward(
         if num_classes <= GRAM_CLASSES:
             launch(gram_kernel, (splits * n,), logits, target, partial, count, *pixels, **blocks)
         else:
-            tiles = splits * n, cdiv(num_classes, blocks["BLOCK_A"]) ** 2
+            programs = splits * n * cdiv(num_classes, blocks["BLOCK_A"]) ** 2
             inputs = logits, target, statistics_of(logits, target, ignore_index)
-            launch(block_gram_kernel, tiles, *inputs, partial, *pixels, **blocks)
-            launch(block_labels_kernel, tiles, *inputs, partial, count, *pixels, **blocks)
+            launch(block_gram_kernel, (programs,), *inputs, partial, *pixels, **blocks)
+            launch(block_labels_kernel, (programs,), *inputs, partial, count, *pixels, **blocks)
     dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
     # M = D + 2 Y, and Y Y^T is diagonal.
@@ -730,8 +735,9 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     return affinity
 
 
-# Blocks are small because products in full precision keep their operands in registers: they spill
-# none on the GPUs that `tritonaff-bench static` compiles for, from Triton 3.7 on.
+# Blocks are small because products in full precision keep their operands in registers: with 19 and
+# with 150 classes they spill none on the GPUs that `tritonaff-bench static` compiles for, from
+# Triton 3.7 on.
 def all_classes(logits: Tensor) -> dict[str, int]:
     """A matrix product takes 16 of a side at least, and 8 of the second one."""
     block_c = max(16, next_power_of_2(logits.shape[1]))
@@ -776,13 +782,14 @@ def pairs_gradient_blocks(logits: Tensor, points: int) -> dict[str, int]:
 def gram_blocks(logits: Tensor) -> dict[str, int]:
     classes = all_classes(logits)
     block_p, pixels = 32, GRAM_PIXELS_PER_CLASS * classes["BLOCK_C"]
-    if logits[:, 0].numel() < GRAM_PROGRAMS * pixels:
+    blocks = cdiv(classes["C"], GRAM_CLASSES)
+    if logits[:, 0].numel() * blocks * (blocks + 1) // 2 < GRAM_PROGRAMS * pixels:
         pixels //= 4
-    if INTERPRETED:
-        block_p, pixels = 128, 1024
+    if INTERPRETED:  # as many pixels as elsewhere in a float32 sum
+        pixels = 1024
     steps = {"BLOCK_P": block_p, "STEPS": pixels // block_p}
-    if classes["C"] > GRAM_CLASSES:
-        return {"C": classes["C"], "BLOCK_A": 32, **steps}
+    if blocks > 1:
+        return {"C": classes["C"], "BLOCK_A": GRAM_CLASSES, **steps}
     block_y = next_power_of_2(max(8, 2 * classes["C"] - classes["BLOCK_C"]))
     if block_y < 32:  # few enough registers for fewer threads, which repeat less
         classes["num_warps"] = 2
