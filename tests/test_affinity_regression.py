@@ -95,8 +95,9 @@ def case_with(grid_sizes, **options):
 
 
 few_classes = st.integers(1, 20)
-# Of more than 32 every pixel has other tiles, and of more than 64.
-many_classes = st.sampled_from([33, 65, 100])
+# Of more than 32 every pixel has other tiles, and of more than 64. The last one begins a block of
+# classes, ends one, or does neither.
+many_classes = st.sampled_from([33, 64, 65, 100])
 
 
 @st.composite
