@@ -248,12 +248,13 @@ def test_portable_without_selecting_pairs(monkeypatch):
     check_parity(case_with((3, 7)), "portable", *make_inputs((2, 4, 11, 9)))
 
 
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
+@pytest.mark.parametrize(("width", "aligned"), [(13, False), (12, True), (12, False)])
+def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned):
     """Many small patches: every seam between programs."""
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_field as kernels
 
-    blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "num_warps": 1}
+    blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
     monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
     monkeypatch.setattr(kernels, "rows", lambda logits: 4)
     patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
@@ -262,7 +263,7 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
     monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
     monkeypatch.setattr(kernels, "BLOCK_SUM", 2)
     monkeypatch.setattr(kernels, "COUNT_PROGRAMS", 2)  # several patches each
-    check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, 13), device=device))
+    check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, width), device=device))
 
 
 def test_labels_that_meet_between_patches(monkeypatch, device):
@@ -326,6 +327,15 @@ def test_strips_of_any_width(device, width):
     pytest.importorskip("triton")
     for sizes in ((3, 9), (13, 3)):
         check_parity(case_with(sizes), "triton", *make_inputs((2, 2, 2, width), device=device))
+
+
+@pytest.mark.parametrize(("between", "before"), [(0, 0), (1, 0), (0, 1), (4, 4)])
+def test_planes_that_begin_anywhere(backend, device, between, before):
+    """Rows of four columns are loaded at once only where addresses are multiples of that."""
+    logits, target = make_inputs((2, 3, 7, 12), device=device)
+    memory = torch.zeros(before + 6 * (7 * 12 + between), device=device)
+    planes = memory[before:].view(2, 3, -1)[..., : 7 * 12].view(2, 3, 7, 12)
+    check_parity(case_with((3, 5)), backend, planes.copy_(logits), target)
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):

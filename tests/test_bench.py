@@ -243,6 +243,7 @@ OPS_OF_VARIANTS = {
     "affinity_field_cross_entropy": "affinity_field",
     "affinity_field_cross_entropy_bfloat16": "affinity_field",
     "affinity_field_backward": "affinity_field",
+    "affinity_field_of_odd_width": "affinity_field",
     "affinity_regression_every_pixel": "affinity_regression",
     "affinity_regression_150_classes": "affinity_regression",
     "square_root_affinity": "affinity_regression",
@@ -329,7 +330,7 @@ from dataclasses import replace
 from tritonaff.bench import static
 _, far = static.affinity_field.passes([3, 13, 65])
 assert far["RADII"] == (6, 32)
-switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "UNROLL": 1}
+switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "ALIGNED": False}
 for tile in static.TILES:
     if "REACH" in tile.blocks and "sm_90" in tile.targets:
         other = {name: switches.get(name, size) for name, size in tile.blocks.items()}

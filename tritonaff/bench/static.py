@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,11 @@ TILES = (
     # Without a gradient, and where the coefficients were not known: not in a training step.
     *affinity_field_tiles("affinity_field", gradient=False, launches=0),
     *affinity_field_tiles("affinity_field_backward", tables=False, launches=0),
+    *(
+        replace(tile, blocks=tile.blocks | {"ALIGNED": False})
+        for tile in affinity_field_tiles("affinity_field_of_odd_width", launches=0)
+        if tile.kernel is affinity_field.dense_kernel
+    ),
     Tile(
         "affinity_regression",
         affinity_regression.pairs_kernel,
@@ -542,7 +547,7 @@ def _source(tile: Tile, size_1: bool) -> ASTSource:
             aligned[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if is_float else "i32"
-            if name in ALIGNED:
+            if name in ALIGNED and tile.blocks.get("ALIGNED", True):
                 aligned[i,] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(tile.kernel, signature, constexprs, aligned)

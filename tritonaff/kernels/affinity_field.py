@@ -164,19 +164,43 @@ def byte(x, i: tl.constexpr):
 
 
 @triton.jit
+def four_columns(offs, ALIGNED: tl.constexpr):
+    """Offsets (classes, lanes) of first columns, as those of four (classes, lanes, 4)."""
+    offs = offs[:, :, None]
+    if ALIGNED:
+        offs = tl.multiple_of(offs, (1, 1, 4))
+    return offs + tl.arange(0, 4)[None, None, :]
+
+
+@triton.jit
+def load_columns(ptr, offs, inside, w, W, other, ALIGNED: tl.constexpr):
+    """Four times (classes, lanes): columns w to w + 3, the first of which is at offs."""
+    columns = ()
+    if ALIGNED:  # in one load: all of them are inside or none
+        mask = (inside & (w >= 0) & (w < W))[:, :, None]
+        columns = split(tl.load(ptr + four_columns(offs, ALIGNED), mask=mask, other=other))
+    else:
+        for i in tl.static_range(4):
+            mask = inside & (w + i >= 0) & (w + i < W)
+            columns += (tl.load(ptr + offs + i, mask=mask, other=other),)
+    return columns
+
+
+@triton.jit
 def load_row(
-    logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
+    logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """u and l of row h, four columns each, and a byte for each of these: 1 where a pixel counts. 0
     at pixels that do not count.
     """
-    inside = (w >= 0) & (w < W) & ((h >= 0) & (h < H))[:, :, None]
-    pixel = (h.to(tl.int64) * W)[:, :, None] + w
-    # Loads of four columns; what follows needs no layout but that of single ones.
-    labels = split(tl.load(label_ptr + pixel, mask=inside, other=-1))
-    tops = split(tl.load(top_ptr + pixel, mask=inside, other=0.0))
-    rests = split(tl.load(rest_ptr + pixel, mask=inside, other=1.0))
-    xs = split(tl.load(logits_ptr + pixel, mask=inside, other=0.0))
+    inside = (h >= 0) & (h < H)
+    place = h.to(tl.int64) * W + w
+    pixel = image + place
+    labels = load_columns(label_ptr, pixel, inside, w, W, -1, ALIGNED)
+    tops = load_columns(top_ptr, pixel, inside, w, W, 0.0, ALIGNED)
+    rests = load_columns(rest_ptr, pixel, inside, w, W, 1.0, ALIGNED)
+    xs = load_columns(logits_ptr, channel + place, inside, w, W, 0.0, ALIGNED)
     us, ls, counts = (), (), tl.zeros(labels[0].shape, tl.uint32)
     for i in tl.static_range(4):
         x = xs[i].to(tl.float32)
@@ -190,17 +214,18 @@ def load_row(
 
 @triton.jit
 def far_box(
-    logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps, d: tl.constexpr
+    logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps,
+    d: tl.constexpr,
 ):  # fmt: skip
     """Sums of u, l and counts over a pixel and its neighbours at a distance beyond the strip."""
     u_sum, l_sum, count = load_row(
-        logits_ptr, top_ptr, rest_ptr, label_ptr, c, h, w, H, W, limit, eps
+        logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps, False
     )
     for neighbor in range(8):
         dy, dx = step_in(neighbor)
         u, log_odds, counts = load_row(
-            logits_ptr, top_ptr, rest_ptr, label_ptr, c,
-            h + dy * d, w + dx * d, H, W, limit, eps,
+            logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c,
+            h + dy * d, w + dx * d, H, W, limit, eps, False,
         )  # fmt: skip
         u_sum, l_sum, count = add(u_sum, u), add(l_sum, log_odds), count + counts
     return u_sum, l_sum, count
@@ -228,7 +253,7 @@ def add(xs, ys):
 @triton.jit
 def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     """This program's place: partial table, classes (classes,); image and first row of every
-    lane (1, lanes), columns (1, lanes, 4), lanes that it owns (1, lanes).
+    lane, the first of its four columns, and whether it is this program's own (1, lanes).
 
     ROWS rows of an image are a band. All bands of all images lie side by side, HALO columns between
     them, and are cut into strips of which a program owns all but the first and the last lane.
@@ -243,10 +268,8 @@ def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     band = (start // width).to(tl.int32) + column // width
     n, band = band // bands, band % bands
     first = tl.where(n < N, band * ROWS, H + HALO)  # behind the last image no row is inside
-    w = (column % width)[:, :, None] - HALO + tl.arange(0, 4)[None, None, :]
-    w = tl.max_contiguous(tl.multiple_of(w, (1, 1, 4)), (1, 1, 4))
     owned = (lane > 0) & (lane < LANES - 1)
-    return place, c, tl.minimum(n, N - 1).to(tl.int64), first, w, owned
+    return place, c, tl.minimum(n, N - 1).to(tl.int64), first, column % width - HALO, owned
 
 
 @triton.jit
@@ -309,17 +332,15 @@ def dense_kernel(
     N, C, H, W, stride_n, stride_c, limit, eps, ROWS, PROGRAMS,
     TABLES: tl.constexpr, GRADIENT: tl.constexpr, ADD: tl.constexpr,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
-    BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     place, c, n, first, w, owned = strip(N, C, H, W, ROWS, BLOCK_C, LANES)
     some_c = tl.minimum(c, C - 1).to(tl.int64)
-    logits_ptr += n[:, :, None] * stride_n + some_c[:, None, None] * stride_c
-    label_ptr += n[:, :, None] * H * W
-    top_ptr += n[:, :, None] * H * W
-    rest_ptr += n[:, :, None] * H * W
-    if GRADIENT:
-        grad_ptr += (n[:, :, None] * C + some_c[:, None, None]) * H * W
-    written = owned[:, :, None] & (w >= 0) & (w < W) & (c < C)[:, None, None]
+    image, channel = n * H * W, n * stride_n + some_c[:, None] * stride_c
+    grad_channel = (n * C + some_c[:, None]) * H * W
+    written = (owned & (w >= 0) & (w < W) & (c < C)[:, None])[:, :, None]
+    if not ALIGNED:
+        written = written & (four_columns(w, ALIGNED) < W)
 
     K: tl.constexpr = COLUMNS[len(RADII)]
     nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
@@ -340,8 +361,8 @@ def dense_kernel(
     while row < ROWS + REACH:
         for _ in tl.static_range(UNROLL):
             u, log_odds, v = load_row(
-                logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
-                first + row, w, H, W, limit, eps,
+                logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c[:, None],
+                first + row, w, H, W, limit, eps, ALIGNED,
             )  # fmt: skip
             us, ls, vs = us[4:] + u, ls[4:] + log_odds, vs[1:] + (v,)  # noqa: RUF005
             if (row >= REACH) & (row < ROWS + REACH):
@@ -356,8 +377,8 @@ def dense_kernel(
                             l_sum = u_sum
                     else:
                         u_sum, l_sum, count = far_box(
-                            logits_ptr, top_ptr, rest_ptr, label_ptr, c[:, None],
-                            first + row, w, H, W, limit, eps, RADII[k],
+                            logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image,
+                            c[:, None], first + row, w, H, W, limit, eps, RADII[k],
                         )  # fmt: skip
                     u_sums, l_sums, counts = u_sums + u_sum, l_sums + l_sum, counts + (count,)  # noqa: RUF005
                 grads, new_sums = (), sums
@@ -383,9 +404,10 @@ def dense_kernel(
                         grads += (tl.where(free, grad, 0.0),)
                 sums = new_sums
                 if GRADIENT:
-                    h = (first + row - REACH)[:, :, None]
-                    mask = written & (h < H)
-                    grad_row = grad_ptr + (h.to(tl.int64) * W + w)
+                    h = first + row - REACH
+                    mask = written & (h < H)[:, :, None]
+                    offs = grad_channel + h.to(tl.int64) * W + w
+                    grad_row = grad_ptr + four_columns(offs, ALIGNED)
                     all_grads = join(grads)
                     if ADD:
                         all_grads += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
@@ -1068,12 +1090,15 @@ def passes(kernel_sizes: list[int]) -> list[dict[str, Any]]:
 
 def strip_blocks(logits: Tensor) -> dict[str, int]:
     classes = next_power_of_2(logits.shape[1])
+    # Four columns then take one load.
+    steps = logits.shape[3], *logits.stride()[:2]
+    aligned = all(step % 4 == 0 for step in steps) and logits.data_ptr() % 16 == 0
     if INTERPRETED:
-        return {"BLOCK_C": min(INTERPRETED_CLASSES, classes), "LANES": 32, "UNROLL": 1}
+        classes = min(INTERPRETED_CLASSES, classes)
+        return {"BLOCK_C": classes, "LANES": 32, "UNROLL": 1, "ALIGNED": aligned}
     in_a_warp = CLASSES_IN_A_WARP["hip" if torch.version.hip else "cuda"]
-    # Rows that are not aligned take more registers to load.
-    unroll = 2 if logits.shape[3] % 16 == 0 else 1
-    return {"BLOCK_C": min(in_a_warp, classes), "LANES": 32, "UNROLL": unroll, "num_warps": 1}
+    tile = {"BLOCK_C": min(in_a_warp, classes), "LANES": 32, "UNROLL": 2, "num_warps": 1}
+    return {**tile, "ALIGNED": aligned}
 
 
 def rows(logits: Tensor) -> int:
