@@ -331,7 +331,7 @@ def test_strips_of_any_width(device, width):
 
 @pytest.mark.parametrize(("between", "before"), [(0, 0), (1, 0), (0, 1), (4, 4)])
 def test_planes_that_begin_anywhere(backend, device, between, before):
-    """Rows of four columns are loaded at once only where addresses are multiples of that."""
+    """Four columns of a row are loaded at once only where addresses are multiples of that."""
     logits, target = make_inputs((2, 3, 7, 12), device=device)
     memory = torch.zeros(before + 6 * (7 * 12 + between), device=device)
     planes = memory[before:].view(2, 3, -1)[..., : 7 * 12].view(2, 3, 7, 12)

@@ -326,12 +326,13 @@ def test_tiles_compile_for_sizes_that_no_strip_reaches():
     """The other side of every switch of the affinity field's tiles."""
     pytest.importorskip("triton")
     script = """
+import itertools
 from dataclasses import replace
 from tritonaff.bench import static
 _, far = static.affinity_field.passes([3, 13, 65])
 assert far["RADII"] == (6, 32)
-switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "ALIGNED": False}
-for tile in static.TILES:
+for tile, aligned in itertools.product(static.TILES, (False, True)):
+    switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "ALIGNED": aligned}
     if "REACH" in tile.blocks and "sm_90" in tile.targets:
         other = {name: switches.get(name, size) for name, size in tile.blocks.items()}
         registers, spills, _ = static._nvidia(

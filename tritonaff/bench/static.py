@@ -256,6 +256,7 @@ TILES = (
     # Without a gradient, and where the coefficients were not known: not in a training step.
     *affinity_field_tiles("affinity_field", gradient=False, launches=0),
     *affinity_field_tiles("affinity_field_backward", tables=False, launches=0),
+    # Of rows that are not aligned.
     *(
         replace(tile, blocks=tile.blocks | {"ALIGNED": False})
         for tile in affinity_field_tiles("affinity_field_of_odd_width", launches=0)
@@ -513,7 +514,7 @@ def cross_entropy_ms(gpu: str, *, autocast: bool = False) -> float:
 # Every other number is an int.
 FLOATS = ("margin", "eps", "limit", "self_weight", "slope", "gamma")
 # Sizes and strides that are multiples of 16, as in most images: loads of four numbers.
-ALIGNED = (
+MULTIPLES_OF_16 = (
     *("H", "W", "HW", "PAIRS", "stride_n", "stride_c", "stride_h"),
     *("grad_stride_n", "grad_stride_c", "grad_stride_h", "target_stride_n", "target_stride_h"),
 )
@@ -547,7 +548,7 @@ def _source(tile: Tile, size_1: bool) -> ASTSource:
             aligned[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if is_float else "i32"
-            if name in ALIGNED and tile.blocks.get("ALIGNED", True):
+            if name in MULTIPLES_OF_16 and tile.blocks.get("ALIGNED", True):
                 aligned[i,] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(tile.kernel, signature, constexprs, aligned)

@@ -19,8 +19,8 @@ rows that its stencils reach in registers. A thread holds four neighbouring colu
 the side is a shuffle within the warp for some of them and nothing for the others.
 
 Half precision is read as it is and computed in float32. Image sizes are runtime arguments: what
-compiles anew are neighbourhood sizes, block sizes, and Triton's own distinction of arguments that
-are 1 or divisible by 16.
+compiles anew are neighbourhood sizes, block sizes, whether rows are multiples of four columns, and
+Triton's own distinction of arguments that are 1 or divisible by 16.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def byte(x, i: tl.constexpr):
 
 @triton.jit
 def four_columns(offs, ALIGNED: tl.constexpr):
-    """Offsets (classes, lanes) of first columns, as those of four (classes, lanes, 4)."""
+    """From first columns, or their offsets, (classes, lanes) to all four (classes, lanes, 4)."""
     offs = offs[:, :, None]
     if ALIGNED:
         offs = tl.multiple_of(offs, (1, 1, 4))
@@ -175,11 +175,11 @@ def four_columns(offs, ALIGNED: tl.constexpr):
 @triton.jit
 def load_columns(ptr, offs, inside, w, W, other, ALIGNED: tl.constexpr):
     """Four times (classes, lanes): columns w to w + 3, the first of which is at offs."""
-    columns = ()
     if ALIGNED:  # in one load: all of them are inside or none
         mask = (inside & (w >= 0) & (w < W))[:, :, None]
         columns = split(tl.load(ptr + four_columns(offs, ALIGNED), mask=mask, other=other))
     else:
+        columns = ()
         for i in tl.static_range(4):
             mask = inside & (w + i >= 0) & (w + i < W)
             columns += (tl.load(ptr + offs + i, mask=mask, other=other),)
@@ -192,15 +192,15 @@ def load_row(
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """u and l of row h, four columns each, and a byte for each of these: 1 where a pixel counts. 0
-    at pixels that do not count.
+    at pixels that do not count. The channel of the logits and the image begin at these offsets.
     """
     inside = (h >= 0) & (h < H)
-    place = h.to(tl.int64) * W + w
-    pixel = image + place
+    column = h.to(tl.int64) * W + w
+    pixel = image + column
     labels = load_columns(label_ptr, pixel, inside, w, W, -1, ALIGNED)
     tops = load_columns(top_ptr, pixel, inside, w, W, 0.0, ALIGNED)
     rests = load_columns(rest_ptr, pixel, inside, w, W, 1.0, ALIGNED)
-    xs = load_columns(logits_ptr, channel + place, inside, w, W, 0.0, ALIGNED)
+    xs = load_columns(logits_ptr, channel + column, inside, w, W, 0.0, ALIGNED)
     us, ls, counts = (), (), tl.zeros(labels[0].shape, tl.uint32)
     for i in tl.static_range(4):
         x = xs[i].to(tl.float32)
@@ -215,17 +215,18 @@ def load_row(
 @triton.jit
 def far_box(
     logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps,
-    d: tl.constexpr,
+    d: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Sums of u, l and counts over a pixel and its neighbours at a distance beyond the strip."""
     u_sum, l_sum, count = load_row(
-        logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps, False
-    )
+        logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c,
+        h, w, H, W, limit, eps, ALIGNED,
+    )  # fmt: skip
     for neighbor in range(8):
         dy, dx = step_in(neighbor)
         u, log_odds, counts = load_row(
             logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c,
-            h + dy * d, w + dx * d, H, W, limit, eps, False,
+            h + dy * d, w + dx * d, H, W, limit, eps, ALIGNED,
         )  # fmt: skip
         u_sum, l_sum, count = add(u_sum, u), add(l_sum, log_odds), count + counts
     return u_sum, l_sum, count
@@ -340,7 +341,7 @@ def dense_kernel(
     grad_channel = (n * C + some_c[:, None]) * H * W
     written = (owned & (w >= 0) & (w < W) & (c < C)[:, None])[:, :, None]
     if not ALIGNED:
-        written = written & (four_columns(w, ALIGNED) < W)
+        written = written & (four_columns(w, False) < W)
 
     K: tl.constexpr = COLUMNS[len(RADII)]
     nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
@@ -379,6 +380,7 @@ def dense_kernel(
                         u_sum, l_sum, count = far_box(
                             logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image,
                             c[:, None], first + row, w, H, W, limit, eps, RADII[k],
+                            ALIGNED and RADII[k] % 4 == 0,
                         )  # fmt: skip
                     u_sums, l_sums, counts = u_sums + u_sum, l_sums + l_sum, counts + (count,)  # noqa: RUF005
                 grads, new_sums = (), sums
@@ -1090,8 +1092,8 @@ def passes(kernel_sizes: list[int]) -> list[dict[str, Any]]:
 
 def strip_blocks(logits: Tensor) -> dict[str, int]:
     classes = next_power_of_2(logits.shape[1])
-    # Four columns then take one load.
     steps = logits.shape[3], *logits.stride()[:2]
+    # If so, four columns take one load.
     aligned = all(step % 4 == 0 for step in steps) and logits.data_ptr() % 16 == 0
     if INTERPRETED:
         classes = min(INTERPRETED_CLASSES, classes)
