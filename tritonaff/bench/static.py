@@ -134,6 +134,8 @@ MANY_STATISTICS = affinity_regression.statistics_blocks(MANY)
 MANY_GRAM = affinity_regression.gram_blocks(MANY)
 MANY_GRADIENT = affinity_regression.gradient_blocks(MANY)
 MANY_BLOCKS = -(-150 // MANY_GRAM["BLOCK_A"])
+# Bytes of a logit, and its share of its pixel's label and four statistics.
+MANY_LOGIT = LOGIT + (8 + 4 * 4) / 150
 MATRIX = affinity_regression.matrix_blocks(LOGITS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
 GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile()}
@@ -259,7 +261,7 @@ TILES = (
     # Of rows that are not aligned.
     *(
         replace(tile, blocks=tile.blocks | {"ALIGNED": False})
-        for tile in affinity_field_tiles("affinity_field_of_odd_width", launches=0)
+        for tile in affinity_field_tiles("affinity_field_unaligned", launches=0)
         if tile.kernel is affinity_field.dense_kernel
     ),
     Tile(
@@ -308,7 +310,7 @@ TILES = (
         affinity_regression.statistics_kernel,
         MANY_STATISTICS,
         150 * MANY_STATISTICS["BLOCK_P"],
-        moved=4 + (8 + 4 * 4) / 150,
+        moved=MANY_LOGIT,
         per_pixel=150,
         launches=0,
     ),
@@ -318,7 +320,7 @@ TILES = (
         MANY_GRAM,
         # Of two blocks across from each other one program computes both.
         150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / (MANY_BLOCKS * (MANY_BLOCKS + 1) / 2),
-        moved=4 + (8 + 4 * 4) / 150,
+        moved=MANY_LOGIT,
         trips=MANY_GRAM["STEPS"],
         per_pixel=150,
         launches=0,
@@ -329,7 +331,7 @@ TILES = (
         MANY_GRAM,
         # As if the pixels of a step had one label: a column of blocks has products.
         150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / MANY_BLOCKS,
-        moved=4 + (8 + 4 * 4) / 150,
+        moved=MANY_LOGIT,
         trips=MANY_GRAM["STEPS"],
         per_pixel=150,
         launches=0,
@@ -339,7 +341,7 @@ TILES = (
         affinity_regression.block_gradient_kernel,
         MANY_GRADIENT,
         150 * MANY_GRADIENT["BLOCK_P"],
-        moved=4 + (8 + 4 * 4) / 150 + 4,
+        moved=MANY_LOGIT + GRAD,
         trips=-(-150 // MANY_GRADIENT["BLOCK_D"]),
         per_pixel=150,
         launches=0,
