@@ -17,11 +17,8 @@ from tritonaff.ops import backend as backends
 
 
 def test_unknown_backend():
-    with (
-        pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"),
-        tritonaff.use_backend("cuda"),
-    ):
-        pass
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
+        tritonaff.use_backend("cuda")  # at once, should the with be forgotten
 
 
 def test_the_choice_ends_with_the_block_even_after_an_error():
@@ -169,6 +166,8 @@ def test_ignored_pixels_may_hold_no_numbers(any_backend, device, loss, bad):
     """The result is that of zeros there, and so is their gradient: zero."""
     if (any_backend, loss) == ("triton", "authors"):
         pytest.skip("this variant has no tile")
+    if any_backend == "portable":
+        device = torch.device("cpu")  # GPUs scatter with atomics, in any order
     case = LOSSES[loss]
     logits, target = case.make_inputs((2, 32 if loss == "dilated_affinity" else 5, 13, 17))
     target[torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) < 0.2] = 255

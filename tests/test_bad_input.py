@@ -162,6 +162,9 @@ def test_target_of_the_label_affinity():
         tritonaff.label_affinity(TARGET[0])
     with pytest.raises(ValueError, match="target must have at least one row and column"):
         tritonaff.label_affinity(TARGET[:, :0])
+    with pytest.raises(ValueError, match=r"classes in \[0, inf\) or ignore_index 255, got \[-1\]"):
+        tritonaff.label_affinity(TARGET - 1)
+    tritonaff.label_affinity(TARGET - 1, ignore_index=-1)
 
 
 @cases(BAD_WEIGHTS)
@@ -189,11 +192,21 @@ def test_number_of_classes_of_the_adaptive_module():
         ("half", TypeError),
         (torch.zeros(2), ValueError),
         (torch.tensor(True), TypeError),
+        (torch.tensor(5.0), ValueError),
+        (torch.tensor(-0.1), ValueError),
     ],
 )
 def test_progress(progress, error):
     with pytest.raises(error, match="progress must be"):
         tritonaff.AffinityFieldLoss()(LOGITS, TARGET, progress)
+
+
+def test_labels_of_a_subclass_are_looked_at_too():
+    class Mask(torch.Tensor):
+        pass
+
+    with pytest.raises(ValueError, match=r"got \[3\] at 40 pixels"):
+        tritonaff.affinity_field_loss(LOGITS, (TARGET + 3).as_subclass(Mask))
 
 
 def test_learning_rate():

@@ -68,7 +68,7 @@ def test_reference_is_the_definition(shape, gamma):
     n, height, width = shape
     logits = 3 * torch.randn(n, 16, height, width, dtype=torch.float64)
     logits[0, :, 0, 0] = 0  # predicted different
-    target = torch.randint(-1, 2, shape)
+    target = 400 * torch.randint(0, 3, shape)
     target[torch.rand(shape) < 0.15] = 255
     signals, expected = by_definition(logits, target, rates, gamma, 255)
     with tritonaff.use_backend("reference"):
@@ -565,6 +565,7 @@ BAD_TENSORS = {
     "target floating": (LOGITS, TARGET.float(), TypeError, "target must have dtype .* float32"),
     "target rank": (LOGITS, TARGET[0], ValueError, r"target must have shape \(N, H, W\)"),
     "target size": (LOGITS, TARGET[:, :3], ValueError, r"\(2, 8, 3, 5\) of R = 1 rates"),
+    "target negative": (LOGITS, TARGET - 1, ValueError, r"in \[0, inf\) or ignore_index 255, got"),
     "empty": (LOGITS[..., :0], TARGET[..., :0], ValueError, "target must have at least one row"),
     "devices": (LOGITS, TARGET.to("meta"), ValueError, "one device, got cpu and meta"),
 }
@@ -612,7 +613,9 @@ def test_tensors(backend, function, bad):
         function(logits, target)
 
 
-@cases({k: bad for k, bad in BAD_TENSORS.items() if k.startswith(("target f", "target r"))})
+@cases(
+    {k: bad for k, bad in BAD_TENSORS.items() if k.startswith(("target f", "target r", "target n"))}
+)
 @pytest.mark.parametrize(
     "function",
     [tritonaff.dilated_affinity_target, tritonaff.neighbor_categories, neighbor_counts],

@@ -1,6 +1,7 @@
 """The suite of a GPU, tried on a CPU: it loses no row, goes on where it was, and judges."""
 
 import json
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -242,6 +243,7 @@ def test_ncu_is_read():
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","7","gram_kernel","gpu__time_duration.sum","ns","12,345"
 "0","7","gram_kernel","sm__throughput.avg.pct_of_peak_sustained_elapsed","%","61.5"
+"0","7","gram_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","n/a"
 "1","7","gates_kernel","gpu__time_duration.sum","ns","80"
 """
     assert gpu_suite.ncu_kernels(output) == [
@@ -254,6 +256,14 @@ def test_ncu_is_read():
 def test_ncu_is_told_every_kernel():
     static = pytest.importorskip("tritonaff.bench.static")
     assert {tile.kernel.__name__ for tile in static.TILES} <= set(gpu_suite.kernel_names())
+
+
+def test_what_a_tool_has_started_ends_with_it(tmp_path):
+    command = ["sh", "-c", f"(sleep 2; touch {tmp_path}/alive) & wait"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_suite.run_group(command, timeout=0.5)
+    time.sleep(2.5)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_a_tool_that_is_not_installed_is_left_out(monkeypatch):
@@ -318,15 +328,18 @@ def test_the_page_judges_by_the_worst_row(tmp_path):
     assert "No GPU" not in page
 
 
-@pytest.mark.parametrize("status", ["failed", "not run"])
+@pytest.mark.parametrize("status", ["failed", "not run", "of another commit"])
 def test_no_figure_counts_before_its_tests(tmp_path, status):
-    rows = {"every_pixel__float32__1": {"status": "ok", "ratio": 1.0}}
+    rows = {"every_pixel__float32__1": {"status": "ok", "ratio": 1.0, "commit": "b"}}
+    tests = "correctness__test_affinity_regression.py"
     if status == "failed":
-        rows["correctness__test_affinity_regression.py"] = {"status": status, "error": "1 failed\n"}
+        rows[tests] = {"status": status, "error": "1 failed\n", "commit": "b"}
+    elif status == "of another commit":
+        rows[tests] = {"status": "ok", "summary": "9 passed", "commit": "a"}
     page = page_of(tmp_path, suite_content(**rows))
     (line,) = (line for line in page.splitlines() if "regression, every pixel, times" in line)
     assert line.endswith(f"| no (test_affinity_regression.py: {status}) |")
-    assert status == "not run" or "| failed | 1 failed |" in page
+    assert ("| failed | 1 failed |" in page) == (status == "failed")
 
 
 def test_a_run_that_only_tried_the_suite_is_no_evidence(tmp_path):

@@ -388,7 +388,7 @@ for name in ("AffinityAccuracy", "BoundaryScore", "InstanceMeanIoU", "Refinement
         print(error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    expected = "needs torchmetrics: pip install tritonaff[metrics]"
+    expected = "needs torchmetrics: pip install torchmetrics"
     assert result.stdout.splitlines() == [
         f"{name} {expected}"
         for name in ("AffinityAccuracy", "BoundaryScore", "InstanceMeanIoU", "RefinementReport")

@@ -172,7 +172,7 @@ except ImportError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "pip install tritonaff[plot]" in result.stdout, result.stderr
+    assert "pip install matplotlib" in result.stdout, result.stderr
 
 
 # Lines

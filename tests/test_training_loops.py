@@ -205,6 +205,8 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
         binary(one, y_true.expand(-1, 2, -1, -1))
     with pytest.raises(ValueError, match="whole numbers, got soft labels"):
         binary(one, 0.7 * y_true)
+    with pytest.raises(TypeError, match="y_true must be a tensor, got ndarray"):
+        binary(one, y_true.numpy())
 
 
 # ----------------------------------------------------------------------------- MMSegmentation
@@ -216,6 +218,9 @@ def test_calling_convention_of_mmsegmentation(batch):
     logits, target = torch.randn(2, 4, 8, 12), batch[1]
     loss_fn = AAFLoss(num_classes=4, loss_weight=0.5, kernel_sizes=(3, 5), ignore_index=0)
     expected = 0.5 * tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5))(logits, target)
+    alone = tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5), ignore_index=0)
+    known = target.clamp(max=3)
+    torch.testing.assert_close(loss_fn(logits, known), 0.5 * alone(logits, known))
     value = loss_fn(logits, target, weight=None, ignore_index=255)  # the head's own
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(loss_fn(logits, target, reduction_override="mean"), expected)

@@ -140,18 +140,31 @@ def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor)
     check_one_device(name, weight, "logits", logits, remedy)
 
 
-def check_label_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """ValueError for a label that is neither a class nor ignore_index: on a CPU, in eager mode.
-
-    Elsewhere looking would stall the stream or break the graph: there such pixels are ignored.
+def may_look_into(tensor: Tensor) -> bool:
+    """Whether values can be checked: on a CPU, in eager mode. Elsewhere looking would stall the
+    stream or break the graph.
     """
-    if torch.compiler.is_compiling() or type(target) is not Tensor or target.device.type != "cpu":
+    # What stands for a tensor, while a graph is traced, holds no values.
+    is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_label_values(target: Tensor, num_classes: int | None, ignore_index: int) -> None:
+    """ValueError for a label that is neither a class nor ignore_index, where it may be looked at;
+    elsewhere such pixels are ignored. Without a number of classes every label of at least 0 is one,
+    and where it may not be looked at those below 0 too.
+    """
+    if not may_look_into(target):
         return
     label = target.to(torch.int64)
-    wrong = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
+    wrong = label < 0
+    if num_classes is not None:
+        wrong |= label >= num_classes
+    wrong &= label != ignore_index
     if wrong.any():
+        end = "inf" if num_classes is None else num_classes
         raise ValueError(
-            f"target must hold classes in [0, {num_classes}) or ignore_index {ignore_index}, "
+            f"target must hold classes in [0, {end}) or ignore_index {ignore_index}, "
             f"got {torch.unique(label[wrong])[:5].tolist()} at {int(wrong.sum())} pixels"
         )
 

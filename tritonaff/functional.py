@@ -79,7 +79,8 @@ def affinity_field_terms(
         kernel_sizes: K distinct odd sizes, each at least 3.
         margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
         eps: clamp of the probabilities, at least a rounding of 1 (1.2e-7; float64 2.2e-16), < 0.5.
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out, even if it is one of more than 255 classes.
+            255, where torch's own losses have -100.
         variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code:
             tables by the label of the centre i for all its channels, pairs only where the pixel
             opposite to j counts as well, p and 1 - p clamped to [eps, 1] separately, and every
@@ -410,6 +411,8 @@ def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
         if progress.dim() != 0:
             shape = tuple(progress.shape)
             raise ValueError(f"progress must be a number or a 0-d tensor, got shape {shape}")
+        if checks.may_look_into(progress):
+            checks.check_number("progress", progress.item(), at_least=0, at_most=1)
         return torch.pow(10.0, -progress).to(coefficients.dtype)
     return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))
 
@@ -492,7 +495,7 @@ def affinity_regression_terms(
         target: (N, H, W) of uint8, int32 or int64.
         grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
             None: every pixel.
-        ignore_index: label of the points to leave out.
+        ignore_index: label of the points to leave out, see :func:`affinity_field_terms`.
 
     Returns:
         :class:`AffinityRegressionTerms`. Differentiable with respect to the logits: once, in
@@ -635,8 +638,7 @@ def label_affinity(
     """The affinity of all pairs of sample points that the labels ask for, as matrices.
 
     Args:
-        target: (N, H, W) of uint8, int32 or int64. Any value but ignore_index is a label: the
-            number of classes is not known here.
+        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
         grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
             pixel, L = H W.
         ignore_index: label of the points that do not count.
@@ -647,7 +649,8 @@ def label_affinity(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape or size; matrices of more than 8 GB.
+        ValueError: a wrong shape or size; matrices of more than 8 GB; labels as
+            :func:`dilated_affinity_target`.
 
     Paper: Cao, Eq. 3.
 
@@ -660,6 +663,7 @@ def label_affinity(
     checks.check_target(target)
     grid_sizes = checks.check_grid_sizes(grid_sizes)
     ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, None, ignore_index)
     checks.check_matrices_fit(target, grid_sizes)
     if current_backend() == "reference":
         from tritonaff.reference.affinity_regression import label_affinity as reference
@@ -676,7 +680,8 @@ def dilated_affinity_target(
     For people and tests; the loss never builds it.
 
     Args:
-        target: (N, H, W) of uint8, int32 or int64, any labels.
+        target: (N, H, W) of uint8, int32 or int64. Any label of at least 0 but ignore_index is a
+            class: how many there are is not known here.
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). What
             is outside the image is no neighbour. The paper's bracket notation:
             :func:`expand_rates`.
@@ -689,7 +694,8 @@ def dilated_affinity_target(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape or range.
+        ValueError: a wrong shape or range. A label below 0 other than ignore_index raises in eager
+            mode on the CPU; elsewhere it is a class.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 3.
 
@@ -703,6 +709,7 @@ def dilated_affinity_target(
     checks.check_target(target)
     pairs = checks.check_rates(rates)
     ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, None, ignore_index)
     if current_backend() == "reference":
         from tritonaff.reference.dilated_affinity import dilated_affinity_target as reference
 
@@ -748,6 +755,7 @@ def neighbor_counts(
     checks.check_target(target)
     pairs = checks.check_rates(rates)
     ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, None, ignore_index)
     if current_backend() == "reference":
         from tritonaff.reference.dilated_affinity import neighbor_counts as reference
 
@@ -830,7 +838,7 @@ def dilated_affinity_terms(
         affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
             finite; the channels are those of :func:`dilated_affinity_target`. Half precision is
             read as it is and computed in float32.
-        target: (N, H, W) of uint8, int32 or int64, any labels.
+        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
         rates, ignore_index: see :func:`dilated_affinity_target`.
         gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
 
@@ -840,7 +848,7 @@ def dilated_affinity_terms(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or range.
+        ValueError: a wrong shape, device or range; labels as :func:`dilated_affinity_target`.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 4.
 
@@ -858,6 +866,7 @@ def dilated_affinity_terms(
     checks.check_affinity_logits_and_target(affinity_logits, target, len(pairs))
     gamma = checks.check_number("gamma", gamma, at_least=0)
     ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, None, ignore_index)
 
     backend = current_backend()
     if backend == "reference":
@@ -897,7 +906,7 @@ def dilated_affinity_loss(
 
     Args:
         affinity_logits: (N, 8 R, H, W) floating, see :func:`dilated_affinity_terms`.
-        target: (N, H, W) of uint8, int32 or int64, any labels.
+        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
         rates: see :func:`dilated_affinity_target`. The paper's sets, in its bracket notation, are
             {8, 16} (its best), {8, 16, 32}, {8, 16, 32, 64}, {8, (12, 24), 16} and
             {8, (12, 24), 16, (32, 64), 48}: small rates serve training, large ones propagation.
@@ -908,7 +917,8 @@ def dilated_affinity_loss(
             normalizer; with a process_group, of all its processes.
         gamma: the focusing parameter, at least 0.
         beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
-            neighbor, 1.3 for signal, 1.1 for none (with gamma 0).
+            neighbor, 1.3 for signal, 1.1 for none (with gamma 0). The best depends on the
+            normaliser, which the paper leaves open: with ours, try 0.1 first.
         ignore_index: label of the pixels to leave out.
         normalizer: (R, 9, 3) of int32 or int64, the counts to use in place of the batch's own,
             those of pixels and of signals (different, same):
@@ -931,7 +941,7 @@ def dilated_affinity_loss(
         >>> import torch, tritonaff
         >>> affinity_logits = torch.randn(2, 16, 32, 32, requires_grad=True)
         >>> target = torch.randint(0, 4, (2, 32, 32))
-        >>> loss = tritonaff.dilated_affinity_loss(affinity_logits, target, [8, 16], beta=1.5)
+        >>> loss = tritonaff.dilated_affinity_loss(affinity_logits, target, [8, 16], beta=0.1)
         >>> loss.backward()
     """
     checks.check_option("weighting", weighting, WEIGHTINGS)

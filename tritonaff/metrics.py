@@ -43,9 +43,7 @@ except ImportError:
         """In the place of torchmetrics' own, so that the rest of this file does without."""
 
         def __init__(self, **kwargs: Any) -> None:
-            raise ImportError(
-                f"{type(self).__name__} needs torchmetrics: pip install tritonaff[metrics]"
-            )
+            raise ImportError(f"{type(self).__name__} needs torchmetrics: pip install torchmetrics")
 
 
 class BoundaryScores(NamedTuple):
@@ -80,7 +78,7 @@ class BoundaryScore(Metric):
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
-        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
             device.
 
@@ -193,7 +191,7 @@ class InstanceMeanIoU(Metric):
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
-        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
             device, and on a CPU, with the variant "paper", a label that is neither a class nor
             ``ignore_index``: elsewhere such pixels are left out.
@@ -309,7 +307,7 @@ class AffinityAccuracy(Metric):
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
-        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, what
             :func:`tritonaff.dilated_affinity_terms` raises.
 
@@ -426,7 +424,7 @@ class RefinementReport(Metric):
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
-        ImportError: torchmetrics is not installed: ``pip install tritonaff[metrics]``.
+        ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
             device.
 

@@ -16,8 +16,8 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
     """:class:`tritonaff.AdaptiveAffinityFieldLoss` for a decode head's ``loss_decode``.
 
     A head builds it from ``dict(type="AAFLoss", num_classes=19)`` beside its other losses, calls it
-    with logits as large as the labels, and gives it its own ignore_index. Its weights are
-    parameters of the head: the runner's optimiser trains them, and
+    with logits as large as the labels, and gives it its own ignore_index, in place of that of the
+    options. Its weights are parameters of the head: the runner's optimiser trains them, and
     ``paramwise_cfg=dict(custom_keys={"edge_scores": dict(decay_mult=0.0)})`` spares both of them
     the weight decay.
 
@@ -63,14 +63,15 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         weight: None = None,
         avg_factor: None = None,
         reduction_override: str | None = None,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
     ) -> Tensor:
         for name, value in (("weight", weight), ("avg_factor", avg_factor)):
             if value is not None:
                 raise ValueError(f"{name} must be None, got {type(value).__name__}")
         if reduction_override is not None:
             checks.check_option("reduction_override", reduction_override, ("mean",))
-        self.ignore_index = checks.check_ignore_index(ignore_index)
+        if ignore_index is not None:
+            self.ignore_index = checks.check_ignore_index(ignore_index)
         return self.loss_weight * super().forward(cls_score, label)
 
     def extra_repr(self) -> str:

@@ -61,7 +61,8 @@ class AffinityFieldLoss(_Loss):
         ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
         target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
         multiplies it by 10 ** -progress as the authors do, but not cross-entropy. Under
-        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time.
+        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time. In a
+        CUDA graph it must be on the logits' device: another is read once, when it is captured.
         ``normalizer``, (2, K), is that of :func:`tritonaff.affinity_field_loss`; cross-entropy,
         which divides by another number, must then be computed beside the loss.
 
@@ -477,7 +478,7 @@ class DilatedAffinityLoss(_Loss):
     Example:
         >>> import torch, tritonaff
         >>> rates = tritonaff.expand_rates([2, (2, 4)])
-        >>> loss_fn = tritonaff.DilatedAffinityLoss(rates, beta=1.5)
+        >>> loss_fn = tritonaff.DilatedAffinityLoss(rates, beta=0.1)
         >>> affinity_logits = torch.randn(1, 8 * len(rates), 16, 16, requires_grad=True)
         >>> target = torch.randint(0, 3, (1, 16, 16))
         >>> loss_fn(affinity_logits, target).backward()

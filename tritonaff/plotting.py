@@ -20,7 +20,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 except ImportError as error:
-    raise ImportError("tritonaff.plotting needs matplotlib: pip install tritonaff[plot]") from error
+    raise ImportError("tritonaff.plotting needs matplotlib: pip install matplotlib") from error
 
 MATRIX_DTYPES = (
     *checks.LOGITS_DTYPES,

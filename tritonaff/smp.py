@@ -16,7 +16,7 @@ class SegmentationModelsLoss(nn.Module):
     Args:
         loss: :class:`tritonaff.AffinityFieldLoss`, :class:`tritonaff.AdaptiveAffinityFieldLoss` or
             :class:`tritonaff.AffinityRegressionLoss`. It has the ignore_index: 255 by default,
-            where theirs is None.
+            where theirs is None. Masks of 0 and 255 are to be divided by 255 first.
         mode: ``"multiclass"``, or ``"binary"``: then the one channel is the logit of class 1, and
             the loss sees two classes, the other with the logit 0. Their "multilabel" has no
             counterpart: affinity compares the one label of a pixel with that of another.
@@ -51,6 +51,8 @@ class SegmentationModelsLoss(nn.Module):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         checks.check_logits(y_pred, "y_pred")
+        if not isinstance(y_true, Tensor):
+            raise TypeError(f"y_true must be a tensor, got {type(y_true).__name__}")
         if self.mode == "binary":
             if y_pred.shape[1] != 1:
                 raise ValueError(f"y_pred must have one channel, got shape {tuple(y_pred.shape)}")
@@ -64,9 +66,7 @@ class SegmentationModelsLoss(nn.Module):
                     )
                 y_true = y_true[:, 0]
             label = y_true.to(torch.int64)
-            # Elsewhere looking would stall the stream or break the graph.
-            looks = y_true.device.type == "cpu" and not torch.compiler.is_compiling()
-            if looks and not torch.equal(label.to(y_true.dtype), y_true):
+            if checks.may_look_into(y_true) and not torch.equal(label.to(y_true.dtype), y_true):
                 raise ValueError("y_true must hold whole numbers, got soft labels")
             y_true = label
         if not self.from_logits:

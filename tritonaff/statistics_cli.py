@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
         from tritonaff.plotting import plot_neighbor_frequencies
     except ImportError as error:
         raise ImportError(
-            "needs pillow, matplotlib and rich: pip install tritonaff[stats]"
+            "needs pillow, matplotlib and rich: pip install pillow matplotlib rich"
         ) from error
     rates = expand_rates(args.rates)
     paths = _label_paths(args.labels, leave_out=args.plot)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import faulthandler
+import gc
 import importlib.util
 import io
 import json
@@ -526,6 +527,21 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return {"took_s": round(time.perf_counter() - start, 1), **row}
 
 
+def run_group(
+    command: list[str], timeout: float | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """As subprocess.run, but what the command has started ends with it."""
+    with subprocess.Popen(
+        command, text=True, cwd=ROOT, start_new_session=True, **options
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
 _log_lock = threading.Lock()
 
 
@@ -533,14 +549,17 @@ def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, A
     """The last line that pytest prints; all of them go to the end of a file."""
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-rs"]
     options += ["--durations=10", "-o", "faulthandler_timeout=60"]
-    if workers > 1 and importlib.util.find_spec("xdist"):
-        options += ["-n", str(workers)]
+    if workers > 1:
+        if importlib.util.find_spec("xdist"):
+            options += ["-n", str(workers)]
+        else:
+            print(f"{file} takes {workers} times as long without pytest-xdist", file=sys.stderr)
     command = [sys.executable, "-m", "pytest", *options, f"tests/{file}"]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         try:
-            status = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, timeout=seconds,
+            status = run_group(
+                command, seconds, stdout=output, stderr=subprocess.STDOUT,
                 env={**os.environ, "COLUMNS": "250"},
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired as late:
@@ -584,15 +603,16 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     options, height = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"], 37
     if tool == "ncu":
         options = ["--csv", "--metrics", ",".join(METRICS), "--clock-control", "none"]
+        options += ["--print-units", "base"]
         options += ["--kernel-name", f"regex:^({'|'.join(kernel_names())})$"]
         height = 514  # an image that fills the device
     command = [path, *options, sys.executable, "-m", __spec__.name, "exercise"]
     command += ["--height", str(height)]
     # Every tensor an allocation of its own: else what is beyond one is another one's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run(
+    result = run_group(
         [*command, "--device", str(device)],
-        capture_output=True, text=True, cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
     )  # fmt: skip
     if result.returncode != 0:
         lines = (result.stdout + result.stderr).strip().splitlines()
@@ -619,7 +639,7 @@ def ncu_kernels(output: str) -> list[dict[str, Any]]:
     table = output[output.index('"ID"') :] if '"ID"' in output else ""
     kernels: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(io.StringIO(table)):
-        if line["Metric Name"] in METRICS:
+        if line["Metric Name"] in METRICS and line["Metric Value"] != "n/a":
             kernel = kernels.setdefault(line["ID"], {"kernel": line["Kernel Name"]})
             value = float(line["Metric Value"].replace(",", ""))
             kernel[METRICS[line["Metric Name"]]] = value
@@ -720,6 +740,7 @@ def is_lost(device: torch.device) -> bool:
         return False
     try:
         torch.cuda.synchronize(device)
+        gc.collect()  # what an error holds
         torch.cuda.empty_cache()
     except RuntimeError:
         return True

@@ -141,6 +141,8 @@ def _measured(name: str, suite: dict[str, Any]) -> list[str]:
         tests = suite["rows"].get(f"correctness {criterion.tests}", {"status": "not run"})
         if rows and tests["status"] != "ok":
             holds = f"no ({criterion.tests}: {tests['status']})"
+        elif any(row.get("commit") != tests.get("commit") for _, row in rows):
+            holds = f"no ({criterion.tests}: of another commit)"
         verdict = [criterion.title, worst, where, criterion.bound(criterion.least)]
         verdicts.append([*verdict, criterion.bound(criterion.aim), holds])
     lines += table(["", "measured", "at", "at least", "aim", "holds"], verdicts)

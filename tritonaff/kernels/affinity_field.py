@@ -457,22 +457,37 @@ def label_at(label_ptr, h, w, dy, dx, H, W):
 
 
 @triton.jit
+def neighbors(label_ptr, h, w, d, H, W):
+    """The labels (8, pixels) of the neighbours at a distance."""
+    h, w = h[None, :], w[None, :]
+    dy, dx = step_in(tl.arange(0, 8)[:, None])
+    dy, dx = dy * d, dx * d
+    there = label_ptr + (h.to(tl.int64) * W + w) + (dy.to(tl.int64) * W + dx)
+    # Of aligned addresses a thread would load several, and a pixel's neighbours lie in several
+    # threads: nothing is known of them.
+    there = tl.multiple_of(there, (1, 1))
+    return tl.load(there, mask=is_inside(h + dy, w + dx, H, W), other=-1).to(tl.int32)
+
+
+@triton.jit
 def labels_around(label_ptr, h, w, H, W, RADII: tl.constexpr):
-    """The label and those of the 8 neighbours at every distance, its own again where they are no
-    pair; and for every distance the neighbours that are, as bits.
+    """The labels (pixels,), and for every distance those of the 8 neighbours (8, pixels), a pixel's
+    own again where they are no pair; and for every distance the neighbours that are, as bits.
     """
     label = label_at(label_ptr, h, w, 0, 0, H, W)
-    labels, pairs = (label,), ()
+    around, pairs = (), ()
     for k in tl.static_range(len(RADII)):
-        bits = 0 * label
-        for i in tl.static_range(8):
-            dy, dx = step_in(i)
-            label_b = label_at(label_ptr, h, w, dy * RADII[k], dx * RADII[k], H, W)
-            pair = tl.minimum(label, label_b) >= 0
-            labels += (tl.where(pair, label_b, label),)
-            bits |= tl.where(pair, 1 << i, 0)
-        pairs += (bits,)
-    return labels, pairs
+        label_b = neighbors(label_ptr, h, w, RADII[k], H, W)
+        pair = tl.minimum(label_b, label[None, :]) >= 0
+        around += (tl.where(pair, label_b, label[None, :]),)
+        pairs += (as_bits(pair),)
+    return label, around, pairs
+
+
+@triton.jit
+def as_bits(flags):
+    """(8, pixels) as bits of (pixels,)."""
+    return tl.sum(flags.to(tl.int32) << tl.arange(0, 8)[:, None], axis=0)
 
 
 @triton.jit
@@ -510,13 +525,20 @@ NO_LABEL = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def next_label(labels, counts, above):
-    """The smallest label beyond ``above`` of pixels that count."""
+def extremes_with_neighbors(label, around):
+    smallest, largest = extremes(around)
+    smallest = tl.minimum(tl.min(smallest, axis=0), label.to(tl.uint32))
+    return smallest, tl.maximum(tl.max(largest, axis=0), label)
+
+
+@triton.jit
+def next_label(label, around, counts, above):
+    """The smallest label beyond ``above`` of pixels that count and of their neighbours."""
     # What is not beyond is large as an unsigned number.
     beyond = ()
-    for i in tl.static_range(len(labels)):
-        beyond += (labels[i] - above - 1,)
-    more, _largest = extremes(beyond)
+    for k in tl.static_range(len(around)):
+        beyond += (around[k] - above - 1,)
+    more, _largest = extremes_with_neighbors(label - above - 1, beyond)
     more = tl.minimum(tl.where(counts, more, NO_LABEL), NO_LABEL)
     return tl.min(more, axis=0).to(tl.int32) + above + 1
 
@@ -701,17 +723,16 @@ def edges_of_patch(
     for part in range((BLOCK_H // PART_H) * (BLOCK_W // PART_W)):
         h, w = part_of_patch(first_h, first_w, part, BLOCK_W, PART_H, PART_W)
         pixel = h.to(tl.int64) * W + w
-        labels, pairs = labels_around(label_ptr, h, w, H, W, RADII)
-        label = labels[0]
+        label, around, pairs = labels_around(label_ptr, h, w, H, W, RADII)
         counts = label >= 0
         top = tl.load(top_ptr + pixel, mask=counts, other=0.0).to(tl.float32)
         rest = tl.load(rest_ptr + pixel, mask=counts, other=1.0)
-        least, most = extremes(labels)
+        least, most = extremes_with_neighbors(label, around)
         has_edge = least.to(tl.int32) < most
         values = ()
         for _ in tl.static_range(len(tables)):
             values += (tl.zeros(label.shape, tl.float32),)
-        c = next_label(labels, has_edge, -1)
+        c = next_label(label, around, has_edge, -1)
         while c < NO_LABEL:  # the labels that there are
             channel = logits_ptr + c.to(tl.int64) * stride_c
             x = tl.load(channel + pixel, mask=counts, other=0.0).to(tl.float32)
@@ -722,11 +743,8 @@ def edges_of_patch(
             touched = tl.zeros(label.shape, tl.int1)
             edges = ()
             for k in tl.static_range(len(RADII)):
-                bits = 0 * label
-                for i in tl.static_range(8):
-                    bits |= tl.where(own != (labels[1 + 8 * k + i] == c), 1 << i, 0)
-                edges += (bits,)
-                touched |= bits > 0
+                edges += (as_bits(own[None, :] != (around[k] == c)),)
+                touched |= edges[k] > 0
             for k in range(len(RADII)):
                 d, column = choose(k, RADII), choose(k, COLUMNS)
                 edges_of_size = choose(k, edges)
@@ -788,7 +806,7 @@ def edges_of_patch(
                 if not REPLACE:
                     grad += tl.load(row, mask=touched, other=0.0).to(tl.float32)
                 tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=touched)
-            c = next_label(labels, has_edge, c)
+            c = next_label(label, around, has_edge, c)
         if TABLES:
             tables = by_label(tables, values, tl.where(has_edge, label, -1), BLOCK_CLASSES)
     return tables

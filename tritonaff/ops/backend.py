@@ -18,8 +18,7 @@ MAX_TILE_CLASSES = 1024
 _current = "auto"
 
 
-@contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(backend: str) -> AbstractContextManager[None]:
     """Chooses the implementation of every operation of this library inside a ``with`` block.
 
     Args:
@@ -30,7 +29,8 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run.
 
-    The choice holds for the whole process, and a backward pass runs what its forward pass ran.
+    The choice holds for the whole process, and a backward pass runs what its forward pass ran. A
+    call without ``with`` chooses nothing.
 
     Example:
         >>> import torch, tritonaff
@@ -40,9 +40,14 @@ def use_backend(backend: str) -> Iterator[None]:
         >>> torch.allclose(tritonaff.affinity_field_loss(logits, target), expected)
         True
     """
-    global _current
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return _using(backend)
+
+
+@contextmanager
+def _using(backend: str) -> Iterator[None]:
+    global _current
     previous, _current = _current, backend
     try:
         yield
