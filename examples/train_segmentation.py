@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch is imported: how long a thread spins while it waits for the others. The default, for
-# milliseconds, slows a step a hundredfold where another process wants the cores; not to spin at all
-# would cost every short operation a wake-up.
+# milliseconds, can stall a step for seconds where another process wants the cores; not to spin at
+# all would cost every short operation a wake-up.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import checkpoints

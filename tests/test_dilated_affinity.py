@@ -628,6 +628,19 @@ def test_targets_alone(function, bad):
         function(TARGET, 8)
 
 
+def test_where_labels_are_not_looked_at_those_below_0_are_classes(any_backend, device):
+    logits = torch.randn(1, 8, 6, 7, device=device)
+    target = torch.randint(0, 3, (1, 6, 7), device=device)
+
+    def terms(target):
+        same = tritonaff.dilated_affinity_target(target, [1])
+        return *tritonaff.dilated_affinity_terms(logits, target, [1]), same
+
+    with tritonaff.use_backend(any_backend):
+        results = torch.compile(terms, backend="eager")(target - 1)
+        torch.testing.assert_close(results, terms(target))
+
+
 @cases(BAD_OPTIONS)
 def test_options_of_terms(bad):
     options, error, message = bad

@@ -224,6 +224,7 @@ def test_calling_convention_of_mmsegmentation(batch):
     value = loss_fn(logits, target, weight=None, ignore_index=255)  # the head's own
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(loss_fn(logits, target, reduction_override="mean"), expected)
+    assert loss_fn.ignore_index == 255
     assert loss_fn.loss_name == "loss_aaf"
     with pytest.raises(ValueError, match="weight must be None, got Tensor"):
         loss_fn(logits, target, weight=torch.ones(2, 8, 12))

@@ -159,8 +159,8 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
     label = target.to(torch.int64)
     wrong = label < 0
     if num_classes is not None:
-        wrong |= label >= num_classes
-    wrong &= label != ignore_index
+        wrong = wrong | (label >= num_classes)
+    wrong = wrong & (label != ignore_index)
     if wrong.any():
         end = "inf" if num_classes is None else num_classes
         raise ValueError(

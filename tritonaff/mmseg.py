@@ -16,10 +16,10 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
     """:class:`tritonaff.AdaptiveAffinityFieldLoss` for a decode head's ``loss_decode``.
 
     A head builds it from ``dict(type="AAFLoss", num_classes=19)`` beside its other losses, calls it
-    with logits as large as the labels, and gives it its own ignore_index, in place of that of the
-    options. Its weights are parameters of the head: the runner's optimiser trains them, and
-    ``paramwise_cfg=dict(custom_keys={"edge_scores": dict(decay_mult=0.0)})`` spares both of them
-    the weight decay.
+    with logits as large as the labels, and gives it its own ignore_index, which it keeps in place
+    of that of the options. Its weights are parameters of the head: the runner's optimiser trains
+    them, and ``paramwise_cfg=dict(custom_keys={"edge_scores": dict(decay_mult=0.0)})`` spares both
+    of them the weight decay.
 
     Args:
         num_classes, options: of :class:`tritonaff.AdaptiveAffinityFieldLoss`.

@@ -60,7 +60,8 @@ class AffinityFieldLoss(_Loss):
     Shapes:
         ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
         target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
-        multiplies it by 10 ** -progress as the authors do, but not cross-entropy. Under
+        multiplies it by 10 ** -progress as the authors do, but not cross-entropy. (A tensor is
+        held to that range where labels are looked at: on a CPU, in eager mode.) Under
         torch.compile pass a 0-d tensor: a Python float that changes compiles a second time. In a
         CUDA graph it must be on the logits' device: another is read once, when it is captured.
         ``normalizer``, (2, K), is that of :func:`tritonaff.affinity_field_loss`; cross-entropy,

@@ -33,7 +33,7 @@ class NeighborStatistics:
 
     Raises:
         TypeError, ValueError: a wrong option; from ``update``, a target of a wrong type, dtype or
-            shape.
+            shape, or labels that :func:`tritonaff.dilated_affinity_target` refuses.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", section 3.2 and Fig. 3, which
     :func:`tritonaff.plotting.plot_neighbor_frequencies` draws. The command ``tritonaff-stats``

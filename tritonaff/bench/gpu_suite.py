@@ -7,8 +7,8 @@ docs/results/DEVICE.json, and is not measured again: a run that is cut short, or
 goes on where it was. A row that fails is recorded as failed, and is tried again with ``--retry``.
 What the tests print is in DEVICE.log. The exit status is 1 where anything failed, 2 where something
 is left to do, and 3 where an error has left this process without its device: the next one goes on.
-``report`` writes docs/performance.md from these files; figures whose tests are not green count for
-nothing there.
+``report`` writes docs/performance.md from these files; figures whose tests are not green, or are of
+another commit, count for nothing there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -527,21 +527,6 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return {"took_s": round(time.perf_counter() - start, 1), **row}
 
 
-def run_group(
-    command: list[str], timeout: float | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run, but what the command has started ends with it."""
-    with subprocess.Popen(
-        command, text=True, cwd=ROOT, start_new_session=True, **options
-    ) as process:  # fmt: skip
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-
 _log_lock = threading.Lock()
 
 
@@ -558,8 +543,8 @@ def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, A
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         try:
-            status = run_group(
-                command, seconds, stdout=output, stderr=subprocess.STDOUT,
+            status = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, timeout=seconds,
                 env={**os.environ, "COLUMNS": "250"},
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired as late:
@@ -610,10 +595,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     command += ["--height", str(height)]
     # Every tensor an allocation of its own: else what is beyond one is another one's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = run_group(
-        [*command, "--device", str(device)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-    )  # fmt: skip
+    result = run_group([*command, "--device", str(device)], environment)
     if result.returncode != 0:
         lines = (result.stdout + result.stderr).strip().splitlines()
         raise RuntimeError("\n".join([line for line in lines if "=" in line][-20:] or lines[-20:]))
@@ -623,6 +605,21 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     if not kernels:
         raise RuntimeError(f"ncu has seen no kernel: {result.stdout[-2000:]}")
     return {"kernels": kernels}
+
+
+def run_group(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Should it be cut short, what it has started ends with it."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def kernel_names() -> list[str]:
