@@ -279,6 +279,22 @@ def test_labels_that_meet_between_patches(monkeypatch, device):
     check_parity(case_with((3,)), "triton", logits.mT, target.mT)
 
 
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
+    """All neighbours have one label, a larger or a smaller one; at 7 none of them is in the part of
+    the patch that is worked on.
+    """
+    pytest.importorskip("triton")
+    from tritonaff.kernels import affinity_field as kernels
+
+    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
+    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
+    logits, target = make_inputs((1, 3, 17, 24), device=device)
+    target[:] = 1
+    target[:, 5::8, 3::8], target[:, 5::8, 7::8] = 0, 2
+    check_parity(case_with((kernel_size,)), "triton", logits, target)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_edges_in_half_precision(backend, device, dtype):
     """Where tiles replace the dense gradient."""
