@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tritonaff
@@ -207,6 +208,18 @@ def test_labels_of_a_subclass_are_looked_at_too():
 
     with pytest.raises(ValueError, match=r"got \[3\] at 40 pixels"):
         tritonaff.affinity_field_loss(LOGITS, (TARGET + 3).as_subclass(Mask))
+
+
+def test_tensors_without_values_are_not_looked_into():
+    with FakeTensorMode():
+        logits, affinity_logits = torch.empty(2, 3, 4, 5), torch.empty(2, 8, 4, 5)
+        target, progress = torch.empty(2, 4, 5, dtype=torch.long), torch.empty(())
+        losses = (
+            tritonaff.AffinityFieldLoss()(logits, target, progress),
+            tritonaff.affinity_regression_loss(logits, target),
+            tritonaff.dilated_affinity_loss(affinity_logits, target, [1]),
+        )
+    assert [loss.shape for loss in losses] == [()] * 3
 
 
 def test_learning_rate():
