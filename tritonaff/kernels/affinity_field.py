@@ -463,8 +463,8 @@ def neighbors(label_ptr, h, w, d, H, W):
     dy, dx = step_in(tl.arange(0, 8)[:, None])
     dy, dx = dy * d, dx * d
     there = label_ptr + (h.to(tl.int64) * W + w) + (dy.to(tl.int64) * W + dx)
-    # Of aligned addresses a thread would load several, and a pixel's neighbours lie in several
-    # threads: nothing is known of them.
+    # Where Triton knows addresses to be aligned, a thread loads those of several pixels, and one
+    # pixel's neighbours come to lie in several threads: say that nothing is known.
     there = tl.multiple_of(there, (1, 1))
     return tl.load(there, mask=is_inside(h + dy, w + dx, H, W), other=-1).to(tl.int32)
 
