@@ -130,8 +130,8 @@ def _measured(name: str, suite: dict[str, Any]) -> list[str]:
     lines = [f"## Measured: {suite['device']}", "", f"{versions} ([{name}](results/{name})).", ""]
     verdicts = []
     for criterion, rows in judged(suite):
-        measured = [row for _, row in rows if row["status"] == "ok"]
-        values = {key: row[criterion.value] for key, row in rows if row["status"] == "ok"}
+        measured = {key: row for key, row in rows if row["status"] == "ok"}
+        values = {key: row[criterion.value] for key, row in measured.items()}
         missing = [f"{key}: {row['status']}" for key, row in rows if row["status"] != "ok"]
         worst, where, holds = "", "", "not measured"
         if values:
@@ -142,7 +142,7 @@ def _measured(name: str, suite: dict[str, Any]) -> list[str]:
         tests = suite["rows"].get(f"correctness {criterion.tests}", {"status": "not run"})
         if rows and tests["status"] != "ok":
             holds = f"no ({criterion.tests}: {tests['status']})"
-        elif any(row.get("commit") != tests.get("commit") for row in measured):
+        elif any(row.get("commit") != tests.get("commit") for row in measured.values()):
             holds = f"no ({criterion.tests}: of another commit)"
         verdict = [criterion.title, worst, where, criterion.bound(criterion.least)]
         verdicts.append([*verdict, criterion.bound(criterion.aim), holds])
