@@ -12,6 +12,13 @@ from torch import distributed as dist
 
 def run_processes(module, function, size, folder):
     """What ``function(rank, size)`` of a test module returns in each process."""
+    for code, errors in end_processes(module, function, size, folder):
+        assert code == 0, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def end_processes(module, function, size, folder):
+    """How each of these processes ends: its exit status and what it says."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, __file__, module, function, str(size), str(folder)]
     processes = [
@@ -19,13 +26,11 @@ def run_processes(module, function, size, folder):
         for rank in range(size)
     ]
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors
+        errors = [process.communicate(timeout=200)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
 def main(module, function, size, folder, rank):

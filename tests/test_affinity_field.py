@@ -73,7 +73,7 @@ def terms_by_definition(logits, target, kernel_sizes, margin, eps, ignore_index,
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (1, 2, 1, 6), (1, 4, 9, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 2, 1, 1), (1, 2, 1, 6), (1, 4, 9, 2)])
 def test_reference_is_the_definition(variant, shape):
     torch.manual_seed(0)
     logits = 4 * torch.randn(shape, dtype=torch.float64)
@@ -148,7 +148,7 @@ def case_with(kernel_sizes, edge_factor=1.0, **options):
 
 @st.composite
 def inputs(draw, dtypes, rows=20):
-    n, c = draw(st.integers(0, 2)), draw(st.integers(1, 6))
+    n, c = draw(st.integers(0, 2)), draw(st.integers(2, 6))
     height, width = draw(st.integers(1, rows)), draw(st.integers(1, 36))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     ignore_index = draw(st.sampled_from([255, -100, 0]))
@@ -205,7 +205,7 @@ TILE_ROWS = 9
 @settings(max_examples=settings.default.max_examples // 2)
 @given(inputs([torch.float32, torch.bfloat16, torch.float16], TILE_ROWS), options)
 def test_triton_matches_the_reference(values, options):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits, target, ignore_index = values
     case = case_with(**options, ignore_index=ignore_index)
@@ -251,7 +251,7 @@ def test_portable_without_selecting_pairs(monkeypatch):
 @pytest.mark.parametrize(("width", "aligned"), [(13, False), (12, True), (12, False)])
 def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned):
     """Many small patches: every seam between programs."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from tritonaff.kernels import affinity_field as kernels
 
     blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
@@ -268,7 +268,7 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned
 
 def test_labels_that_meet_between_patches(monkeypatch, device):
     """Every patch holds one label: its edges are all to pixels of others."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from tritonaff.kernels import affinity_field as kernels
 
     patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 8, "num_warps": 1}
@@ -284,7 +284,7 @@ def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
     """All neighbours have one label, a larger or a smaller one; at 7 none of them is in the part of
     the patch that is worked on.
     """
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from tritonaff.kernels import affinity_field as kernels
 
     patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
@@ -340,7 +340,7 @@ def test_what_is_not_a_number_shows(backend, device, bad, monkeypatch):
 @pytest.mark.parametrize("width", [56, 57, 61, 115, 116, 117, 250])
 def test_strips_of_any_width(device, width):
     """Strips that end with an image, in it and between two; and sizes that reach out of them."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     for sizes in ((3, 9), (13, 3)):
         check_parity(case_with(sizes), "triton", *make_inputs((2, 2, 2, width), device=device))
 
@@ -434,7 +434,7 @@ def test_cross_entropy_with_the_affinity_field(values, kind, variant):
 @settings(max_examples=settings.default.max_examples // 3)  # the affinity field is tested above
 @given(inputs([torch.float32, torch.bfloat16], TILE_ROWS), weights)
 def test_triton_cross_entropy_with_the_affinity_field(values, kind):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     check_cross_entropy("triton", values, kind)
 
 
@@ -638,6 +638,21 @@ def test_a_second_derivative_is_refused():
     for inputs in (None, [logits], [weight]):
         with pytest.raises(RuntimeError, match="affinity_field_backward"):
             gradient.sum().backward(inputs=inputs, retain_graph=True)
+
+
+@pytest.mark.parametrize("learned", ["edge_weight", "weight"])
+def test_a_mixed_second_derivative_is_refused(learned):
+    """Of the learned weights first, then of the logits; alone and with an ordinary loss."""
+    logits, target = make_inputs((1, 3, 6, 6))
+    logits.requires_grad_()
+    weight = torch.rand((3, 1) if learned == "edge_weight" else 3, requires_grad=True)
+    loss = tritonaff.affinity_field_cross_entropy(logits, target, 3, **{learned: weight})
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    for result in (gradient.sum(), loss + gradient.sum()):
+        with pytest.raises(RuntimeError, match="affinity_field_coefficients_backward"):
+            result.backward(inputs=[logits], retain_graph=True)
+    (expected,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

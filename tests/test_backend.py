@@ -58,7 +58,7 @@ def test_a_backward_pass_runs_what_its_forward_pass_ran(monkeypatch):
     ],
 )
 def test_triton_where_there_is_no_tile(device, dtype, classes, variant, reason):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     logits = torch.zeros(1, classes, 3, 3, dtype=dtype, device=device)
     target = torch.zeros(1, 3, 3, dtype=torch.uint8, device=device)
     tritonaff.affinity_field_loss(logits, target, variant=variant)  # "auto" falls back
@@ -74,7 +74,7 @@ def test_triton_where_there_is_no_tile(device, dtype, classes, variant, reason):
     ],
 )
 def test_affinity_regression_where_there_is_no_tile(device, classes, grid_sizes, reason):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     logits = torch.zeros(1, classes, 3, 3, device=device)
     target = torch.zeros(1, 3, 3, dtype=torch.uint8, device=device)
     tritonaff.affinity_regression_loss(logits, target, grid_sizes)
@@ -85,15 +85,64 @@ def test_affinity_regression_where_there_is_no_tile(device, classes, grid_sizes,
 def test_triton_without_a_device_or_interpreter(monkeypatch, pytestconfig):
     if pytestconfig.getoption("--ptx"):
         pytest.skip("a GPU is emulated")
-    pytest.importorskip("triton")  # it asks for the interpreter when it is imported
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pytest.importorskip(
+        "triton", minversion="3.6"
+    )  # it asks for the interpreter when it is imported
+    monkeypatch.setattr(backends, "_interprets", lambda: False)
     logits, target = make_inputs((1, 3, 6, 6))
     tritonaff.affinity_field_loss(logits, target)
     with (
         tritonaff.use_backend("triton"),
-        pytest.raises(ValueError, match="no Triton on device cpu"),
+        pytest.raises(ValueError, match=r"no Triton on device cpu .* before Triton is imported"),
     ):
         tritonaff.affinity_field_loss(logits, target)
+
+
+def test_the_interpreter_is_chosen_when_triton_is_imported():
+    """A variable that is set later changes nothing, with any backend."""
+    pytest.importorskip("triton", minversion="3.6")
+    script = """
+import os, torch, triton, tritonaff
+logits, target = torch.randn(1, 3, 6, 6), torch.zeros(1, 6, 6, dtype=torch.long)
+os.environ["TRITON_INTERPRET"] = "1"
+tritonaff.affinity_field_loss(logits, target)
+try:
+    with tritonaff.use_backend("triton"):
+        tritonaff.affinity_field_loss(logits, target)
+except ValueError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert "no Triton on device cpu" in result.stdout, result.stderr
+
+
+def test_a_triton_that_is_too_old(monkeypatch, device):
+    triton = pytest.importorskip("triton")
+    logits, target = make_inputs((1, 3, 6, 6), device=device)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "3.5.1")
+        patch.setattr(backends, "_interprets", lambda: True)
+        backends._no_triton.cache_clear()
+        tritonaff.affinity_field_loss(logits, target)
+        with (
+            tritonaff.use_backend("triton"),
+            pytest.raises(ValueError, match=r"need Triton 3.6 .*got 3.5.1"),
+        ):
+            tritonaff.affinity_field_loss(logits, target)
+    backends._no_triton.cache_clear()
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    pytest.importorskip("triton", minversion="3.6")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.version, "hip", None)
+    backends._too_old.cache_clear()
+    obstacle = backends._no_triton_on(torch.device("cuda", 0))
+    backends._too_old.cache_clear()
+    assert obstacle == "the tiles need a GPU of compute capability 7.0, got 6.1"
 
 
 def test_triton_not_installed(monkeypatch):

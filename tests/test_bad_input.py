@@ -9,7 +9,7 @@ import tritonaff
 from tritonaff.bench.cases import CASES
 
 LOGITS = torch.zeros(2, 3, 4, 5)
-NO_CLASSES = LOGITS[:, :0]
+NO_CLASSES, ONE_CLASS = LOGITS[:, :0], LOGITS[:, :1]
 TARGET = torch.zeros(2, 4, 5, dtype=torch.long)
 
 BAD_TENSORS = {
@@ -23,15 +23,18 @@ BAD_TENSORS = {
     "target no tensor": (LOGITS, [[0]], TypeError, "target must be a tensor, got list"),
     "target floating": (LOGITS, TARGET.float(), TypeError, "target must have dtype .* float32"),
     "target bool": (LOGITS, TARGET.bool(), TypeError, "target must have dtype .* got bool"),
-    "target rank": (LOGITS, TARGET[:, None], ValueError, r"target must have shape \(N, H, W\)"),
+    "one class": (ONE_CLASS, TARGET, ValueError, r"two classes, got 1.*cat\(\(torch.zeros_like"),
+    "target rank": (LOGITS, TARGET[0], ValueError, r"target must have shape \(N, H, W\), got"),
+    "target channel": (LOGITS, TARGET[:, None], ValueError, r"pass target.squeeze\(1\)"),
     "target size": (LOGITS, TARGET[:, :3], ValueError, r"\(2, 4, 5\) of logits .* got \(2, 3, 5\)"),
     "target batch": (LOGITS, TARGET[:1], ValueError, r"\(2, 4, 5\) of logits .* got \(1, 4, 5\)"),
     "label too large": (LOGITS, TARGET + 3, ValueError, r"classes in \[0, 3\).*got \[3\] at 40"),
     "label negative": (LOGITS, TARGET - 1, ValueError, r"classes in \[0, 3\).*got \[-1\]"),
+    "label -100": (LOGITS, TARGET - 100, ValueError, "torch's own .* pass ignore_index=-100"),
     "devices": (LOGITS, TARGET.to("meta"), ValueError, "one device, got cpu and meta"),
 }
 BAD_OPTIONS = {
-    "sizes no sequence": ({"kernel_sizes": 3}, TypeError, "kernel_sizes must be a sequence"),
+    "sizes no sequence": ({"kernel_sizes": 3.0}, TypeError, "kernel_sizes must be a sequence"),
     "sizes a string": ({"kernel_sizes": "35"}, TypeError, "kernel_sizes must be a sequence"),
     "sizes no int": ({"kernel_sizes": (3.0,)}, TypeError, "kernel_sizes must be an int, got float"),
     "sizes empty": ({"kernel_sizes": ()}, ValueError, "kernel_sizes must be odd, at least 3"),
@@ -81,8 +84,9 @@ def cases(table):
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_tensors(function, bad):
     logits, target, error, message = bad
-    if isinstance(function, tritonaff.AdaptiveAffinityFieldLoss) and logits is NO_CLASSES:
-        message = "num_classes = 3 classes, got 0"
+    adaptive = isinstance(function, tritonaff.AdaptiveAffinityFieldLoss)
+    if adaptive and (logits is NO_CLASSES or logits is ONE_CLASS):
+        message = f"num_classes = 3 classes, got {logits.shape[1]}"
     with pytest.raises(error, match=message):
         function(logits, target)
 
@@ -111,7 +115,11 @@ def test_options_of_the_modules(bad):
 
 
 BAD_GRIDS = {
-    "no sequence": ({"grid_sizes": 12}, TypeError, "grid_sizes must be a sequence of int or None"),
+    "no sequence": (
+        {"grid_sizes": 12.0},
+        TypeError,
+        "grid_sizes must be a sequence of int or None",
+    ),
     "a string": ({"grid_sizes": "12"}, TypeError, "grid_sizes must be a sequence of int or None"),
     "no int": ({"grid_sizes": (6.0,)}, TypeError, "grid_sizes must be an int, got float"),
     "empty": ({"grid_sizes": ()}, ValueError, "at least one size, or be None"),
@@ -179,8 +187,10 @@ def test_weights(name, bad):
 def test_number_of_classes_of_the_adaptive_module():
     with pytest.raises(TypeError, match="num_classes must be an int, got float"):
         tritonaff.AdaptiveAffinityFieldLoss(3.0)
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        tritonaff.AdaptiveAffinityFieldLoss(0)
+    with pytest.raises(ValueError, match=r"num_classes must be at least 2, got 1: .* torch.cat"):
+        tritonaff.AdaptiveAffinityFieldLoss(1)
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 0"):
+        tritonaff.AffinityFieldLoss().normalizer(TARGET, 0)
     with pytest.raises(ValueError, match="num_classes = 4 classes, got 3"):
         tritonaff.AdaptiveAffinityFieldLoss(4)(LOGITS, TARGET)
 
@@ -198,8 +208,31 @@ def test_number_of_classes_of_the_adaptive_module():
     ],
 )
 def test_progress(progress, error):
-    with pytest.raises(error, match="progress must be"):
+    with pytest.raises(error, match="progress must"):
         tritonaff.AffinityFieldLoss()(LOGITS, TARGET, progress)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_labels_are_asserted_where_they_may_not_be_looked_at(monkeypatch, backend):
+    """What TRITONAFF_CHECK=1 switches on; without a graph break."""
+    monkeypatch.setattr(tritonaff.checks, "ASSERT_LABELS", True)
+
+    def loss(logits, target):
+        affinity_logits = torch.zeros(2, 8, 4, 5)
+        terms = tritonaff.affinity_field_loss(logits, target, ignore_index=9)
+        return terms + tritonaff.dilated_affinity_loss(affinity_logits, target, 1, ignore_index=9)
+
+    with tritonaff.use_backend("portable"):
+        compiled = torch.compile(loss, backend=backend, fullgraph=True)
+        assert compiled(LOGITS, TARGET + 2) == loss(LOGITS, TARGET + 2)
+        assert compiled(LOGITS, TARGET + 9) == 0
+        for wrong in (3, -1):
+            with pytest.raises(RuntimeError, match=r"target must hold classes in \[0, 3\)"):
+                compiled(LOGITS, TARGET + wrong)
+        compiled = torch.compile(tritonaff.dilated_affinity_loss, backend=backend, fullgraph=True)
+        with pytest.raises(RuntimeError, match=r"target must hold classes in \[0, inf\)"):
+            compiled(torch.zeros(2, 8, 4, 5), TARGET - 1, 1)
 
 
 def test_labels_of_a_subclass_are_looked_at_too():
@@ -262,7 +295,7 @@ BAD_PROPAGATION_TENSORS = {
     "devices": (LOGITS, AFFINITY.to("meta"), ValueError, "probs and affinity must be on one dev"),
 }
 BAD_PROPAGATION_OPTIONS = {
-    "rates": ({"rates": 8}, TypeError, "rates must be a sequence"),
+    "rates": ({"rates": 8.0}, TypeError, "rates must be a sequence"),
     "rates empty": ({"rates": []}, ValueError, "rates must be at least 1 and distinct"),
     "rates twice": ({"rates": [(2, 2), 2]}, ValueError, "rates must be at least 1 and distinct"),
     "iterations": ({"iterations": -1}, ValueError, "iterations must be at least 0, got -1"),
@@ -380,6 +413,14 @@ def test_a_nested_tensor():
 def test_class_weights(weight, error, message):
     with pytest.raises(error, match=message):
         tritonaff.AdaptiveAffinityFieldLoss(3, cross_entropy=True, class_weight=weight)
+
+
+def test_class_weights_of_another_number_of_classes_have_the_name_that_the_user_wrote():
+    loss = tritonaff.AffinityFieldLoss(cross_entropy=True, class_weight=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"^class_weight must have shape \(3,\), got \(2,\)"):
+        loss(LOGITS, TARGET)
+    with pytest.raises(ValueError, match=r"^weight must have shape \(3,\), got \(2,\)"):
+        tritonaff.affinity_field_cross_entropy(LOGITS, TARGET, weight=torch.ones(2))
 
 
 def test_weights_elsewhere_say_what_to_do():

@@ -203,7 +203,7 @@ def without_interpreter():
 @pytest.fixture(scope="module")
 def static_table(tmp_path_factory):
     """Every tile compiled for three GPUs, without one, in a process of its own: no interpreter."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     path = tmp_path_factory.mktemp("static") / "static.json"
     command = [sys.executable, "-m", "tritonaff.bench", "static", "--json", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, env=without_interpreter())
@@ -287,7 +287,7 @@ def test_ci_installs_the_triton_of_the_committed_table():
 
 def test_implied_times():
     """A kernel of 43 bytes and 33 instructions per element on an H200, 19 elements a pixel."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     script = """
 from tritonaff.bench import static
 row = dict(op="o", kernel="k", target="sm_90", launches=2, elements_per_pixel=19,
@@ -312,7 +312,7 @@ def test_tiles_compile_for_sizes_of_1_and_multiply_in_full_precision():
     """Neither can be seen in the interpreter: Triton takes an argument of 1 for a constant, and
     products of float32 have 10 bits on tensor cores.
     """
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     script = """
 from tritonaff.bench import static
 for tile in static.TILES:
@@ -324,7 +324,7 @@ for tile in static.TILES:
 
 def test_tiles_compile_for_sizes_that_no_strip_reaches():
     """The other side of every switch of the affinity field's tiles."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     script = """
 import itertools
 from dataclasses import replace
@@ -344,7 +344,7 @@ for tile, aligned in itertools.product(static.TILES, (False, True)):
 
 
 def test_instructions_in_a_loop_count_as_often_as_it_runs():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     script = """
 from tritonaff.bench.static import count_instructions
 nvidia = '''

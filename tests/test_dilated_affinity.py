@@ -156,7 +156,7 @@ def test_portable_matches_the_reference(values):
 @settings(max_examples=max(12, settings.default.max_examples // 2))  # the interpreter is slow
 @given(inputs([torch.float32, torch.bfloat16, torch.float16]))
 def test_triton_matches_the_reference(values):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits, target, case = values
     check_parity(case, "triton", logits.to(device), target.to(device))
@@ -198,7 +198,7 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 @pytest.mark.parametrize("min_programs", [1, 4, 1000])
 def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, min_programs):
     """All blocks of an image in one program, in two, in one each."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from tritonaff.kernels import dilated_affinity as kernels
 
     monkeypatch.setattr(kernels, "INTERPRETED_BLOCK_P", 32)

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from processes import run_processes
+from processes import end_processes, run_processes
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -337,6 +337,72 @@ def test_statistics_and_metrics(facts):
         for values, by_one in zip(by_rank["counts"], expected, strict=True):
             # Counts are exact; IoUs are added up in another order.
             torch.testing.assert_close(values, by_one, rtol=1e-15, atol=0, equal_nan=True)
+
+
+def refusals(group):
+    """Calls of the losses with one wrong argument each, by what is wrong."""
+    logits, affinity_logits = torch.zeros(1, 3, 4, 5), torch.zeros(1, 8, 4, 5)
+    target = torch.zeros(1, 4, 5, dtype=torch.long)
+    wrong = torch.ones(7)
+
+    def field(**options):
+        tritonaff.affinity_field_cross_entropy(logits, target, process_group=group, **options)
+
+    def dilated(**options):
+        options = {"rates": [1], "process_group": group, **options}
+        tritonaff.dilated_affinity_loss(affinity_logits, target, **options)
+
+    module = tritonaff.AffinityFieldLoss(process_group=group)
+    regression = tritonaff.AffinityRegressionLoss(process_group=group)
+    there = torch.zeros(1, 9, device="meta").long(), torch.zeros(1, 9, 2, device="meta").long()
+    return {
+        "edge_weight": lambda: field(edge_weight=wrong),
+        "non_edge_weight": lambda: field(non_edge_weight=wrong),
+        "weight": lambda: field(weight=wrong),
+        "margin": lambda: field(margin=-1.0),
+        "eps": lambda: field(eps=1.0),
+        "variant": lambda: field(variant="other"),
+        "edge_lambda": lambda: field(edge_lambda=-1.0),
+        "ignore_index": lambda: field(ignore_index=1.5),
+        "progress": lambda: module(logits, target, progress=2.0),
+        "normalizer": lambda: module(logits, target, normalizer=wrong),
+        "normalizer of regression": lambda: regression(logits, target, normalizer=wrong),
+        "normalizer of dilated": lambda: dilated(normalizer=wrong),
+        "statistics": lambda: dilated(statistics=(wrong, wrong)),
+        "statistics elsewhere": lambda: dilated(statistics=there),
+        "gamma": lambda: dilated(gamma=-1.0),
+        "beta": lambda: dilated(beta=-1.0),
+        "weighting": lambda: dilated(weighting="other"),
+    }
+
+
+def refused_alone(rank, size):
+    """The second process refuses all of these; the first one makes none of the calls."""
+    if rank == 1:
+        for name, call in refusals(dist.group.WORLD).items():
+            with pytest.raises((TypeError, ValueError), match=f"^{name.split()[0]}"):
+                call()
+
+
+def test_everything_is_checked_before_the_first_collective(tmp_path):
+    """One too many would wait for the other process, and meet its next one."""
+    run_processes(__name__, "refused_alone", 2, tmp_path)
+
+
+def wrong_in_one(rank, size):
+    weight = torch.ones(3 - rank, 1)
+    target = torch.zeros(1, 4, 5, dtype=torch.long)
+    return affinity_field_loss(
+        torch.zeros(1, 3, 4, 5), target, edge_weight=weight, process_group=dist.group.WORLD
+    )
+
+
+def test_a_process_that_refuses_lets_the_others_end(tmp_path):
+    (right, lost), (wrong, refused) = end_processes(__name__, "wrong_in_one", 2, tmp_path)
+    assert right != 0
+    assert wrong != 0
+    assert "edge_weight must have shape (3, 1), got (2, 1)" in refused
+    assert "edge_weight" not in lost.splitlines()[-1]
 
 
 @pytest.mark.parametrize("group", ["world", 3, object()])

@@ -192,7 +192,7 @@ def test_what_the_head_predicts_is_what_loss_and_propagation_take():
     [
         ((0, RATES), ValueError, "in_channels must be at least 1, got 0"),
         ((1.0, RATES), TypeError, "in_channels must be an int, got float"),
-        ((4, 8), TypeError, "rates must be a sequence"),
+        ((4, 8.0), TypeError, "rates must be a sequence"),
         ((4, RATES, 0), ValueError, r"positive_frequency must be in \(0, 1\), got 0"),
         ((4, RATES, [0.5, 1.0]), ValueError, r"positive_frequency must be in \(0, 1\), got 1.0"),
         ((4, RATES, float("nan")), ValueError, r"positive_frequency must be in \(0, 1\), got nan"),

@@ -19,7 +19,7 @@ FAR_OFFSETS = Path(__file__).parent / "far_offsets.py"
 @pytest.fixture(scope="module")
 def results():
     """Of every case, in processes of their own: a wrong offset may be a segmentation fault."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     if torch.cuda.is_available():
         pytest.skip("a GPU runs the tiles itself")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -42,7 +42,7 @@ def test_the_tiles_interpreted(results, op, far):
 
 def test_tables_of_many_programs():
     """Where a program stores its part of a table is its number times a size: not in 32 bits."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     script = """
 import re
 from tritonaff.bench import static

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 import triton
 import triton.language as tl
 from ptx import AccessError

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,27 +25,37 @@ MAX_MATRIX_BYTES = 8 * 10**9
 # Points of grids: more would take seconds, and are taken for a mistake.
 MAX_POINTS = 1 << 24
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Opt-in: wrong labels fail an assertion on the device where they may not be looked at.
+ASSERT_LABELS = os.environ.get("TRITONAFF_CHECK") == "1"
 
 
-def check_logits(logits: Any, name: str = "logits") -> None:
-    check_tensor(name, logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
+def check_logits(logits: Any, name: str = "logits") -> Tensor:
+    logits = check_tensor(name, logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
     if any(size < 1 for size in logits.shape[1:]):
         raise ValueError(
             f"{name} must have at least one class, row and column, got shape {tuple(logits.shape)}"
         )
+    if logits.shape[1] == 1:
+        background = "1 - probs" if name == "probs" else f"torch.zeros_like({name})"
+        raise ValueError(
+            f"{name} must have at least two classes, got 1: a distribution over one class is 1 "
+            f"everywhere; pass torch.cat(({background}, {name}), dim=1)"
+        )
+    return logits
 
 
-def check_target(target: Any) -> None:
-    check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
+def check_target(target: Any) -> Tensor:
+    target = check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
     if any(size < 1 for size in target.shape[1:]):
         raise ValueError(
             f"target must have at least one row and column, got shape {tuple(target.shape)}"
         )
+    return target
 
 
-def check_logits_and_target(logits: Any, target: Any) -> None:
-    check_logits(logits)
-    check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
+def check_logits_and_target(logits: Any, target: Any) -> tuple[Tensor, Tensor]:
+    logits = check_logits(logits)
+    target = check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
     check_one_device("logits", logits, "target", target)
     n, _, height, width = logits.shape
     if tuple(target.shape) != (n, height, width):
@@ -52,20 +63,26 @@ def check_logits_and_target(logits: Any, target: Any) -> None:
             f"target must have the shape (N, H, W) = {(n, height, width)} "
             f"of logits {tuple(logits.shape)}, got {tuple(target.shape)}"
         )
+    return logits, target
 
 
-def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> None:
-    check_logits(probs, "probs")
-    check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
+def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> tuple[Tensor, Tensor]:
+    probs = check_logits(probs, "probs")
+    affinity = check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     check_one_device("probs", probs, "affinity", affinity)
     _check_affinity_shape("affinity", affinity, num_rates, "probs", probs)
+    return probs, affinity
 
 
-def check_affinity_logits_and_target(affinity_logits: Any, target: Any, num_rates: int) -> None:
-    check_tensor("affinity_logits", affinity_logits, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
-    check_target(target)
-    check_one_device("affinity_logits", affinity_logits, "target", target)
-    _check_affinity_shape("affinity_logits", affinity_logits, num_rates, "target", target)
+def check_affinity_logits_and_target(
+    affinity_logits: Any, target: Any, num_rates: int
+) -> tuple[Tensor, Tensor]:
+    name = "affinity_logits"
+    affinity_logits = check_tensor(name, affinity_logits, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
+    target = check_target(target)
+    check_one_device(name, affinity_logits, "target", target)
+    _check_affinity_shape(name, affinity_logits, num_rates, "target", target)
+    return affinity_logits, target
 
 
 def _check_affinity_shape(
@@ -91,27 +108,32 @@ def check_statistics(
             raise ValueError(f"statistics must be of the loss's {name} {mine}, got {theirs}")
     if hasattr(statistics, "pixel_count") and hasattr(statistics, "signal_count"):
         statistics = statistics.pixel_count, statistics.signal_count
-    if not isinstance(statistics, (tuple, list)):
-        raise TypeError(
-            "statistics must be None, NeighborStatistics or a pair of tensors, "
-            f"got {type(statistics).__name__}"
-        )
-    if len(statistics) != 2:
-        raise ValueError(
-            f"statistics must be (pixel_count, signal_count), got {len(statistics)} of them"
-        )
-    pixel_count, signal_count = statistics
-    check_tensor("statistics' pixel_count", pixel_count, COUNT_DTYPES, (len(rates), 9))
-    check_tensor("statistics' signal_count", signal_count, COUNT_DTYPES, (len(rates), 9, 2))
+    pair = _sequence("statistics", statistics, of="two tensors or arrays, or NeighborStatistics")
+    if len(pair) != 2:
+        raise ValueError(f"statistics must be (pixel_count, signal_count), got {len(pair)} of them")
+    names = "statistics' pixel_count", "statistics' signal_count"
+    shapes: tuple[tuple[int, ...], ...] = (len(rates), 9), (len(rates), 9, 2)
+    pixel_count, signal_count = (
+        check_tensor(name, _tensor(count), COUNT_DTYPES, shape)
+        for name, count, shape in zip(names, pair, shapes, strict=True)
+    )
     return pixel_count, signal_count
+
+
+def check_class_weight(name: str, weight: Any, num_classes: int | None = None) -> Tensor:
+    """(C,) floating: a tensor, an array, or a sequence of C numbers."""
+    if is_sequence(weight):
+        numbers_ = [check_number(f"every one of {name}", number) for number in weight]
+        weight = torch.tensor(numbers_, dtype=torch.float32)
+    shape = ("C",) if num_classes is None else (num_classes,)
+    return check_tensor(name, weight, LOGITS_DTYPES, shape)
 
 
 def check_normalizer(normalizer: Any, shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
     """As int64: the total over processes may not fit int32."""
-    check_tensor("normalizer", normalizer, COUNT_DTYPES, shape)
+    normalizer = check_tensor("normalizer", normalizer, COUNT_DTYPES, shape)
     check_one_device("normalizer", normalizer, name, tensor)
-    counts: Tensor = normalizer.to(torch.int64)
-    return counts
+    return normalizer.to(torch.int64)
 
 
 def check_process_group(group: Any) -> None:
@@ -134,44 +156,65 @@ def check_one_device(
         )
 
 
-def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> None:
-    check_tensor(name, weight, LOGITS_DTYPES, shape)
+def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    weight = check_tensor(name, weight, LOGITS_DTYPES, shape)
     remedy = "; a loss with weights of its own moves with loss.to(device)"
     check_one_device(name, weight, "logits", logits, remedy)
+    return weight
+
+
+def check_progress(progress: Any) -> float | Tensor | None:
+    """None, a number in [0, 1], or a 0-d tensor of it."""
+    if progress is None:
+        return None
+    if not isinstance(progress, Tensor):
+        return check_number("progress", progress, at_least=0, at_most=1)
+    progress = check_tensor("progress", progress, LOGITS_DTYPES, ())
+    if may_look_into(progress):
+        check_number("progress", progress.item(), at_least=0, at_most=1)
+    return progress
 
 
 def may_look_into(tensor: Tensor) -> bool:
-    """Whether values can be checked: on a CPU, in eager mode. Elsewhere looking would stall the
+    """True if values can be checked: on a CPU, in eager mode. Elsewhere looking would stall the
     stream or break the graph.
     """
-    # What stands for a tensor, while a graph is traced, holds no values.
-    is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return is_plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    # The stand-ins for tensors while a graph is traced hold no values.
+    holds_values = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return holds_values and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_label_values(target: Tensor, num_classes: int | None, ignore_index: int) -> None:
-    """ValueError for a label that is neither a class nor ignore_index, where it may be looked at;
-    elsewhere such pixels are ignored. Without a number of classes every label of at least 0 is one,
-    and where it may not be looked at those below 0 too.
+    """ValueError for a label that is neither a class nor ignore_index, where it may be looked at.
+
+    Elsewhere such pixels are ignored, or with TRITONAFF_CHECK=1 an assertion on the device fails.
+    Without a number of classes every label of at least 0 is a class; where labels may not be
+    looked at, those below 0 are too.
     """
-    if not may_look_into(target):
+    looked_at = may_look_into(target)
+    if not (looked_at or ASSERT_LABELS):
         return
     label = target.to(torch.int64)
     wrong = label < 0
     if num_classes is not None:
         wrong = wrong | (label >= num_classes)
     wrong = wrong & (label != ignore_index)
-    if wrong.any():
-        end = "inf" if num_classes is None else num_classes
-        raise ValueError(
-            f"target must hold classes in [0, {end}) or ignore_index {ignore_index}, "
-            f"got {torch.unique(label[wrong])[:5].tolist()} at {int(wrong.sum())} pixels"
-        )
+    end = "inf" if num_classes is None else num_classes
+    expected = f"target must hold classes in [0, {end}) or ignore_index {ignore_index}"
+    if not looked_at:
+        torch._assert_async(~wrong.any(), expected)
+    elif wrong.any():
+        labels = torch.unique(label[wrong])[:5].tolist()
+        remedy = ""
+        if -100 in labels:
+            remedy = "; -100 is what torch's own losses ignore: pass ignore_index=-100"
+        raise ValueError(f"{expected}, got {labels} at {int(wrong.sum())} pixels{remedy}")
 
 
 def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
-    _check_sequence("kernel_sizes", kernel_sizes, of="int")
-    sizes = tuple(check_int("every one of kernel_sizes", size) for size in kernel_sizes)
+    sizes = _integers("kernel_sizes", kernel_sizes)
     if not sizes or len(set(sizes)) != len(sizes) or any(s < 3 or s % 2 == 0 for s in sizes):
         raise ValueError(
             "kernel_sizes must be odd, at least 3 and distinct, at least one of them, "
@@ -181,8 +224,7 @@ def check_kernel_sizes(kernel_sizes: Any) -> tuple[int, ...]:
 
 
 def check_distances(distances: Any) -> tuple[int, ...]:
-    _check_sequence("distances", distances, of="int")
-    values = tuple(check_int("every one of distances", value, at_least=1) for value in distances)
+    values = _integers("distances", distances, at_least=1)
     if not values or list(values) != sorted(set(values)):
         raise ValueError(
             f"distances must be ascending and distinct, at least one of them, got {distances}"
@@ -193,8 +235,7 @@ def check_distances(distances: Any) -> tuple[int, ...]:
 def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     if grid_sizes is None:
         return None
-    _check_sequence("grid_sizes", grid_sizes, of="int or None")
-    sizes = tuple(check_int("every one of grid_sizes", size, at_least=1) for size in grid_sizes)
+    sizes = _integers("grid_sizes", grid_sizes, of="int or None", at_least=1)
     if not sizes:
         raise ValueError("grid_sizes must hold at least one size, or be None for every pixel")
     points = sum(size * size for size in sizes)
@@ -222,15 +263,11 @@ def _gigabytes(size: int) -> str:
     return f"{size // 10**12} TB" if size >= 10**13 else f"{size // 10**9} GB"
 
 
-def _check_sequence(name: str, value: Any, *, of: str) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a sequence of {of}, got {type(value).__name__}")
-
-
 def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
     """Pairs (vertical, horizontal): an int r is (r, r), a pair is that rate alone."""
-    _check_sequence("rates", rates, of="int and pairs of int")
-    pairs = tuple(_check_rate(rate) for rate in rates)
+    if isinstance(rates, numbers.Integral):
+        rates = (rates,)
+    pairs = tuple(_check_rate(r) for r in _sequence("rates", rates, of="int and pairs of int"))
     if not pairs or len(set(pairs)) != len(pairs) or any(min(pair) < 1 for pair in pairs):
         raise ValueError(
             f"rates must be at least 1 and distinct, at least one of them, got {rates}"
@@ -239,7 +276,7 @@ def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _check_rate(rate: Any) -> tuple[int, int]:
-    if not isinstance(rate, (tuple, list)):
+    if not is_sequence(rate):
         integer = check_int("every one of rates that is no pair", rate)
         return integer, integer
     if len(rate) != 2:
@@ -248,8 +285,47 @@ def _check_rate(rate: Any) -> tuple[int, int]:
     return down, across
 
 
+def _integers(
+    name: str, value: Any, *, of: str = "int", at_least: int = -(2**63)
+) -> tuple[int, ...]:
+    """A sequence of integers; one integer stands for a sequence of it."""
+    if isinstance(value, numbers.Integral):
+        value = (value,)
+    entries = _sequence(name, value, of=of)
+    return tuple(check_int(f"every one of {name}", x, at_least=at_least) for x in entries)
+
+
+def _sequence(name: str, value: Any, *, of: str) -> list[Any]:
+    if not is_sequence(value):
+        raise TypeError(f"{name} must be a sequence of {of}, got {type(value).__name__}")
+    return list(value)
+
+
+def is_sequence(value: Any) -> bool:
+    """Any type of sequence, NumPy's arrays and those of configuration libraries included."""
+    if isinstance(value, (str, bytes, Mapping, Tensor)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
+
+
+def _tensor(value: Any) -> Any:
+    """A NumPy array as a tensor; everything else as it is."""
+    is_array = hasattr(value, "__array__") and not isinstance(value, Tensor)
+    return torch.as_tensor(value) if is_array else value
+
+
 def check_ignore_index(value: Any) -> int:
     return check_int("ignore_index", value)
+
+
+def check_num_classes(value: Any) -> int:
+    num_classes = check_int("num_classes", value)
+    if num_classes < 2:
+        raise ValueError(
+            f"num_classes must be at least 2, got {num_classes}: give the background a channel of "
+            "its own, torch.cat((torch.zeros_like(logits), logits), dim=1)"
+        )
+    return num_classes
 
 
 def check_number(
@@ -297,8 +373,11 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> None:
 
 def check_tensor(
     name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[str | int]
-) -> None:
-    """A dense tensor of one of the dtypes and this rank; ints in ``shape`` are exact sizes."""
+) -> Tensor:
+    """A dense tensor of one of the dtypes and this rank; ints in ``shape`` are exact sizes.
+
+    Returns it as a plain torch.Tensor: a subclass may have methods that behave differently.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if hasattr(value, "device_mesh"):
@@ -325,4 +404,17 @@ def check_tensor(
     if len(sizes) != len(shape) or not fits:
         comma = "," if len(shape) == 1 else ""
         expected = f"({', '.join(map(str, shape))}{comma})"
-        raise ValueError(f"{name} must have shape {expected}, got {sizes}")
+        remedy = ""
+        if len(sizes) == len(shape) + 1 and list(shape) == ["N", "H", "W"] and sizes[1] == 1:
+            remedy = f": pass {name}.squeeze(1)"
+        raise ValueError(f"{name} must have shape {expected}, got {sizes}{remedy}")
+    return _plain(value)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # Subclasses with a dispatch of their own are the tracers' stand-ins.
+    kind = type(tensor)
+    is_subclass = kind is not Tensor and kind is not torch.nn.Parameter
+    if is_subclass and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return tensor.as_subclass(Tensor)
+    return tensor

@@ -16,6 +16,9 @@ from tritonaff.distributed import all_reduce
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
 from tritonaff.ops.affinity_field import affinity_field_statistics as affinity_field_statistics_op
 from tritonaff.ops.affinity_field import (
+    affinity_field_coefficients as affinity_field_coefficients_op,
+)
+from tritonaff.ops.affinity_field import (
     affinity_field_with_gradient as affinity_field_with_gradient_op,
 )
 from tritonaff.ops.affinity_propagation import affinity_propagation as affinity_propagation_op
@@ -144,7 +147,7 @@ def affinity_field_counts(
     they may be constants, followed by a 0 that carries the gradient of the logits: add it to the
     loss.
     """
-    checks.check_logits_and_target(logits, target)
+    logits, target = checks.check_logits_and_target(logits, target)
     kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
     margin = checks.check_number("margin", margin, at_least=0)
     eps = checks.check_number("eps", eps, at_least=torch.finfo(precision(logits)).eps, below=0.5)
@@ -356,6 +359,7 @@ def affinity_field_and_cross_entropy(
     progress: float | Tensor | None,
     cross_entropy: bool,
     weight: Tensor | None,
+    weight_name: str = "weight",
     edge_weight: Tensor | None,
     non_edge_weight: Tensor | None,
     edge_lambda: float,
@@ -370,8 +374,22 @@ def affinity_field_and_cross_entropy(
     """What functions and modules share: the affinity field loss, less of it with progress, and
     cross-entropy where it is asked for.
     """
+    # Everything is checked before the first collective: a process that refused after it would leave
+    # the others waiting.
+    logits, target = checks.check_logits_and_target(logits, target)
+    kernel_sizes = checks.check_kernel_sizes(kernel_sizes)
     edge_lambda = checks.check_number("edge_lambda", edge_lambda, at_least=0)
     non_edge_lambda = checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0)
+    by_class, by_size = (logits.shape[1],), (logits.shape[1], len(kernel_sizes))
+    weight = checks.check_weight(weight_name, weight, by_class, logits)
+    weights = (
+        checks.check_weight("edge_weight", edge_weight, by_size, logits),
+        checks.check_weight("non_edge_weight", non_edge_weight, by_size, logits),
+    )
+    progress = checks.check_progress(progress)
+    if normalizer is not None:
+        shape = 2, len(kernel_sizes)
+        normalizer = checks.check_normalizer(normalizer, shape, "logits", logits)
     checks.check_process_group(process_group)
     totals, counts, sums = affinity_field_counts(
         logits,
@@ -384,14 +402,17 @@ def affinity_field_and_cross_entropy(
     )
     pixel_count = counts[: logits.shape[1], -1]
     if normalizer is not None:
-        totals = checks.check_normalizer(normalizer, tuple(totals.shape), "logits", logits)
+        totals = normalizer
     totals, pixel_count = all_reduce((totals, pixel_count), process_group)
 
-    weights = edge_weight, non_edge_weight
     coefficients = _coefficients(weights, (edge_lambda, non_edge_lambda), totals, logits)
     if progress is not None:
         coefficients = coefficients * _decay(progress, coefficients)
     of_log_loss = _coefficients_of_log_loss(weight, pixel_count, logits) if cross_entropy else None
+    if current_backend() != "reference":
+        coefficients = _differentiable_once(coefficients, logits)
+        if of_log_loss is not None:
+            of_log_loss = _differentiable_once(of_log_loss, logits)
     tables, log_loss, zero = sums(coefficients, of_log_loss)
     tables, log_loss = all_reduce((tables, log_loss), process_group)
     loss = (coefficients * tables).sum()
@@ -403,27 +424,27 @@ def affinity_field_and_cross_entropy(
     return loss
 
 
+def _differentiable_once(coefficients: Tensor, logits: Tensor) -> Tensor:
+    if coefficients.requires_grad and logits.requires_grad and torch.is_grad_enabled():
+        guarded: Tensor = affinity_field_coefficients_op(coefficients, logits)
+        return guarded
+    return coefficients
+
+
 def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
     """10 ** -progress, a tensor if progress is one."""
     if isinstance(progress, Tensor):
-        if not progress.is_floating_point():
-            raise TypeError(f"progress must be a floating-point tensor, got {progress.dtype}")
-        if progress.dim() != 0:
-            shape = tuple(progress.shape)
-            raise ValueError(f"progress must be a number or a 0-d tensor, got shape {shape}")
-        if checks.may_look_into(progress):
-            checks.check_number("progress", progress.item(), at_least=0, at_most=1)
         return torch.pow(10.0, -progress).to(coefficients.dtype)
-    return float(10.0 ** -checks.check_number("progress", progress, at_least=0, at_most=1))
+    return float(10.0**-progress)
 
 
 def _coefficients_of_log_loss(weight: Tensor | None, pixel_count: Tensor, logits: Tensor) -> Tensor:
     """(C,), which make the weighted mean over pixels; 0 where their weights are."""
-    shape, dtype = tuple(pixel_count.shape), precision(logits)
+    dtype = precision(logits)
     if weight is None:
         total = pixel_count.sum()
-        return torch.where(total > 0, total.to(dtype).reciprocal(), 0).expand(shape).contiguous()
-    checks.check_weight("weight", weight, shape, logits)
+        mean = torch.where(total > 0, total.to(dtype).reciprocal(), 0)
+        return mean.expand(pixel_count.shape).contiguous()
     weight = weight.to(dtype)
     total = (pixel_count * weight).sum()
     return weight * torch.where(total != 0, total.reciprocal(), 0)
@@ -449,13 +470,10 @@ def _coefficients(
         of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
     if weights[0] is None and weights[1] is None:
         return (of_size / shape[1]).expand(2, *shape).contiguous()
-    tables = []
-    for name, weight in zip(("edge_weight", "non_edge_weight"), weights, strict=True):
-        if weight is None:
-            tables.append(of_size.new_full(shape, 1 / shape[1]))
-            continue
-        checks.check_weight(name, weight, shape, logits)
-        tables.append(weight.to(dtype))
+    tables = [
+        of_size.new_full(shape, 1 / shape[1]) if weight is None else weight.to(dtype)
+        for weight in weights
+    ]
     return torch.stack(tables) * of_size
 
 
@@ -518,7 +536,7 @@ def affinity_regression_terms(
         >>> terms.squared_error.tolist(), terms.pair_count.tolist()
         ([2.0], [4])
     """
-    checks.check_logits_and_target(logits, target)
+    logits, target = checks.check_logits_and_target(logits, target)
     grid_sizes = checks.check_grid_sizes(grid_sizes)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_label_values(target, logits.shape[1], ignore_index)
@@ -578,15 +596,16 @@ def affinity_regression_loss(
         >>> loss = loss + 0.1 * tritonaff.affinity_regression_loss(logits, target)
         >>> loss.backward()
     """
+    logits, target = checks.check_logits_and_target(logits, target)
+    if normalizer is not None:
+        normalizer = checks.check_normalizer(normalizer, (), "logits", logits)
     checks.check_process_group(process_group)
     squared_error, pair_count = affinity_regression_terms(
         logits, target, grid_sizes, ignore_index=ignore_index
     )
     counted = pair_count > 0
     mean_square = squared_error * counted / pair_count.clamp(min=1)
-    images = counted.sum()
-    if normalizer is not None:
-        images = checks.check_normalizer(normalizer, (), "logits", logits)
+    images = counted.sum() if normalizer is None else normalizer
     total, images = all_reduce((mean_square.sum(), images), process_group)
     return total / images.clamp(min=1)
 
@@ -619,7 +638,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int] | None = (12,
         >>> tritonaff.square_root_affinity(logits, grid_sizes=None).round(decimals=3).tolist()
         [[[1.0, 1.0], [1.0, 1.0]]]
     """
-    checks.check_logits(logits)
+    logits = checks.check_logits(logits)
     grid_sizes = checks.check_grid_sizes(grid_sizes)
     checks.check_matrices_fit(logits, grid_sizes)
     backend = current_backend()
@@ -660,7 +679,7 @@ def label_affinity(
         >>> affinity.tolist(), valid.tolist()
         ([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]], [[True, True, False]])
     """
-    checks.check_target(target)
+    target = checks.check_target(target)
     grid_sizes = checks.check_grid_sizes(grid_sizes)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_label_values(target, None, ignore_index)
@@ -706,7 +725,7 @@ def dilated_affinity_target(
         >>> left.tolist(), right.tolist()
         ([[255, 1, 0]], [[1, 0, 255]])
     """
-    checks.check_target(target)
+    target = checks.check_target(target)
     pairs = checks.check_rates(rates)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_label_values(target, None, ignore_index)
@@ -752,7 +771,7 @@ def neighbor_counts(
         >>> counts.pixel_count[0, 7:].tolist(), counts.signal_count[0, 7:].tolist()
         ([2, 2], [[2, 1], [0, 3]])
     """
-    checks.check_target(target)
+    target = checks.check_target(target)
     pairs = checks.check_rates(rates)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_label_values(target, None, ignore_index)
@@ -863,7 +882,9 @@ def dilated_affinity_terms(
         2.766
     """
     pairs = checks.check_rates(rates)
-    checks.check_affinity_logits_and_target(affinity_logits, target, len(pairs))
+    affinity_logits, target = checks.check_affinity_logits_and_target(
+        affinity_logits, target, len(pairs)
+    )
     gamma = checks.check_number("gamma", gamma, at_least=0)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_label_values(target, None, ignore_index)
@@ -947,21 +968,24 @@ def dilated_affinity_loss(
     checks.check_option("weighting", weighting, WEIGHTINGS)
     beta = checks.check_number("beta", beta, at_least=0)
     pairs = checks.check_rates(rates)
+    affinity_logits, target = checks.check_affinity_logits_and_target(
+        affinity_logits, target, len(pairs)
+    )
     given = checks.check_statistics(statistics, pairs, checks.check_ignore_index(ignore_index))
+    for count in given or ():
+        checks.check_one_device("statistics", count, "affinity_logits", affinity_logits)
+    if normalizer is not None:
+        shape = len(pairs), 9, 3
+        normalizer = checks.check_normalizer(normalizer, shape, "affinity_logits", affinity_logits)
     checks.check_process_group(process_group)
     loss_sum, signal_count, _, pixel_count = dilated_affinity_terms(
         affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
     )
     if normalizer is not None:
-        counts = checks.check_normalizer(
-            normalizer, (len(pairs), 9, 3), "affinity_logits", loss_sum
-        )
-        pixel_count, signal_count = counts[..., 0], counts[..., 1:]
+        pixel_count, signal_count = normalizer[..., 0], normalizer[..., 1:]
     tables = loss_sum, signal_count, pixel_count
     loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
     weighed_by = given or (pixel_count, signal_count)
-    for count in weighed_by:
-        checks.check_one_device("statistics", count, "affinity_logits", loss_sum)
     weight = signal_weight(weighting, *(count.to(loss_sum.dtype) for count in weighed_by))
     total = (loss_sum * weight).sum(dim=(1, 2))
     counted = pixel_count.sum(dim=1)
@@ -1084,7 +1108,7 @@ def affinity_propagation(
         [[[0, 0, 0]]]
     """
     pairs = checks.check_rates(rates)
-    checks.check_probs_and_affinity(probs, affinity, len(pairs))
+    probs, affinity = checks.check_probs_and_affinity(probs, affinity, len(pairs))
     iterations = checks.check_int("iterations", iterations, at_least=0)
     self_weight = checks.check_number("self_weight", self_weight, above=0)
     steepness = checks.check_number("steepness", steepness, above=1)

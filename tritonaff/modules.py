@@ -104,9 +104,7 @@ class AffinityFieldLoss(_Loss):
         self.variant = variant
         self.cross_entropy = checks.check_bool("cross_entropy", cross_entropy)
         if class_weight is not None:
-            if isinstance(class_weight, (list, tuple)):
-                class_weight = torch.tensor(class_weight, dtype=torch.float32)
-            checks.check_tensor("class_weight", class_weight, checks.LOGITS_DTYPES, ("C",))
+            class_weight = checks.check_class_weight("class_weight", class_weight)
             if not cross_entropy:
                 raise ValueError("class_weight needs cross_entropy=True")
         self.class_weight: Tensor | None
@@ -127,8 +125,8 @@ class AffinityFieldLoss(_Loss):
         It adds up over the parts of a batch, and ``forward`` of a part divides by it: gradients are
         accumulated to those of the batch.
         """
-        num_classes = checks.check_int("num_classes", num_classes, at_least=1)
-        checks.check_target(target)
+        num_classes = checks.check_num_classes(num_classes)
+        target = checks.check_target(target)
         n, height, width = target.shape
         blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
         totals, _, _ = affinity_field_counts(
@@ -163,6 +161,7 @@ class AffinityFieldLoss(_Loss):
             progress=progress,
             cross_entropy=self.cross_entropy,
             weight=self.class_weight,
+            weight_name="class_weight",
             edge_weight=edge_weight,
             non_edge_weight=non_edge_weight,
             edge_lambda=self.edge_lambda,
@@ -198,7 +197,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     weights drift apart.
 
     Args:
-        num_classes: C, at least 1.
+        num_classes: C, at least 2.
         kernel_sizes: K distinct odd sizes, each at least 3.
         edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
             :func:`tritonaff.affinity_field_loss`.
@@ -254,10 +253,9 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             class_weight=class_weight,
             process_group=process_group,
         )
-        self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
+        self.num_classes = checks.check_num_classes(num_classes)
         if self.class_weight is not None:
-            expected = (self.num_classes,)
-            checks.check_tensor("class_weight", self.class_weight, checks.LOGITS_DTYPES, expected)
+            checks.check_class_weight("class_weight", self.class_weight, self.num_classes)
         shape = self.num_classes, len(self.kernel_sizes)
         self.edge_scores = nn.Parameter(torch.zeros(shape))
         self.non_edge_scores = nn.Parameter(torch.zeros(shape))
@@ -363,9 +361,10 @@ class AffinityRegressionLoss(_Loss):
         """int64 scalar: how many of the labels (N, H, W) have a point that counts. It adds up over
         the parts of a batch, and ``forward`` of a part divides by it.
         """
-        checks.check_target(target)
+        target = checks.check_target(target)
         void = (target.to(torch.int64) == self.ignore_index).to(torch.int64)
-        blank = torch.zeros((), device=target.device).expand(void.shape)[:, None]
+        n, height, width = void.shape
+        blank = torch.zeros((), device=target.device).expand(n, 2, height, width)
         terms = affinity_regression_terms(blank, void, self.grid_sizes, ignore_index=1)
         return (terms.pair_count > 0).sum()
 
@@ -450,7 +449,7 @@ def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) ->
         value = 0.5
     if isinstance(value, Tensor):
         value = value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not checks.is_sequence(value):
         value = [value] * len(rates)
     if len(value) != len(rates):
         raise ValueError(

@@ -41,7 +41,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import DeviceType
-from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 import tritonaff
@@ -349,7 +348,7 @@ def first_steps(shape: Shape, device: torch.device) -> dict[str, float]:
     for with_loss in (False, False, True):  # the first one loads the compiler
         module = Step(classes, with_loss).to(device)
         torch._dynamo.reset()
-        with fresh_cache():
+        with measure.fresh_cache():
             start = time.perf_counter()
             torch.compile(module, fullgraph=True)(image, target).backward()
             if device.type == "cuda":

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
-from torch._inductor.utils import fresh_cache
 
 from tritonaff.bench.cases import Case, differentiable
 from tritonaff.ops.backend import use_backend
+
+try:
+    from torch._inductor.utils import fresh_cache
+except ImportError:  # torch before 2.8
+    from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 # torch 2.13 prints two lines whenever it profiles.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tritonaff.ops.backend import tile_runs
+from tritonaff.ops.gradients import register_gradients
 from tritonaff.portable import affinity_field as portable
 from tritonaff.portable import affinity_field_authors as portable_authors
 from tritonaff.portable.blocks import grad_dtype, label_dtype, precision
@@ -148,17 +149,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(
     ctx: Any, grad_sums: Tensor | None, grad_log_loss: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor]:
     if grad_sums is None and grad_log_loss is None:
-        return (None,) * 9
+        return {}
     if grad_sums is None:
         logits, _, _, rest = ctx.saved_tensors
         grad_sums = rest.new_zeros(2, logits.shape[1], len(ctx.options[0]))
     grad = affinity_field_backward(grad_sums, grad_log_loss, *ctx.saved_tensors, *ctx.options)
-    return grad, *(None for _ in range(8))
+    return {"logits": grad}
 
 
-affinity_field.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(affinity_field, _backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("tritonaff::affinity_field_with_gradient", mutates_args=())
@@ -230,27 +231,72 @@ def _setup_context_of_gradient(
 
 def _backward_of_gradient(
     ctx: Any, _sums: None, _log_loss: None, scale: Tensor | None, _grad: None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor]:
     if scale is None:
-        return (None,) * 11
+        return {}
     if ctx.grad is None or torch.is_grad_enabled():
         # Another pass through the same graph; or create_graph, which this op refuses when it is
         # differentiated.
         grad_sums, grad_log_loss, *rest = ctx.saved_tensors
         grad_log_loss = None if grad_log_loss is None else scale * grad_log_loss
         grad = affinity_field_backward(scale * grad_sums, grad_log_loss, *rest, *ctx.options)
-        return grad, *(None for _ in range(10))
+        return {"logits": grad}
     # Its memory is handed on.
     grad, ctx.grad = ctx.grad, None
     if type(grad) is Tensor:
         affinity_field_scale(grad, scale, ctx.options[-1])
     else:  # traced, to be fused with what follows
         grad = grad * scale
-    return grad.to(ctx.dtype), *(None for _ in range(10))
+    return {"logits": grad.to(ctx.dtype)}
 
 
-affinity_field_with_gradient.register_autograd(
-    _backward_of_gradient, setup_context=_setup_context_of_gradient
+register_gradients(
+    affinity_field_with_gradient,
+    _backward_of_gradient,
+    setup_context=_setup_context_of_gradient,
+)
+
+
+@torch.library.custom_op("tritonaff::affinity_field_coefficients", mutates_args=())
+def affinity_field_coefficients(coefficients: Tensor, logits: Tensor) -> Tensor:
+    """The coefficients, for weights that are learned: their gradient cannot be differentiated.
+
+    It is made of the sums, which are constants in the graph. A second derivative with respect to
+    the logits would drop them silently.
+    """
+    return coefficients.clone()
+
+
+@affinity_field_coefficients.register_fake
+def _(coefficients: Tensor, logits: Tensor) -> Tensor:
+    return torch.empty_like(coefficients)
+
+
+@torch.library.custom_op("tritonaff::affinity_field_coefficients_backward", mutates_args=())
+def affinity_field_coefficients_backward(grad: Tensor, logits: Tensor) -> Tensor:
+    """The gradient as it is. Without an autograd formula, so that differentiating it raises."""
+    return grad.clone()
+
+
+@affinity_field_coefficients_backward.register_fake
+def _(grad: Tensor, logits: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _setup_context_of_coefficients(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_of_coefficients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    if torch.is_grad_enabled():
+        grad = affinity_field_coefficients_backward(grad, *ctx.saved_tensors)
+    return {"coefficients": grad}
+
+
+register_gradients(
+    affinity_field_coefficients,
+    _backward_of_coefficients,
+    setup_context=_setup_context_of_coefficients,
 )
 
 

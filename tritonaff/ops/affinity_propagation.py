@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonaff.ops.backend import tile_runs
+from tritonaff.ops.gradients import register_gradients
 from tritonaff.portable import affinity_propagation as portable
 
 
@@ -108,21 +109,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None) -> dict[str, Tensor]:
     if grad is None:
-        return (None,) * 8
+        return {}
     needs_probs, needs_affinity, *_ = ctx.needs_input_grad
     grad_probs, grad_affinity = affinity_propagation_backward(
         grad, *ctx.saved_tensors, needs_probs, needs_affinity, *ctx.options
     )
-    return (
-        grad_probs if needs_probs else None,
-        grad_affinity if needs_affinity else None,
-        *(None for _ in range(6)),
-    )
+    grads = {"probs": grad_probs} if needs_probs else {}
+    return {**grads, "affinity": grad_affinity} if needs_affinity else grads
 
 
-affinity_propagation.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(affinity_propagation, _backward, setup_context=_setup_context)
 
 
 def _implementation(probs: Tensor, backend: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonaff.ops.backend import tile_runs, without_autocast
+from tritonaff.ops.gradients import register_gradients
 from tritonaff.portable import affinity_regression as portable
 from tritonaff.portable.blocks import precision, sum_dtype
 
@@ -88,14 +89,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_squared_error: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_squared_error: Tensor | None, *_: Any) -> dict[str, Tensor]:
     if grad_squared_error is None:
-        return (None,) * 5
+        return {}
     grad = affinity_regression_backward(grad_squared_error, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None
+    return {"logits": grad}
 
 
-affinity_regression.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(affinity_regression, _backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("tritonaff::square_root_affinity", mutates_args=())
@@ -133,15 +134,12 @@ def _setup_affinity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
     ctx.save_for_backward(logits)
 
 
-def _affinity_backward(ctx: Any, grad_affinity: Tensor) -> tuple[Tensor | None, ...]:
-    return (
-        square_root_affinity_backward(grad_affinity, *ctx.saved_tensors, ctx.grid_sizes),
-        None,
-        None,
-    )
+def _affinity_backward(ctx: Any, grad_affinity: Tensor) -> dict[str, Tensor]:
+    grad = square_root_affinity_backward(grad_affinity, *ctx.saved_tensors, ctx.grid_sizes)
+    return {"logits": grad}
 
 
-square_root_affinity.register_autograd(_affinity_backward, setup_context=_setup_affinity_context)
+register_gradients(square_root_affinity, _affinity_backward, setup_context=_setup_affinity_context)
 
 # A comparison of labels: any device, no gradient, nothing to fuse.
 label_affinity = portable.label_affinity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -14,6 +15,9 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "portable", "reference")
 # Most tiles hold a pixel's classes in one block of this size at most.
 MAX_TILE_CLASSES = 1024
+LEAST_TRITON = (3, 6)
+# Older GPUs make Triton's assembler fail.
+LEAST_CAPABILITY = (7, 0)
 
 _current = "auto"
 
@@ -66,7 +70,7 @@ def tile_runs(
     max_classes: int | None = MAX_TILE_CLASSES,
     obstacle: str | None = None,
 ) -> bool:
-    """Whether a tile takes this call; ValueError where the user insists on one and none can.
+    """True if a tile takes this call; ValueError where the user insists on one and none can.
 
     ``max_classes`` is how many the logits may have, None where their channels are no classes;
     ``obstacle`` says what speaks against a tile in the operation's own options.
@@ -92,17 +96,58 @@ def _obstacle(logits: Tensor, max_classes: int | None) -> str | None:
         return f"the tiles compute in float32, got {logits.dtype}"
     if max_classes is not None and logits.shape[1] > max_classes:
         return f"the tiles take at most {max_classes} classes, got {logits.shape[1]}"
-    if not _triton_installed():
-        return "triton is not installed"
     return _no_triton_on(logits.device)
 
 
 def _no_triton_on(device: torch.device) -> str | None:
-    if device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"no Triton on device {device} (TRITON_INTERPRET=1 would interpret the tiles)"
+    if not _triton_installed():
+        return "triton is not installed"
+    if device.type in ("cuda", "xpu"):
+        return _no_triton() or _too_old(device)
+    if not _interprets():
+        return (
+            f"no Triton on device {device} (TRITON_INTERPRET=1, set before Triton is imported, "
+            "would interpret the tiles)"
+        )
+    return _no_triton()
 
 
 @cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _no_triton() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"importing triton fails: {error}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        return f"the tiles need Triton {least} (torch 2.11 brings it), got {triton.__version__}"
+    return None
+
+
+def _interprets() -> bool:
+    """True if tiles are interpreted. Triton looks at the environment when it is imported: a
+    variable set later would mix interpreted and compiled functions.
+    """
+    triton = sys.modules.get("triton")
+    if triton is None:
+        return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    return not isinstance(triton.language.cdiv, triton.JITFunction)
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return (
+            f"the tiles need a GPU of compute capability {'.'.join(map(str, LEAST_CAPABILITY))}, "
+            f"got {'.'.join(map(str, capability))}"
+        )
+    return None

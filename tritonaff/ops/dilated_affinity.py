@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonaff.ops.backend import tile_runs
+from tritonaff.ops.gradients import register_gradients
 from tritonaff.portable import dilated_affinity as portable
 from tritonaff.portable.blocks import precision
 
@@ -95,14 +96,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss_sum: Tensor | None, *_: Any) -> dict[str, Tensor]:
     if grad_loss_sum is None:
-        return (None,) * 7
+        return {}
     grad = dilated_affinity_backward(grad_loss_sum, *ctx.saved_tensors, *ctx.options)
-    return grad, *(None for _ in range(6))
+    return {"logits": grad}
 
 
-dilated_affinity.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(dilated_affinity, _backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("tritonaff::neighbor_counts", mutates_args=())

@@ -1,0 +1,33 @@
+"""How the ops' autograd formulas hand gradients over: by the names in the op's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def register_gradients(
+    op: Any,
+    formula: Callable[..., dict[str, Tensor]],
+    *,
+    setup_context: Callable[..., None],
+) -> None:
+    """Registers ``formula(ctx, *grads)``, which returns the gradients of some of the op's
+    arguments by name. All others have none.
+    """
+    names = [argument.name for argument in op._opoverload._schema.arguments]
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return in_order(names, formula(ctx, *grads))
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def in_order(names: list[str], grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """One entry per name: autograd takes gradients by position."""
+    unknown = grads.keys() - set(names)
+    if unknown:
+        raise RuntimeError(f"gradients of {sorted(unknown)}, which are no arguments")
+    return tuple(grads.get(name) for name in names)
