@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -373,6 +374,40 @@ def test_without_instances():
     assert authors.compute().mean == 0
 
 
+@pytest.mark.parametrize("label", [11, -100])
+@pytest.mark.parametrize("make", [BoundaryScore, InstanceMeanIoU])
+def test_where_labels_are_not_looked_at_those_of_no_class_are_left_out(make, label, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(tritonaff.checks, "may_look_into", lambda tensor: False)
+    torch.manual_seed(0)
+    prediction, target, ids = torch.randint(0, 11, (3, 2, 9, 9))
+    ids = (ids,) if make is InstanceMeanIoU else ()
+    ignored, wrong = make(11), make(11)
+    for metric, void in ((ignored, 255), (wrong, label)):
+        target[:, 3:5] = void
+        metric.update(prediction, target, *ids)
+    for expected, found in zip(ignored.compute(), wrong.compute(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_states_are_exact_without_float64():
+    """Apple's GPUs lack it; float32 would lose the one image among 2**30."""
+    target = torch.tensor([[[0, 0, 0, 1]]])
+    metrics = [AffinityAccuracy([1]), BoundaryScore(2), InstanceMeanIoU(2), RefinementReport()]
+    for metric in metrics:
+        for name in metric.metric_state:
+            assert getattr(metric, name).dtype == torch.int64
+    metric = InstanceMeanIoU(2)
+    metric.update(torch.tensor([[[0, 1, 2, 0]]]), target, target)  # of class 0, 1 of 4
+    metric.update(torch.tensor([[[0, 2, 2, 2]]]), target, target)  # 1 of 3
+    for state in (metric.weighted_iou, metric.instance_count):
+        state *= 2**30
+    metric.update(target, target, target)
+    result = metric.compute()
+    expected = (2**30 * (Fraction(1, 4) + Fraction(1, 3)) + 1) / (2**31 + 1)
+    assert result.by_class.tolist() == pytest.approx([float(expected), 1 / (2**31 + 1)], rel=4e-16)
+
+
 # Affinity accuracy
 
 
@@ -512,6 +547,21 @@ def test_accuracy_adds_up_and_resets():
             lambda: InstanceMeanIoU(1).update(*[two_halves(8)] * 3),
             ValueError,
             r"target must hold classes in \[0, 1\) or ignore_index 255, got \[1\] at 120 pixels",
+        ),
+        (
+            lambda: BoundaryScore(11).update(two_halves(8), 11 * two_halves(8)),
+            ValueError,
+            r"target must hold classes in \[0, 11\) or ignore_index 255, got \[11\] at 120 pixels",
+        ),
+        (
+            lambda: BoundaryScore(11).update(two_halves(8), -100 * two_halves(8).long()),
+            ValueError,
+            r"target must hold classes in \[0, 11\) or ignore_index 255, got \[-100\]",
+        ),
+        (
+            lambda: RefinementReport().update(*[two_halves(8)] * 2, -100 * two_halves(8).long()),
+            ValueError,
+            r"target must hold classes in \[0, inf\) or ignore_index 255, got \[-100\]",
         ),
     ],
 )

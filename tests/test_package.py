@@ -10,17 +10,25 @@ from pathlib import Path
 import tritonaff
 
 ROOT = Path(__file__).parent.parent
+HOME = "https://github.com/tritonaff/tritonaff"
+
+
+def build(kind, folder):
+    """The one file that a build of a copy of the sources makes: a "wheel" or an "sdist"."""
+    source = folder / "source"
+    made = ("build", "dist", "*.egg-info", "__pycache__", "runs", ".*_cache", ".hypothesis")
+    ignore = shutil.ignore_patterns(".git", ".venv", *made)
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    command = f"import setuptools.build_meta as b, sys; b.build_{kind}(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", command, str(folder)], cwd=source, check=True, capture_output=True
+    )
+    (archive,) = folder.glob("tritonaff-*")
+    return archive
 
 
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
-    build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build("wheel", tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"tritonaff", f"tritonaff-{tritonaff.__version__}.dist-info"}
@@ -29,12 +37,48 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
         assert any(name.startswith(f"tritonaff/{package}") for name in names)
     metadata = zipfile.ZipFile(wheel).read(f"tritonaff-{tritonaff.__version__}.dist-info/METADATA")
     required = re.findall(r"^Requires-Dist: (.*)$", metadata.decode(), re.MULTILINE)
-    assert [line for line in required if "extra ==" not in line] == ["torch>=2.11"]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
+    urls = dict(re.findall(r"^Project-URL: (\w+), (.*)$", metadata.decode(), re.MULTILINE))
+    assert urls.keys() == {"Source", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(HOME) for url in urls.values())
+
+
+def test_an_sdist_holds_the_tests_and_passes_them(tmp_path):
+    """All of them are collected; those that run are quick and read what is not in the package."""
+    shutil.unpack_archive(build("sdist", tmp_path), tmp_path)
+    (root,) = (path for path in tmp_path.glob("tritonaff-*") if path.is_dir())
+    names = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", ".ci/run"]
+    names += ["tests/processes.py", "examples/study.py", "docs/demo.png", "kernels/shared.py"]
+    assert [name for name in names if not (root / name).exists()] == []
+    assert not list(root.rglob("*.pyc"))
+    quick = "test_rates or changelog or top_level or same_file or readme or ci_installs"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", quick]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_links_of_the_readme_lead_somewhere_from_a_package_index_too():
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)]*)\)", (ROOT / "README.md").read_text())
+    own = [(picture, link) for picture, link in links if "://arxiv.org/" not in link]
+    assert len(own) >= 10
+    for picture, link in own:
+        start = f"{HOME}/{'raw' if picture else 'blob'}/main/"
+        assert link.startswith(start)
+        page, _, heading = link.removeprefix(start).partition("#")
+        assert (ROOT / page).is_file(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], link
 
 
 def test_the_top_level_links_to_the_packages():
     for name in ("kernels", "reference", "bench"):
-        assert (ROOT / name).resolve() == ROOT / "tritonaff" / name
+        package = ROOT / "tritonaff" / name
+        if (ROOT / "PKG-INFO").exists():  # an sdist has copies
+            for path in package.glob("*.py"):
+                assert (ROOT / name / path.name).read_bytes() == path.read_bytes()
+        else:
+            assert (ROOT / name).resolve() == package
 
 
 def test_the_same_file_name_is_the_same_operation():

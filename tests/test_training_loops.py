@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import tritonaff
@@ -154,6 +156,26 @@ def test_lightning(batch):
     torch.testing.assert_close(module.model.state_dict(), step.state_dict())
 
 
+# -------------------------------------------------------------------------------- Apple's GPUs
+
+
+class NoFloat64(TorchDispatchMode):
+    """The meta device as MPS is: without float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, func
+        return result
+
+
+def test_a_head_is_made_on_a_device_without_float64():
+    with torch.device("meta"), NoFloat64():
+        head = tritonaff.DilatedAffinityHead(6, [1, 2], [0.9, 0.8])
+    assert head.bias.device.type == "meta"
+
+
 # --------------------------------------------------------------- segmentation_models_pytorch
 
 
@@ -168,7 +190,9 @@ def test_losses_of_segmentation_models_pytorch_take_the_same_tensors(batch):
     truth = (target == 1)[:, None].float()
     for mode, y_pred, y_true in zip(modes, (logits, logits[:, :1]), (target, truth), strict=True):
         theirs = smp.losses.DiceLoss(mode, from_logits=True, ignore_index=255)
-        ours = SegmentationModelsLoss(tritonaff.AffinityFieldLoss(), mode, from_logits=True)
+        ours = SegmentationModelsLoss(
+            tritonaff.AffinityFieldLoss(), mode, from_logits=True, ignore_index=255
+        )
         for loss_fn in (theirs, ours):
             (grad,) = torch.autograd.grad(loss_fn(y_pred, y_true), logits, retain_graph=True)
             assert grad.abs().sum() > 0
@@ -180,8 +204,9 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
     loss = tritonaff.AffinityFieldLoss((3, 5))
     logits, target = torch.randn(2, 4, 8, 12, dtype=torch.float64), batch[1]
     expected = loss(logits, target)
-    torch.testing.assert_close(SegmentationModelsLoss(loss)(logits, target), expected)
-    probs = SegmentationModelsLoss(loss, "multiclass", from_logits=False)
+    multiclass = SegmentationModelsLoss(loss, ignore_index=255)
+    torch.testing.assert_close(multiclass(logits, target), expected)
+    probs = SegmentationModelsLoss(loss, "multiclass", from_logits=False, ignore_index=255)
     torch.testing.assert_close(probs(logits.softmax(dim=1), target), expected)
 
     one = logits[:, :1]
@@ -197,6 +222,12 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
         SegmentationModelsLoss(loss, "multilabel")
     with pytest.raises(TypeError, match="loss must be a module, got str"):
         SegmentationModelsLoss("aaf")
+    with pytest.raises(TypeError, match="loss must have an ignore_index, got Identity"):
+        SegmentationModelsLoss(nn.Identity())
+    with pytest.raises(TypeError, match="ignore_index must be an int, got float"):
+        SegmentationModelsLoss(loss, ignore_index=255.0)
+    with pytest.raises(TypeError, match="y_true must have dtype uint8, int32, int64, got float"):
+        multiclass(logits, target.float())
     with pytest.raises(ValueError, match="y_pred must have one channel"):
         binary(logits, y_true)
     with pytest.raises(TypeError, match="y_pred must be a tensor"):
@@ -207,6 +238,65 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
         binary(one, 0.7 * y_true)
     with pytest.raises(TypeError, match="y_true must be a tensor, got ndarray"):
         binary(one, y_true.numpy())
+
+
+@pytest.mark.parametrize("ignored_by_loss", [255, -1, 7])
+@pytest.mark.parametrize("ignore_index", [255, -100, 0])
+def test_ignore_index_of_segmentation_models_pytorch(batch, ignore_index, ignored_by_loss):
+    """Theirs, whatever the loss's own one is."""
+    from tritonaff.smp import SegmentationModelsLoss
+
+    logits, target = torch.randn(2, 4, 8, 12), batch[1].clamp(max=3)
+    target[0, :3, :5] = ignore_index
+    expected = tritonaff.AffinityFieldLoss(ignore_index=ignore_index)(logits, target)
+    loss = tritonaff.AffinityFieldLoss(ignore_index=ignored_by_loss)
+    ours = SegmentationModelsLoss(loss, ignore_index=ignore_index)
+    torch.testing.assert_close(ours(logits, target), expected, rtol=0, atol=0)
+    assert loss.ignore_index == ignored_by_loss
+
+
+@pytest.mark.parametrize("mode", ["binary", "multiclass"])
+@pytest.mark.parametrize("ignored_by_loss", [255, -1])
+def test_by_default_no_label_is_ignored_as_in_segmentation_models_pytorch(mode, ignored_by_loss):
+    from tritonaff.smp import SegmentationModelsLoss
+
+    logits = torch.randn(2, 1 if mode == "binary" else 2, 8, 12)
+    mask = torch.randint(0, 2, (2, 8, 12), dtype=torch.uint8)
+    ours = SegmentationModelsLoss(tritonaff.AffinityFieldLoss(ignore_index=ignored_by_loss), mode)
+    assert ours(logits, mask) > 0.1
+    message = (
+        r"y_true must hold classes in \[0, 2\) or ignore_index None, got \[255\] at "
+        rf"{mask.sum()} pixels: divide a mask of 0 and 255 by 255, or pass ignore_index"
+    )
+    with pytest.raises(ValueError, match=message):
+        ours(logits, 255 * mask)
+    of_a_class = SegmentationModelsLoss(tritonaff.AffinityFieldLoss(ignore_index=1), mode)
+    with pytest.raises(ValueError, match=r"loss.ignore_index must be no class .* None, got 1"):
+        of_a_class(logits, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["binary", "multiclass"])
+def test_half_probabilities_are_read_in_float32(mode, dtype):
+    """Down to the smallest that half precision holds, and for 1 - p too."""
+    from tritonaff.smp import SegmentationModelsLoss
+
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(2, 2, 8, 12, generator=generator).clamp_min(0.01)
+    probs[:, 0, ::2] *= 1e-5
+    probs = (probs[:, :1] if mode == "binary" else probs).to(dtype)
+    target = torch.randint(0, 2, (2, 8, 12), generator=generator)
+    loss = tritonaff.AffinityRegressionLoss(grid_sizes=None)
+    ours = SegmentationModelsLoss(loss, mode, from_logits=False)
+    values = []
+    for p in (probs.requires_grad_(), probs.detach().float().requires_grad_()):
+        loss = ours(p, target)
+        values.append((loss, torch.autograd.grad(loss, p)[0]))
+    (loss, grad), (expected, expected_grad) = values
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=0, atol=0)
+    assert (probs < 6e-5).any()
+    assert (grad[probs < 6e-5] != 0).all()
 
 
 # ----------------------------------------------------------------------------- MMSegmentation

@@ -80,7 +80,8 @@ class BoundaryScore(Metric):
     Raises:
         ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
-            device.
+            device, and on a CPU a label that is neither a class nor ``ignore_index``: elsewhere
+            such pixels are left out.
 
     Example:
         >>> import torch
@@ -115,8 +116,8 @@ class BoundaryScore(Metric):
         """Adds a batch: predicted classes and labels, both (N, H, W) of uint8, int32 or int64."""
         checks.check_target(target)
         _check_like_target("prediction", prediction, target)
-        # As int64: the index must not wrap around in a narrower target.
-        counted = target.to(torch.int64) != self.ignore_index
+        checks.check_label_values(target, self.num_classes, self.ignore_index)
+        counted = _counted(target, self.num_classes, self.ignore_index)
         predicted = self._boundaries(prediction, counted)
         true = self._boundaries(target, counted)
         predicted_matched = predicted & _dilate(true, self.tolerance)
@@ -224,9 +225,10 @@ class InstanceMeanIoU(Metric):
         self.ignore_index = checks.check_ignore_index(ignore_index)
         checks.check_option("variant", variant, VARIANTS)
         self.variant = variant
-        zeros = torch.zeros(self.num_classes, dtype=torch.float64)
-        self.add_state("weighted_iou", zeros, dist_reduce_fx="sum")
-        self.add_state("instance_count", zeros.long(), dist_reduce_fx="sum")
+        zeros = torch.zeros(self.num_classes, dtype=torch.int64)
+        self.add_state("instance_count", zeros, dist_reduce_fx="sum")
+        # As digits, see _digits: not every device has float64.
+        self.add_state("weighted_iou", zeros.repeat(3, 1), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, instance_ids: Tensor) -> None:
         """Adds a batch: predicted classes, labels, and ids that tell the instances of an image
@@ -239,15 +241,15 @@ class InstanceMeanIoU(Metric):
             checks.check_label_values(target, self.num_classes, self.ignore_index)
         for images in zip(prediction.long(), target.long(), instance_ids, strict=True):
             predicted, true, ids = (image.flatten() for image in images)
-            counted = (true != self.ignore_index) & (true >= 0) & (true < self.num_classes)
+            counted = _counted(true, self.num_classes, self.ignore_index)
             iou = self._iou(predicted[counted], true[counted])
             count = self._instance_count(true, counted, ids)
-            self.weighted_iou += count * iou
+            self.weighted_iou += _digits(count.cpu() * iou).to(count.device)
             self.instance_count += count
 
     def compute(self) -> InstanceIoUs:
         """The values of all batches since the start or the last ``reset``."""
-        weighted_iou, count = self.weighted_iou.cpu(), self.instance_count.cpu().double()
+        weighted_iou, count = _number(self.weighted_iou.cpu()), self.instance_count.cpu().double()
         if self.variant == "authors":
             by_class = weighted_iou / (count + 1e-12)
             return InstanceIoUs(by_class, by_class.mean())
@@ -255,19 +257,20 @@ class InstanceMeanIoU(Metric):
         return InstanceIoUs(by_class, by_class.nanmean())
 
     def _iou(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """(C,): of the pixels that count in one image, 0 for a class that none of them has."""
+        """(C,) float64 on the CPU: of the pixels that count in one image; 0 for a class without."""
         hits = self._pixels(true[predicted == true])
         if self.variant == "authors":
             predicted = predicted.where(predicted != self.num_classes, self.num_classes - 1)
         is_class = (predicted >= 0) & (predicted < self.num_classes)
         union = self._pixels(true) + self._pixels(predicted[is_class]) - hits
+        hits, union = torch.stack((hits, union)).cpu().double().unbind()
         if self.variant == "authors":
             return hits / (union + 1e-12)
         return hits / union.clamp(min=1)
 
     def _pixels(self, classes: Tensor) -> Tensor:
-        """(C,) float64: how many there are of each class."""
-        return torch.bincount(classes, minlength=self.num_classes).double()
+        """(C,): how many there are of each class."""
+        return torch.bincount(classes, minlength=self.num_classes)
 
     def _instance_count(self, true: Tensor, counted: Tensor, ids: Tensor) -> Tensor:
         """(C,): the instances of each class in one image."""
@@ -279,6 +282,23 @@ class InstanceMeanIoU(Metric):
         if self.variant == "authors":
             return torch.bincount(table[:255].argmax(dim=1), minlength=self.num_classes)
         return (table > 0).sum(dim=0)
+
+
+def _digits(value: Tensor) -> Tensor:
+    """(3, C) int64 for (C,) float64 of at least 0: its digits to the base 2**31, the first before
+    the point. Sums of them are exact, whatever their order, for 2**32 images.
+    """
+    digits = []
+    for _ in range(3):
+        digits.append(value.floor())
+        value = (value - digits[-1]) * 2**31
+    return torch.stack(digits).long()
+
+
+def _number(digits: Tensor) -> Tensor:
+    """(C,) float64 of sums of digits (3, C)."""
+    first, second, third = digits.double().unbind()
+    return first + (second + third / 2**31) / 2**31
 
 
 class AffinityAccuracies(NamedTuple):
@@ -426,7 +446,8 @@ class RefinementReport(Metric):
     Raises:
         ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
-            device.
+            device, and on a CPU a label below 0 that is not ``ignore_index``: elsewhere it is a
+            class.
 
     Example:
         >>> import torch
@@ -461,6 +482,7 @@ class RefinementReport(Metric):
         checks.check_target(target)
         _check_like_target("before", before, target)
         _check_like_target("after", after, target)
+        checks.check_label_values(target, None, self.ignore_index)
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
         counted = target.to(torch.int64) != self.ignore_index
@@ -493,6 +515,13 @@ class RefinementReport(Metric):
 def _check_like_target(name: str, value: Any, target: Tensor) -> None:
     checks.check_tensor(name, value, checks.TARGET_DTYPES, tuple(target.shape))
     checks.check_one_device(name, value, "target", target)
+
+
+def _counted(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Which pixels have a class that is not to be left out."""
+    # As int64: the numbers must not wrap around in a narrower target.
+    label = target.to(torch.int64)
+    return (label != ignore_index) & (label >= 0) & (label < num_classes)
 
 
 def _dilate(image: Tensor, distance: int) -> Tensor:

@@ -262,20 +262,23 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
 
     @property
     def edge_weight(self) -> Tensor:
-        """(C, K) weights of the sizes in the edge term; each row sums to 1."""
-        return self.edge_scores.softmax(dim=1)
+        """(C, K) weights of the sizes in the edge term; each row sums to 1. Sharded by FSDP they
+        are gathered: all processes must ask for them.
+        """
+        return _full(self.edge_scores).softmax(dim=1)
 
     @property
     def non_edge_weight(self) -> Tensor:
-        """(C, K) weights of the sizes in the non-edge term; each row sums to 1."""
-        return self.non_edge_scores.softmax(dim=1)
+        """(C, K) weights of the sizes in the non-edge term, as :attr:`edge_weight`."""
+        return _full(self.non_edge_scores).softmax(dim=1)
 
     def effective_kernel_size(self) -> tuple[Tensor, Tensor]:
         """The mean kernel size of every class, (C,), by the edge weights and by the non-edge
         weights (paper, 5.4).
         """
-        sizes = self.edge_scores.new_tensor(self.kernel_sizes)
-        return self.edge_weight.detach() @ sizes, self.non_edge_weight.detach() @ sizes
+        edge_weight, non_edge_weight = self.edge_weight.detach(), self.non_edge_weight.detach()
+        sizes = edge_weight.new_tensor(self.kernel_sizes)
+        return edge_weight @ sizes, non_edge_weight @ sizes
 
     def optimizer_group(self, lr: float) -> dict[str, Any]:
         """The weights as a parameter group for a torch optimiser: this learning rate and no weight
@@ -417,25 +420,28 @@ class DilatedAffinityHead(nn.Conv2d):
     def reset_parameters(self) -> None:
         assert self.bias is not None
         nn.init.normal_(self.weight, std=0.01)
-        frequency = torch.tensor(self.positive_frequency, dtype=torch.float64)
+        # On the host, whatever the default device: not every one has float64.
+        frequency = torch.tensor(self.positive_frequency, dtype=torch.float64, device="cpu")
         bias = frequency.logit().repeat_interleave(len(DIRECTIONS))
         with torch.no_grad():
-            self.bias.copy_(_distributed_like(bias, self.bias))
+            self.bias.copy_(_like(bias, self.bias))
 
     def extra_repr(self) -> str:
         frequency = ", ".join(f"{x:.4g}" for x in self.positive_frequency)
         return f"{self.in_channels}, rates={self.rates}, positive_frequency=({frequency})"
 
 
-def _distributed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The same tensor in all processes, as a DTensor where the parameter is one (FSDP)."""
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The same tensor in all processes, on the parameter's device and in its dtype, as a DTensor
+    where the parameter is one (FSDP).
+    """
+    tensor = tensor.to(parameter.dtype).to(parameter.device)
     if not hasattr(parameter, "device_mesh"):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(parameter, DTensor)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
@@ -596,6 +602,14 @@ class AffinityPropagation(nn.Module):
             f"rates={self.rates}, iterations={self.iterations}, self_weight={self.self_weight}, "
             f"steepness={self.steepness}, from_logits={self.from_logits}"
         )
+
+
+def _full(parameter: Tensor) -> Tensor:
+    """The parameter in full, where FSDP has shared it out."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    full: Tensor = parameter.full_tensor()
+    return full
 
 
 def _adversarial_softmax(scores: Tensor) -> Tensor:

@@ -15,21 +15,23 @@ class SegmentationModelsLoss(nn.Module):
 
     Args:
         loss: :class:`tritonaff.AffinityFieldLoss`, :class:`tritonaff.AdaptiveAffinityFieldLoss` or
-            :class:`tritonaff.AffinityRegressionLoss`. It has the ignore_index: 255 by default,
-            where theirs is None. Masks of 0 and 255 are to be divided by 255 first.
+            :class:`tritonaff.AffinityRegressionLoss`. Its own ignore_index may be any label but a
+            class.
         mode: ``"multiclass"``, or ``"binary"``: then the one channel is the logit of class 1, and
             the loss sees two classes, the other with the logit 0. Their "multilabel" has no
             counterpart: affinity compares the one label of a pixel with that of another.
         from_logits: whether ``y_pred`` holds logits; if not, probabilities.
+        ignore_index: label of the pixels to leave out; None, the default as theirs: all count.
 
     Shapes:
         ``forward(y_pred, y_true)`` with y_pred (N, C, H, W), y_true (N, H, W) gives a scalar.
         Binary: y_pred (N, 1, H, W), y_true (N, H, W) or (N, 1, H, W) of any dtype that holds 0, 1
-        and the loss's ignore_index; an adaptive loss has num_classes=2.
+        and ignore_index; an adaptive loss has num_classes=2.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
-            called.
+            called; on a CPU in eager mode a label that is neither a class nor ``ignore_index``,
+            such as 255 in a mask of 0 and 255: elsewhere such pixels are left out.
 
     Example:
         >>> import torch, tritonaff
@@ -40,19 +42,33 @@ class SegmentationModelsLoss(nn.Module):
         >>> loss_fn(y_pred, y_true).backward()
     """
 
-    def __init__(self, loss: nn.Module, mode: str = "multiclass", from_logits: bool = True) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        mode: str = "multiclass",
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, got {type(loss).__name__}")
+        if not hasattr(loss, "ignore_index"):
+            raise TypeError(f"loss must have an ignore_index, got {type(loss).__name__}")
         checks.check_option("mode", mode, MODES)
         self.loss = loss
         self.mode = mode
         self.from_logits = checks.check_bool("from_logits", from_logits)
+        if ignore_index is not None:
+            ignore_index = checks.check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         checks.check_logits(y_pred, "y_pred")
         if not isinstance(y_true, Tensor):
             raise TypeError(f"y_true must be a tensor, got {type(y_true).__name__}")
+        if not self.from_logits:
+            # Half precision would lose 1 - p, and the logarithms of small p.
+            y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))
         if self.mode == "binary":
             if y_pred.shape[1] != 1:
                 raise ValueError(f"y_pred must have one channel, got shape {tuple(y_pred.shape)}")
@@ -71,8 +87,32 @@ class SegmentationModelsLoss(nn.Module):
             y_true = label
         if not self.from_logits:
             y_pred = y_pred.clamp_min(torch.finfo(y_pred.dtype).tiny).log()
-        loss: Tensor = self.loss(y_pred, y_true)
+        loss: Tensor = self.loss(y_pred, self._labels_of_the_loss(y_true, y_pred.shape[1]))
         return loss
 
+    def _labels_of_the_loss(self, y_true: Tensor, num_classes: int) -> Tensor:
+        """The labels, with the loss's ignore_index in the place of this module's."""
+        checks.check_tensor("y_true", y_true, checks.TARGET_DTYPES, ("N", "H", "W"))
+        ignored, ignored_by_loss = self.ignore_index, int(self.loss.ignore_index)  # type: ignore[arg-type]
+        if 0 <= ignored_by_loss < num_classes and ignored_by_loss != ignored:
+            raise ValueError(
+                f"loss.ignore_index must be no class in [0, {num_classes}) with the ignore_index "
+                f"{ignored}, got {ignored_by_loss}: make the loss with another one"
+            )
+        label = y_true.to(torch.int64)
+        if checks.may_look_into(label):
+            wrong = (label < 0) | (label >= num_classes)
+            if ignored is not None:
+                wrong &= label != ignored
+            if wrong.any():
+                raise ValueError(
+                    f"y_true must hold classes in [0, {num_classes}) or ignore_index {ignored}, "
+                    f"got {torch.unique(label[wrong])[:5].tolist()} at {int(wrong.sum())} pixels: "
+                    "divide a mask of 0 and 255 by 255, or pass ignore_index, the label of the "
+                    "pixels to leave out"
+                )
+        return label if ignored is None else label.masked_fill(label == ignored, ignored_by_loss)
+
     def extra_repr(self) -> str:
-        return f"mode={self.mode!r}, from_logits={self.from_logits}"
+        options = f"mode={self.mode!r}, from_logits={self.from_logits}"
+        return f"{options}, ignore_index={self.ignore_index}"
