@@ -1,18 +1,29 @@
 # Every target sets up what it needs in .venv; PYTHON=python3.12 chooses the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv
+TORCH :=
 BIN := $(VENV)/bin
 
 # The tiles as a GPU runs them, on a machine without one.
 TILE_TESTS := ptx backend affinity_field affinity_propagation affinity_regression dilated_affinity compile
 
-.PHONY: demo test test-ptx bench lint format wheel clean
+.PHONY: demo test test-version test-ptx bench lint format wheel clean
 
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/train_segmentation.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# Another version of torch: everything but what interprets tiles, of which one case per operation.
+# make test-version VENV=.venv-oldest PYTHON=python3.10 TORCH=torch==2.6.0
+test-version: $(VENV)/test.stamp
+	$(BIN)/python -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', torch.__version__)"
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS) \
+		-k "not (triton or tiles or ptx or static) or every_op" \
+		--ignore tritonaff/bench/static.py
+	$(BIN)/python examples/train_segmentation.py --no-compile --steps 20 \
+		--loss ce ce+aaf ce+ar ce+dilated
 
 test-ptx: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" $(TILE_TESTS:%=tests/test_%.py) $(ARGS)
@@ -39,5 +50,5 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]" $(TORCH)
 	touch $@

@@ -1,12 +1,17 @@
-"""What autograd formulas return is what the schemas of their ops say, on every path through them."""
+"""Autograd formulas return a gradient per argument of their op, on every path through them."""
 
 import pytest
 import torch
 
 import tritonaff
 from tritonaff.bench.cases import make_dilated_affinity_inputs, make_inputs, make_propagation_inputs
-from tritonaff.ops import affinity_field, affinity_propagation, affinity_regression
-from tritonaff.ops import dilated_affinity, gradients
+from tritonaff.ops import (
+    affinity_field,
+    affinity_propagation,
+    affinity_regression,
+    dilated_affinity,
+    gradients,
+)
 
 MODULES = affinity_field, affinity_propagation, affinity_regression, dilated_affinity
 OPS = {

@@ -228,7 +228,7 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
         SegmentationModelsLoss(loss, ignore_index=255.0)
     with pytest.raises(TypeError, match="y_true must have dtype uint8, int32, int64, got float"):
         multiclass(logits, target.float())
-    with pytest.raises(ValueError, match="y_pred must have one channel"):
+    with pytest.raises(ValueError, match=r"y_pred must have shape \(N, 1, H, W\)"):
         binary(logits, y_true)
     with pytest.raises(TypeError, match="y_pred must be a tensor"):
         binary([], y_true)

@@ -29,8 +29,8 @@ LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ASSERT_LABELS = os.environ.get("TRITONAFF_CHECK") == "1"
 
 
-def check_logits(logits: Any, name: str = "logits") -> Tensor:
-    logits = check_tensor(name, logits, LOGITS_DTYPES, ("N", "C", "H", "W"))
+def check_logits(value: Any, name: str = "logits") -> Tensor:
+    logits = check_tensor(name, value, LOGITS_DTYPES, ("N", "C", "H", "W"))
     if any(size < 1 for size in logits.shape[1:]):
         raise ValueError(
             f"{name} must have at least one class, row and column, got shape {tuple(logits.shape)}"
@@ -44,8 +44,8 @@ def check_logits(logits: Any, name: str = "logits") -> Tensor:
     return logits
 
 
-def check_target(target: Any) -> Tensor:
-    target = check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
+def check_target(value: Any) -> Tensor:
+    target = check_tensor("target", value, TARGET_DTYPES, ("N", "H", "W"))
     if any(size < 1 for size in target.shape[1:]):
         raise ValueError(
             f"target must have at least one row and column, got shape {tuple(target.shape)}"
@@ -129,9 +129,9 @@ def check_class_weight(name: str, weight: Any, num_classes: int | None = None) -
     return check_tensor(name, weight, LOGITS_DTYPES, shape)
 
 
-def check_normalizer(normalizer: Any, shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
+def check_normalizer(value: Any, shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
     """As int64: the total over processes may not fit int32."""
-    normalizer = check_tensor("normalizer", normalizer, COUNT_DTYPES, shape)
+    normalizer = check_tensor("normalizer", value, COUNT_DTYPES, shape)
     check_one_device("normalizer", normalizer, name, tensor)
     return normalizer.to(torch.int64)
 
@@ -159,10 +159,10 @@ def check_one_device(
 def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
-    weight = check_tensor(name, weight, LOGITS_DTYPES, shape)
+    plain = check_tensor(name, weight, LOGITS_DTYPES, shape)
     remedy = "; a loss with weights of its own moves with loss.to(device)"
-    check_one_device(name, weight, "logits", logits, remedy)
-    return weight
+    check_one_device(name, plain, "logits", logits, remedy)
+    return plain
 
 
 def check_progress(progress: Any) -> float | Tensor | None:
@@ -171,10 +171,10 @@ def check_progress(progress: Any) -> float | Tensor | None:
         return None
     if not isinstance(progress, Tensor):
         return check_number("progress", progress, at_least=0, at_most=1)
-    progress = check_tensor("progress", progress, LOGITS_DTYPES, ())
-    if may_look_into(progress):
-        check_number("progress", progress.item(), at_least=0, at_most=1)
-    return progress
+    plain = check_tensor("progress", progress, LOGITS_DTYPES, ())
+    if may_look_into(plain):
+        check_number("progress", plain.item(), at_least=0, at_most=1)
+    return plain
 
 
 def may_look_into(tensor: Tensor) -> bool:

@@ -14,10 +14,10 @@ from torch import distributed as dist
 from tritonaff import checks
 from tritonaff.distributed import all_reduce
 from tritonaff.ops.affinity_field import affinity_field as affinity_field_op
-from tritonaff.ops.affinity_field import affinity_field_statistics as affinity_field_statistics_op
 from tritonaff.ops.affinity_field import (
     affinity_field_coefficients as affinity_field_coefficients_op,
 )
+from tritonaff.ops.affinity_field import affinity_field_statistics as affinity_field_statistics_op
 from tritonaff.ops.affinity_field import (
     affinity_field_with_gradient as affinity_field_with_gradient_op,
 )
@@ -95,8 +95,9 @@ def affinity_field_terms(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or range. A label outside [0, C) other than ignore_index
-            raises in eager mode on the CPU (variant "paper"); elsewhere such pixels are ignored.
+        ValueError: a wrong shape, device or range; fewer than two classes. A label outside [0, C)
+            other than ignore_index raises in eager mode on the CPU (variant "paper"); elsewhere such
+            pixels are ignored, unless TRITONAFF_CHECK=1 asserts labels on the device.
 
     Paper: Ke, Hwang, Liu, Yu, "Adaptive Affinity Fields for Semantic Segmentation", ECCV 2018, Eq.
     3. We clamp p so that p and 1 - p stay a distribution, and count exactly the pairs that exist.

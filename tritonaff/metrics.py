@@ -114,8 +114,8 @@ class BoundaryScore(Metric):
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Adds a batch: predicted classes and labels, both (N, H, W) of uint8, int32 or int64."""
-        checks.check_target(target)
-        _check_like_target("prediction", prediction, target)
+        target = checks.check_target(target)
+        prediction = _check_like_target("prediction", prediction, target)
         checks.check_label_values(target, self.num_classes, self.ignore_index)
         counted = _counted(target, self.num_classes, self.ignore_index)
         predicted = self._boundaries(prediction, counted)
@@ -234,9 +234,9 @@ class InstanceMeanIoU(Metric):
         """Adds a batch: predicted classes, labels, and ids that tell the instances of an image
         apart, each (N, H, W) of uint8, int32 or int64.
         """
-        checks.check_target(target)
-        _check_like_target("prediction", prediction, target)
-        _check_like_target("instance_ids", instance_ids, target)
+        target = checks.check_target(target)
+        prediction = _check_like_target("prediction", prediction, target)
+        instance_ids = _check_like_target("instance_ids", instance_ids, target)
         if self.variant == "paper":
             checks.check_label_values(target, self.num_classes, self.ignore_index)
         for images in zip(prediction.long(), target.long(), instance_ids, strict=True):
@@ -479,9 +479,9 @@ class RefinementReport(Metric):
         """Adds a batch: predicted classes before and after, and labels, each (N, H, W) of uint8,
         int32 or int64.
         """
-        checks.check_target(target)
-        _check_like_target("before", before, target)
-        _check_like_target("after", after, target)
+        target = checks.check_target(target)
+        before = _check_like_target("before", before, target)
+        after = _check_like_target("after", after, target)
         checks.check_label_values(target, None, self.ignore_index)
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
@@ -512,9 +512,10 @@ class RefinementReport(Metric):
             yield counted & (highest != lowest)[:, 0]
 
 
-def _check_like_target(name: str, value: Any, target: Tensor) -> None:
-    checks.check_tensor(name, value, checks.TARGET_DTYPES, tuple(target.shape))
-    checks.check_one_device(name, value, "target", target)
+def _check_like_target(name: str, value: Any, target: Tensor) -> Tensor:
+    labels = checks.check_tensor(name, value, checks.TARGET_DTYPES, tuple(target.shape))
+    checks.check_one_device(name, labels, "target", target)
+    return labels
 
 
 def _counted(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -108,7 +108,7 @@ class AffinityFieldLoss(_Loss):
             if not cross_entropy:
                 raise ValueError("class_weight needs cross_entropy=True")
         self.class_weight: Tensor | None
-        self.register_buffer("class_weight", class_weight)  # type: ignore[arg-type]
+        self.register_buffer("class_weight", class_weight)
 
     def forward(
         self,

@@ -63,15 +63,17 @@ class SegmentationModelsLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        checks.check_logits(y_pred, "y_pred")
+        if self.mode == "binary":
+            shape = "N", 1, "H", "W"
+            y_pred = checks.check_tensor("y_pred", y_pred, checks.LOGITS_DTYPES, shape)
+        else:
+            y_pred = checks.check_logits(y_pred, "y_pred")
         if not isinstance(y_true, Tensor):
             raise TypeError(f"y_true must be a tensor, got {type(y_true).__name__}")
         if not self.from_logits:
             # Half precision would lose 1 - p, and the logarithms of small p.
             y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))
         if self.mode == "binary":
-            if y_pred.shape[1] != 1:
-                raise ValueError(f"y_pred must have one channel, got shape {tuple(y_pred.shape)}")
             # With probabilities, log(1 - p) and log p are the logits of the two classes.
             other = torch.zeros_like(y_pred) if self.from_logits else 1 - y_pred
             y_pred = torch.cat((other, y_pred), dim=1)
@@ -92,7 +94,7 @@ class SegmentationModelsLoss(nn.Module):
 
     def _labels_of_the_loss(self, y_true: Tensor, num_classes: int) -> Tensor:
         """The labels, with the loss's ignore_index in the place of this module's."""
-        checks.check_tensor("y_true", y_true, checks.TARGET_DTYPES, ("N", "H", "W"))
+        y_true = checks.check_tensor("y_true", y_true, checks.TARGET_DTYPES, ("N", "H", "W"))
         ignored, ignored_by_loss = self.ignore_index, int(self.loss.ignore_index)  # type: ignore[arg-type]
         if 0 <= ignored_by_loss < num_classes and ignored_by_loss != ignored:
             raise ValueError(

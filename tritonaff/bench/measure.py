@@ -18,7 +18,7 @@ from tritonaff.bench.cases import Case, differentiable
 from tritonaff.ops.backend import use_backend
 
 try:
-    from torch._inductor.utils import fresh_cache
+    from torch._inductor.utils import fresh_cache as fresh_cache
 except ImportError:  # torch before 2.8
     from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 

@@ -1,0 +1,13 @@
+"""Each operation with each implementation, once, at a size that takes little time: what runs on
+every version of torch and Triton.
+"""
+
+import pytest
+
+from tritonaff.bench.cases import CASES, check_parity
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_op(backend, device, case):
+    channels = 32 if case.name == "dilated_affinity" else 5
+    check_parity(case, backend, *case.make_inputs((1, channels, 20, 24), device=device))
