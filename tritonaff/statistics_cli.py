@@ -172,7 +172,7 @@ def _label_paths(folder: Path, leave_out: Path) -> list[Path]:
             # A link that leads nowhere is no image either, which reading it says.
             if path.suffix.lower() == ".png" and (path.is_file() or not path.exists()):
                 paths.setdefault(os.path.realpath(path), path)
-    # Of an earlier run, where it is kept beside the labels.
+    # A picture that an earlier run has left beside the labels is none of them.
     paths.pop(os.path.realpath(leave_out), None)
     if not paths:
         raise ValueError(f"no PNG files in {folder}")
