@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tritonaff.files import replacing
 
 
 class CheckpointError(Exception):
@@ -15,14 +17,12 @@ class CheckpointError(Exception):
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a new file and lets it take the old one's place, in one step of the file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        torch.save(dict(content), file)
-        file.flush()
-        os.fsync(file.fileno())  # its bytes are on the disk before its name is
-    os.replace(new, path)
+    # Into memory first: where a disk is full, torch says that its position is unexpected.
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    with replacing(path) as new:
+        new.write_bytes(buffer.getbuffer())
 
 
 def load(path: Path, training: Mapping[str, Any]) -> dict[str, Any] | None:

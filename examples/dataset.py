@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tritonaff.files import read_label
+
+T = TypeVar("T")
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) and labels (H, W), both uint8
 
 
@@ -40,14 +43,17 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
 
     def split(name: str) -> list[Pair]:
         paths = (folder / "images" / name).glob("*")
-        images = [path for path in paths if path.suffix.lower() in (".jpg", ".png")]
+        images = [path for path in paths if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
         if not images:
-            raise DataError(f"there is no .jpg or .png in {folder / 'images' / name}")
+            raise DataError(f"there is no .jpg, .jpeg or .png in {folder / 'images' / name}")
         labels = folder / "labels" / name
-        return [
+        pairs = [
             load_pair(image, labels / f"{image.stem}.png", len(classes), ignore_index)
             for image in sorted(images)
         ]
+        if all((values == ignore_index).all() for _, values in pairs):
+            raise DataError(f"all pixels in {labels} are ignored, --ignore-index {ignore_index}")
+        return pairs
 
     return Dataset(folder.resolve().name, classes, split("train"), split("val"), split("test"))
 
@@ -55,29 +61,39 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
 def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index: int) -> Pair:
     if not label_path.is_file():
         raise DataError(f"{image_path} has no labels {label_path}")
-    image, labels = open_image(image_path), open_image(label_path)
-    if labels.mode not in ("L", "P"):
-        raise DataError(f"{label_path} must hold one 8-bit value per pixel, has mode {labels.mode}")
-    if labels.size != image.size:
-        label_size, image_size = ("{}x{}".format(*x.size) for x in (labels, image))
+    image, labels = read(read_image, image_path), read(read_label, label_path).numpy()
+    if labels.shape != image.shape[:2]:
+        label_size, image_size = (f"{x.shape[1]}x{x.shape[0]}" for x in (labels, image))
         raise DataError(f"{label_path} is {label_size}, its image {image_path} is {image_size}")
-    values = np.array(labels)
-    wrong = [v for v in np.unique(values).tolist() if v >= num_classes and v != ignore_index]
+    wrong = [v for v in np.unique(labels).tolist() if v >= num_classes and v != ignore_index]
     if wrong:
         raise DataError(
             f"{label_path} holds {wrong[0]}, neither one of the {num_classes} classes "
             f"of classes.txt nor --ignore-index {ignore_index}"
         )
-    return np.array(image.convert("RGB")), values
+    return image, labels
 
 
-def open_image(path: Path) -> Image.Image:
+def read(reader: Callable[[Path], T], path: Path) -> T:
     try:
-        image = Image.open(path)
-        image.load()
+        return reader(path)
     except Exception as error:  # of almost any kind, for a broken file
-        raise DataError(f"cannot read {path}: {error}") from error
-    return image
+        raise DataError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
+
+
+MODES_OF_8_BITS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # as many or fewer, stretched
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    with Image.open(path) as image:
+        if image.mode in MODES_OF_8_BITS:
+            return np.array(image.convert("RGB"))
+        # Gray of 16 bits, which convert() would clip; older versions of Pillow call a PNG's "I".
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+            gray = (np.array(image) / 65535 * 255).round().astype(np.uint8)
+            return np.stack([gray] * 3, axis=-1)
+        raise ValueError(f"expected 8-bit or 16-bit pixels, got mode {image.mode}")
 
 
 def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:

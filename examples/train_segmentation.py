@@ -64,6 +64,7 @@ from tritonaff import (
     square_root_affinity,
 )
 from tritonaff.distributed import all_reduce
+from tritonaff.files import check_writable, replacing
 from tritonaff.metrics import BoundaryScore
 from tritonaff.plotting import plot_affinity
 
@@ -558,9 +559,11 @@ def draw(path: Path, data: Dataset, results: list[Result], rows: int = 4) -> Non
     for axis in axes.flat:
         axis.axis("off")
     patches = [Patch(color=palette(k % palette.N), label=c) for k, c in enumerate(data.classes)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    legend = figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # dollars in the name of a class are dollars
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=110)
 
 
 def draw_affinity(path: Path, data: Dataset, result: Result, ignore_index: int) -> None:
@@ -573,7 +576,8 @@ def draw_affinity(path: Path, data: Dataset, result: Result, ignore_index: int) 
         "after": square_root_affinity(infer(result.network, image).logits).cpu(),
     }
     ignored = ~(valid[:, :, None] & valid[:, None, :])
-    plot_affinity({k: v.masked_fill(ignored, torch.nan) for k, v in matrices.items()}, path)
+    with replacing(path) as new:
+        plot_affinity({k: v.masked_fill(ignored, torch.nan) for k, v in matrices.items()}, new)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -584,10 +588,18 @@ def main() -> int:
     device = ranks.join()
     try:
         return run(options, device)
-    except (DataError, CheckpointError, OSError) as error:
+    except (DataError, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if ranks.rank() == 0:
+            print(
+                "interrupted: with --resume, the same command goes on from the checkpoints "
+                f"in {options.output}",
+                file=sys.stderr,
+            )
+        return 130
     finally:
         ranks.leave()
 
@@ -599,8 +611,10 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         raise DataError(
             f"a batch of {options.batch_size} is too small for {ranks.size()} processes"
         )
-    options.output.mkdir(parents=True, exist_ok=True)
+    if options.batch_size == 1 and max(options.size) <= 8:  # a pixel where the network is coarsest
+        raise DataError("a batch of one crop of 8x8 or less has no variance to normalise by")
     data = load_folder(options.data, options.ignore_index) if options.data else drawn_scenes()
+    check_writable(options.output / f"{data.name}.png")
     display.say(
         f"{data.name}: {len(data.classes)} classes, {len(data.train)} training, "
         f"{len(data.val)} validation and {len(data.test)} test images; on {device}"
@@ -641,7 +655,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def write_losses(path: Path, names: Sequence[str], results: list[Result]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["step", *names])
         for step, losses in enumerate(zip(*(result.losses for result in results), strict=True)):
@@ -682,7 +696,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="a data set: images/{train,val,test}/NAME.jpg or .png, "
+        help="a data set: images/{train,val,test}/NAME.jpg, .jpeg or .png, "
         "labels/{train,val,test}/NAME.png, 8-bit pixels whose value is the class, classes.txt "
         "with a name on each line, class 0 first (default: scenes drawn by the example)",
     )
@@ -724,7 +738,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--learning-rate", type=rate, default=3e-3, help="default: %(default)s")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of initial weights and crops (default: %(default)s)"
+        "--seed", type=seed, default=0, help="of initial weights and crops (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
@@ -764,6 +778,12 @@ def byte(text: str) -> int:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
     return int(text)
 
 

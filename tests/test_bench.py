@@ -182,12 +182,78 @@ def test_list(capsys):
     assert all(op in printed for op in CASES)
 
 
-def test_a_device_that_is_not_there(capsys):
-    assert main(["run", "--quick", "--device", "nonsense"]) == 1
-    assert "device nonsense cannot be used" in capsys.readouterr().err
+@pytest.mark.parametrize("device", ["nonsense", "meta", "hpu", "vulkan"])
+def test_a_device_that_cannot_compute(capsys, device):
+    assert main(["run", "--quick", "--device", device]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tritonaff-bench: device {device} cannot be used: ")
 
 
-@pytest.mark.parametrize("arguments", [["--impl", "fast"], ["--shape", "1,2,3"], ["--mode", "x"]])
+def test_shapes_beyond_memory_are_named_and_left_out(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    huge = "64,1000,100000,10000"  # 512 TB of float64
+    arguments = [*QUICK, "--mode", "fwd", "--json", str(path), "--shape"]
+    assert main([*arguments, huge]) == 1
+    reason = "reference,portable: needs more memory than cpu has"
+    expected = f"tritonaff-bench: not run: affinity_field {huge} {reason}\n"
+    assert capsys.readouterr() == ("", expected)
+    assert not path.exists()
+
+    assert main([*arguments, huge, "1,3,5,6"]) == 0
+    assert f"not run: affinity_field {huge} {reason}\n" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    (left_out,) = content["left_out"]
+    assert left_out["shape"] == [64, 1000, 100000, 10000]
+    assert {tuple(row["shape"]) for row in content["rows"]} == {(1, 3, 5, 6)}
+
+    def broken(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(measure, "measure", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        main([*arguments, "1,3,5,6"])
+
+
+@pytest.mark.parametrize("command", ["run", "static", "scaling"])
+@pytest.mark.parametrize("place", ["", "file/rows.json"])
+def test_where_json_cannot_go_is_said_before_anything_is_measured(
+    capsys, tmp_path, monkeypatch, command, place
+):
+    def measured(args):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(__main__, f"_{command}", measured)
+    (tmp_path / "file").write_text("")
+    assert main([command, "--json", str(tmp_path / place)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"tritonaff-bench: \[Errno \d+\] .*" + re.escape(str(tmp_path)), line)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupt_takes_one_line(capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    assert main(QUICK) == 130
+    assert capsys.readouterr() == ("", "tritonaff-bench: interrupted\n")
+
+
+def test_compiled_is_not_measured_without_a_compiler(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "compiler_works", lambda device: False)
+    assert main(["run", "--quick", "--device", "cpu", "--impl", "compiled"]) == 1
+    assert "compiled needs a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--impl", "fast"],
+        ["--shape", "1,2,3"],
+        ["--shape", "99999999999,9,99999999999,1"],
+        ["--mode", "x"],
+    ],
+)
 def test_bad_arguments(arguments):
     with pytest.raises(SystemExit):
         main(["run", *arguments])

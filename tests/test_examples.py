@@ -1,14 +1,17 @@
 """The training example as its users run it, small."""
 
+import contextlib
 import importlib
 import os
 import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -385,9 +388,153 @@ def test_a_checkpoint_is_whole_or_not_there(script, tmp_path, monkeypatch):
     assert checkpoints.load(path, training)["step"] == 3
     with pytest.raises(checkpoints.CheckpointError, match="with seed 3, not 4"):
         checkpoints.load(path, {"seed": 4})
+    with full_disk(1000), pytest.raises(OSError, match=r"File too large: '.*one.pt'"):
+        checkpoints.save(path, {"training": training, "step": torch.arange(1000)})
+    assert checkpoints.load(path, training)["step"] == 3
+    assert os.listdir(path.parent) == ["one.pt"]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(checkpoints.CheckpointError, match=r"cannot read .*one.pt"):
         checkpoints.load(path, training)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file grows beyond that many bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_takes_one_line_and_leaves_no_part(
+    script, folder, tmp_path, monkeypatch, capsys
+):
+    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path / "runs"]
+    arguments = [*SMALL, *map(str, arguments), "--no-compile", "--loss", "ce"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with full_disk(1000):
+        assert script.main() == 2
+    error = f"error: [Errno 27] File too large: '{tmp_path}/runs/data-ce.pt'\n"
+    assert capsys.readouterr().err == error
+    assert os.listdir(tmp_path / "runs") == []
+    # The checkpoint and the losses are there, the picture does not fit.
+    assert script.main() == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    monkeypatch.setattr(script.checkpoints, "save", lambda *args: None)
+    capsys.readouterr()
+    with full_disk(1000):
+        assert script.main() == 2
+    error = f"error: [Errno 27] File too large: '{tmp_path}/runs/data.png'\n"
+    assert capsys.readouterr().err == error
+    assert set(files) == set((tmp_path / "runs").iterdir())
+    assert files[tmp_path / "runs/data.png"] == (tmp_path / "runs/data.png").read_bytes()
+
+
+def test_an_interrupted_training_says_how_to_go_on(folder, tmp_path):
+    arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 10_000]
+    arguments += ["--batch-size", 2, "--size", 32, 48, "--loss", "ce", "--save-every", 1]
+    output = tmp_path / "runs"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, arguments), "--output", str(output)],
+        env={**os.environ, **AS_USERS},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (output / "data-ce.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.2))  # any moment will do
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    how = f"with --resume, the same command goes on from the checkpoints in {output}"
+    assert errors == f"interrupted: {how}\n"
+    assert process.returncode == 130
+    assert os.listdir(output) == ["data-ce.pt"]
+    done = len(torch.load(output / "data-ce.pt")["losses"])
+    assert 1 <= done < 10_000
+
+
+def test_names_of_classes_are_no_mathematics(script, folder, tmp_path, monkeypatch):
+    names = [r"$\x$", "$x^2$", "_sky"]
+    (folder / "classes.txt").write_text("\n".join(names))
+    figures = []
+    save = script.Figure.savefig
+
+    def keep(figure, *args, **options):
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(script.Figure, "savefig", keep)
+    script.draw(tmp_path / "one.png", script.load_folder(folder, 11), [])
+    assert Image.open(tmp_path / "one.png").format == "PNG"
+    texts = figures[0].legends[0].get_texts()
+    assert [text.get_text() for text in texts] == names
+    assert not any(text.get_parse_math() for text in texts)
+
+
+# ------------------------------------------------------------------------------- kinds of images
+
+
+def gray_png(pixels, bits):
+    """PNG bytes of gray pixels of 1 to 16 bits."""
+
+    def chunk(name, data):
+        checked = name + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    height, width = pixels.shape
+    shifts = np.arange(bits)[::-1]
+    digits = (pixels[..., None] >> shifts & 1).reshape(height, -1).astype(np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(digits, axis=1))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
+    content = header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_gray_images_span_their_range(script, folder, bits):
+    """Whatever their bits: white is 255, and nothing is clipped."""
+    most = 2**bits - 1
+    pixels = np.random.default_rng(0).integers(0, most + 1, (40, 56))
+    pixels[0, :2] = 0, most
+    (folder / "images/train/one.png").write_bytes(gray_png(pixels, bits))
+    image, _ = script.load_folder(folder, 11).train[0]
+    expected = np.round(pixels / most * 255).astype(np.uint8)
+    assert (image == expected[..., None]).all()
+    assert image.shape == (40, 56, 3)
+
+
+def test_older_versions_of_pillow_read_16_bits_as_32(script, folder, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 65536, (40, 56))
+    (folder / "images/train/one.png").write_bytes(gray_png(pixels, 16))
+    expected, _ = script.load_folder(folder, 11).train[0]
+    opened = Image.open
+
+    def older(path):
+        image = opened(path)
+        if image.mode == "I;16":
+            wide = Image.fromarray(np.array(image).astype(np.int32))
+            wide.format = image.format
+            return wide
+        return image
+
+    monkeypatch.setattr(Image, "open", older)
+    image, _ = script.load_folder(folder, 11).train[0]
+    assert (image == expected).all()
+    assert len(np.unique(image)) == 256
+
+
+def test_jpegs_of_either_suffix_are_read(script, folder):
+    image = Image.open(folder / "images/train/one.png")
+    for name in ("a.jpg", "b.jpeg", "c.JPEG"):
+        image.save(folder / "images/train" / name, "JPEG")
+        shutil.copy(folder / "labels/train/one.png", folder / "labels/train" / f"{name[0]}.png")
+    assert len(script.load_folder(folder, 11).train) == 4
 
 
 # ----------------------------------------------------------------------------- broken data sets
@@ -441,15 +588,52 @@ def no_folder(folder):
     shutil.rmtree(folder)
 
 
+def image_of_unknown_range(folder, dtype):
+    image = Image.fromarray(np.zeros((40, 56), dtype))
+    image.save(folder / "images/train/one.png", "TIFF")
+
+
+def floating_image(folder):
+    image_of_unknown_range(folder, np.float32)
+
+
+def image_of_32_bits(folder):
+    image_of_unknown_range(folder, np.int32)
+
+
+def labels_of_2_bits(folder):
+    labels = np.random.default_rng(0).integers(0, 3, (40, 56))
+    (folder / "labels/val/one.png").write_bytes(gray_png(labels, 2))
+
+
+def labels_of_4_bits(folder):
+    labels = np.random.default_rng(0).choice((0, 15), (40, 56))
+    (folder / "labels/val/one.png").write_bytes(gray_png(labels, 4))
+
+
+def labels_of_a_jpeg(folder):
+    Image.fromarray(np.zeros((40, 56), np.uint8)).save(folder / "labels/train/one.png", "JPEG")
+
+
+def void_labels(folder):
+    Image.fromarray(np.full((40, 56), 11, np.uint8)).save(folder / "labels/train/one.png")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (remove_labels, "has no labels"),
         (remove_classes, "there is no .*classes.txt"),
-        (empty_split, "there is no .jpg or .png in .*val"),
+        (empty_split, "there is no .jpg, .jpeg or .png in .*val"),
         (other_size, "is 4x4, its image .* is 56x40"),
         (strange_label, "holds 77, neither one of the 3 classes"),
-        (colour_label, "8-bit value per pixel, has mode RGB"),
+        (colour_label, "expected 8-bit pixels of mode L or P, got mode RGB"),
+        (labels_of_2_bits, "cannot read .*one.png: expected 8-bit pixels, got 2 bits"),
+        (labels_of_4_bits, "cannot read .*one.png: expected 8-bit pixels, got 4 bits"),
+        (labels_of_a_jpeg, "cannot read .*one.png: expected a PNG file, got JPEG"),
+        (void_labels, "all pixels in .*labels/train are ignored, --ignore-index 11"),
+        (floating_image, "cannot read .*one.png: expected 8-bit or 16-bit pixels, got mode F"),
+        (image_of_32_bits, "cannot read .*one.png: expected 8-bit or 16-bit pixels, got mode I"),
         (broken_image, "cannot read .*one.png"),
         (empty_image, "cannot read .*one.png"),
         (half_an_image, "cannot read .*one.png"),
@@ -461,7 +645,39 @@ def test_a_broken_folder_is_named_in_one_line(script, folder, monkeypatch, capsy
     damage(folder)
     arguments = ["train_segmentation.py", "--data", str(folder), "--ignore-index", "11"]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(script, "train", lambda *args: pytest.fail("it trained"))
     assert script.main() == 2
     output, errors = capsys.readouterr()
     assert re.fullmatch(f"error: .*{message}.*\n", errors)
     assert output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "file"], r"\[Errno 17\] File exists: 'file'"),
+        (["--output", "runs"], r"\[Errno 21\] Is a directory: 'runs/data.png'"),
+        (["--batch-size", "1", "--size", "8", "5"], "a batch of one crop of 8x8 or less"),
+    ],
+)
+def test_outputs_and_sizes_are_refused_before_training(
+    script, folder, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("runs/data.png").mkdir(parents=True)
+    command = [str(SCRIPT), "--data", str(folder), "--ignore-index", "11"]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    monkeypatch.setattr(script, "train", lambda *args: pytest.fail("it trained"))
+    assert script.main() == 2
+    output, errors = capsys.readouterr()
+    assert re.fullmatch(f"error: {message}.*\n", errors)
+    assert output == ""
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
+def test_seeds_that_no_generator_takes(script, monkeypatch, capsys, seed):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"--seed={seed}"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert f"{seed!r} is not a whole number from 0 to" in capsys.readouterr().err

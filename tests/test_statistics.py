@@ -1,5 +1,6 @@
 """Statistics of neighbours: against counts by hand, over batches and over folders."""
 
+import contextlib
 import json
 import os
 import signal
@@ -157,6 +158,7 @@ Image = pytest.importorskip("PIL.Image")
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 from tritonaff import statistics_cli  # noqa: E402
+from tritonaff.files import check_writable, replacing  # noqa: E402
 
 
 @pytest.fixture
@@ -280,24 +282,148 @@ def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
         (["nowhere", "--rates", "1"], "no such folder: nowhere"),
         (["empty", "--rates", "1"], "no PNG files in empty"),
         (["broken", "--rates", "1", "--workers", "1"], "no image in broken could be read"),
-        (["ignored", "--rates", "1", "--workers", "1"], "all are ignored, --ignore-index 255"),
+        (
+            ["ignored", "--rates", "1", "--workers", "1"],
+            "no pixel counts at rate 1: all are ignored, or",
+        ),
         (["labels", "--rates", str(2**63)], "must fit 64 bits"),
         (["labels", "--rates", "1", "1"], "rates must be at least 1 and distinct"),
         (["labels", "--rates", "1", "--ignore-index", str(2**63)], "must fit 64 bits"),
         (["labels", "--rates", "1", "--json", "labels/a.png/b.json"], "labels/a.png"),
+        (["labels", "--rates", "1", "--json", "empty"], "Is a directory: 'empty'"),
+        (["labels", "--rates", "1", "--plot", "labels"], "Is a directory: 'labels'"),
+        (
+            ["labels", "--rates", "1", "--json", "x", "--plot", "empty/../x"],
+            "--json and --plot must be two files, got x for both",
+        ),
+        (["labels", "--rates", "1", "--json", "labels/a.png"], "labels/a.png is a label image"),
+        (["labels", "--rates", "1", "--plot", "labels/a.png"], "labels/a.png is a label image"),
+        (
+            ["labels", "--rates", "64", "--workers", "1"],
+            "no pixel has a neighbour at rate 64: the largest image is 14 x 12",
+        ),
+        (
+            ["labels", "--rates", "13", "12,14", "11", "14,90", "--workers", "1"],
+            "at rate 12,14 or 14,90 or 90,14: the largest image is 14 x 12",
+        ),
+        (
+            ["far", "--rates", "1", "2", "--workers", "1"],
+            "no pixel counts at rate 2: all are ignored, or all their neighbours are, --ignore-",
+        ),
     ],
 )
-def test_errors_take_one_line(folder, arguments, message, capsys):
+def test_errors_take_one_line_and_write_nothing(folder, arguments, message, capsys):
     (folder.parent / "empty").mkdir()
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "a.png").write_bytes(b"")
     (folder.parent / "ignored").mkdir()
     Image.fromarray(np.full((4, 5), 255, np.uint8)).save(folder.parent / "ignored" / "a.png")
+    (folder.parent / "far").mkdir()
+    Image.fromarray(np.uint8([[1, 1, 255, 255]])).save(folder.parent / "far" / "a.png")
+    before = {path: path.is_file() and path.read_bytes() for path in folder.parent.rglob("*")}
     assert statistics_cli.main(arguments) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("tritonaff-stats: ")
     assert message in last
-    assert not (folder.parent / "neighbors.json").exists()
+    assert before == {
+        path: path.is_file() and path.read_bytes() for path in folder.parent.rglob("*")
+    }
+
+
+def test_links_are_followed_and_nothing_is_read_twice(folder, tmp_path_factory, capsys):
+    command = ["labels", "--rates", "1", "--workers", "1"]
+    assert statistics_cli.main(command) == 0
+    expected = json.loads((folder.parent / "neighbors.json").read_text())
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (folder / "below").rename(elsewhere / "below")
+    (folder / "a.png").rename(elsewhere / "one.png")
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "below" / "loop").symlink_to(elsewhere / "below")
+    (folder / "linked").symlink_to(elsewhere / "below")
+    (folder / "twice").symlink_to(elsewhere)
+    (folder / "z.png").symlink_to(elsewhere / "one.png")
+    (folder / "self").symlink_to(folder)
+    assert statistics_cli.main(command) == 0
+    assert json.loads((folder.parent / "neighbors.json").read_text()) == expected
+
+    (folder / "lost.png").symlink_to("nowhere.png")
+    capsys.readouterr()
+    assert statistics_cli.main(command) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("tritonaff-stats: skipped lost.png: [Errno 2] No such file")
+    assert json.loads((folder.parent / "neighbors.json").read_text())["images"] == 3
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(folder, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "below":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert statistics_cli.main(["labels", "--rates", "1", "--workers", "1"]) == 1
+    errors = capsys.readouterr().err
+    assert errors == "tritonaff-stats: [Errno 13] Permission denied: 'labels/below'\n"
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file grows beyond that many bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [1000, 10_000])  # the statistics are larger; the picture alone is
+def test_a_full_disk_leaves_what_was_there(folder, capsys, size):
+    command = ["labels", "--rates", "1", "2", "--workers", "1"]
+    assert statistics_cli.main(command) == 0
+    before = {path.name: path.read_bytes() for path in folder.parent.iterdir() if path.is_file()}
+    assert set(before) == {"neighbors.json", "neighbors.png"}
+    assert len(before["neighbors.json"]) < 10_000 < len(before["neighbors.png"])
+    capsys.readouterr()
+    with full_disk(size):
+        assert statistics_cli.main([*command, "--ignore-index", "0"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    name = {1000: "neighbors.json", 10_000: "neighbors.png"}[size]
+    assert errors == [f"tritonaff-stats: [Errno 27] File too large: '{name}'"]
+    after = {path.name: path.read_bytes() for path in folder.parent.iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_outputs_through_links_and_into_pipes(tmp_path):
+    (tmp_path / "folder").mkdir()
+    real, link = tmp_path / "folder" / "real.txt", tmp_path / "link.txt"
+    link.symlink_to(real)
+    for text in ("first", "second"):
+        check_writable(link)
+        with replacing(link) as new:
+            assert new.parent == real.parent  # a file moves in one step within a disk only
+            new.write_text(text)
+        assert link.is_symlink()
+        assert real.read_text() == text
+    check_writable(real)
+    assert real.read_text() == "second"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_writable(pipe)
+        with replacing(pipe) as new:
+            new.write_text("through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "folder", "link.txt", "pipe", "real.txt",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

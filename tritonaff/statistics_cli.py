@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonaff.files import check_writable, read_label, replacing
 from tritonaff.functional import WEIGHTINGS, neighbor_counts
 from tritonaff.rates import expand_rates
 from tritonaff.statistics import NeighborStatistics
@@ -30,7 +31,6 @@ from tritonaff.version import __version__
 
 Rates = tuple[tuple[int, int], ...]
 Result = list[Any] | str
-LABEL_MODES = ("L", "P")  # 8 bits, gray or with a palette
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,25 +114,24 @@ def _run(args: argparse.Namespace) -> int:
         ) from error
     rates = expand_rates(args.rates)
     paths = _label_paths(args.labels, leave_out=args.plot)
-    for path in (args.json, args.plot):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _check_outputs(args.json, args.plot)
 
     statistics = NeighborStatistics(rates, args.ignore_index)
-    skipped = []
+    skipped, sizes = [], set()
     with _results(paths, rates, args.ignore_index, args.workers) as results:
         for path, result in zip(paths, _progress(results, len(paths)), strict=True):
             if isinstance(result, str):
                 skipped.append(str(path.relative_to(args.labels)))
                 print(f"tritonaff-stats: skipped {skipped[-1]}: {result}", file=sys.stderr)
             else:
-                pixel_count, signal_count = map(torch.tensor, result)
-                statistics.pixel_count += pixel_count
-                statistics.signal_count += signal_count
+                size, pixel_count, signal_count = result
+                sizes.add(size)
+                statistics.pixel_count += torch.tensor(pixel_count)
+                statistics.signal_count += torch.tensor(signal_count)
     images = len(paths) - len(skipped)
     if not images:
         raise ValueError(f"no image in {args.labels} could be read")
-    if not statistics.pixel_count.any():
-        raise ValueError(f"no pixel counts: all are ignored, --ignore-index {args.ignore_index}")
+    _check_counts(statistics, sizes)
 
     content = {
         "images": images,
@@ -148,25 +147,74 @@ def _run(args: argparse.Namespace) -> int:
             "pillow": PIL.__version__,
         },
     }
-    args.json.write_text(json.dumps(content, indent=1, default=Tensor.tolist) + "\n")
-    plot_neighbor_frequencies(statistics, args.plot)
+    with replacing(args.json) as new_json:
+        new_json.write_text(json.dumps(content, indent=1, default=Tensor.tolist) + "\n")
+        with replacing(args.plot) as new_plot:  # both are written, or neither
+            plot_neighbor_frequencies(statistics, new_plot)
     _print(statistics, images)
     print(f"written: {args.json}, {args.plot}")
     return 1 if skipped else 0
 
 
 def _label_paths(folder: Path, leave_out: Path) -> list[Path]:
+    """Links are followed; a file or a folder that is reached twice is read once."""
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    plot = leave_out.resolve()  # of an earlier run, where it is kept beside the labels
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() == ".png" and path.is_file() and path.resolve() != plot
-    )
+    paths: dict[str, Path] = {}
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders.sort()  # the order of a disk would decide which way is the first
+        for path in (Path(root, file) for file in sorted(files)):
+            # A link that leads nowhere is no image either, which reading it says.
+            if path.suffix.lower() == ".png" and (path.is_file() or not path.exists()):
+                paths.setdefault(os.path.realpath(path), path)
+    # A picture that an earlier run has left beside the labels is none of them.
+    paths.pop(os.path.realpath(leave_out), None)
     if not paths:
         raise ValueError(f"no PNG files in {folder}")
-    return paths
+    return sorted(paths.values())
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _check_outputs(json: Path, plot: Path) -> None:
+    if os.path.realpath(json) == os.path.realpath(plot):
+        raise ValueError(f"--json and --plot must be two files, got {json} for both")
+    for path in (json, plot):
+        if path.is_file() and not isinstance(count_file(path, ((1, 1),), 255), str):
+            raise ValueError(f"{path} is a label image: choose another file to write")
+        check_writable(path)
+
+
+def _check_counts(statistics: NeighborStatistics, sizes: set[tuple[int, int]]) -> None:
+    """ValueError where a rate has nothing to count: its frequencies would mean nothing."""
+    too_far = [
+        (down, across)
+        for down, across in statistics.rates
+        if all(height <= down and width <= across for height, width in sizes)
+    ]
+    if too_far:
+        height, width = max(sizes, key=lambda size: sorted(size, reverse=True))
+        raise ValueError(
+            f"no pixel has a neighbour at rate {_names(too_far)}: "
+            f"the largest image is {width} x {height}"
+        )
+    counts = zip(statistics.rates, statistics.pixel_count, strict=True)
+    if ignored := [rate for rate, count in counts if not count.any()]:
+        raise ValueError(
+            f"no pixel counts at rate {_names(ignored)}: all are ignored, "
+            f"or all their neighbours are, --ignore-index {statistics.ignore_index}"
+        )
+
+
+def _names(rates: list[tuple[int, int]]) -> str:
+    return " or ".join(",".join(map(str, dict.fromkeys(rate))) for rate in rates)
 
 
 @contextmanager
@@ -209,33 +257,15 @@ def _use_one_thread() -> None:
 
 
 def count_file(path: Path, rates: Rates, ignore_index: int) -> Result:
-    """The counts (R, 9) of pixels and (R, 9, 2) of signals of an image; why not, if it is no label
-    image. Not as tensors: sending one to another process costs a file descriptor.
+    """The size of an image and its counts (R, 9) of pixels and (R, 9, 2) of signals; why not, if it
+    is no label image. Not as tensors: sending one to another process costs a file descriptor.
     """
     try:
         target = read_label(path)
     except Exception as error:  # Pillow's decoders raise what they like
         return str(error) or type(error).__name__
     counts = neighbor_counts(target[None], rates, ignore_index=ignore_index)
-    return [count.tolist() for count in counts]
-
-
-def read_label(path: Path) -> Tensor:
-    """(H, W) uint8; ValueError for an image that is not 8-bit gray or with a palette."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.format != "PNG":
-            raise ValueError(f"expected a PNG file, got {image.format}")
-        if image.mode not in LABEL_MODES:
-            raise ValueError(f"expected 8-bit pixels of mode L or P, got mode {image.mode}")
-        # Pillow stretches gray values of fewer bits to 8; indices into a palette it leaves alone.
-        bits = path.read_bytes()[24]
-        if image.mode == "L" and bits != 8:
-            raise ValueError(f"expected 8-bit pixels, got {bits} bits")
-        width, height = image.size
-        pixels = bytearray(image.tobytes())
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width)
+    return [tuple(target.shape), *(count.tolist() for count in counts)]
 
 
 def _progress(results: Iterator[Result], total: int) -> Iterable[Result]:

@@ -28,6 +28,7 @@ from tritonaff.bench.cases import (
     check_parity,
     obstacle,
 )
+from tritonaff.files import check_writable, replacing
 from tritonaff.version import __version__
 
 IMPLS = ("reference", "compiled", "portable", "triton")
@@ -44,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if getattr(args, "json", None):
-            args.json.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.json)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except (OSError, ParityError, ValueError) as error:
         print(f"tritonaff-bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tritonaff-bench: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,11 +107,16 @@ def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+MOST_ELEMENTS = 2**50  # petabytes; the bytes of what is computed from them still fit 64 bits
+
+
 def _shape(text: str) -> Shape:
     sizes = text.split(",")
-    if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"expected N,C,H,W of positive integers, got {text!r}")
     n, c, height, width = map(int, sizes)
+    if n * c * height * width > MOST_ELEMENTS:
+        raise argparse.ArgumentTypeError(f"no memory holds a tensor of shape {text}")
     return n, c, height, width
 
 
@@ -123,8 +132,8 @@ def _run(args: argparse.Namespace) -> int:
     impls = args.impl or _impls_here(device)
     if device.type == "cpu" and "triton" in impls:
         raise ValueError("the tiles run on a GPU; interpreted they are tested, but not timed")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+    if "compiled" in impls and not measure.compiler_works(device):
+        raise ValueError("compiled needs a C++ compiler, and torch.compile finds none")
     jobs = [
         (CASES[op], dtype, shape)
         for op in args.op
@@ -145,13 +154,25 @@ def _run(args: argparse.Namespace) -> int:
                 job = {"op": case.name, "shape": shape, "impl": unable, "reason": reason}
                 left_out.append(job)
             able = tuple(impl for impl in impls if impl not in unable)
-            rows += _rows(case, dtype, shape, able, args, device, step)
+            try:
+                rows += _rows(case, dtype, shape, able, args, device, step)
+            except (MemoryError, RuntimeError) as error:
+                if not _beyond_memory(error):
+                    raise
+                reason = f"needs more memory than {device} has"
+                left_out.append({"op": case.name, "shape": shape, "impl": able, "reason": reason})
+    not_run = [
+        f"not run: {job['op']} {','.join(map(str, job['shape']))} {','.join(job['impl'])}: "
+        f"{job['reason']}"
+        for job in left_out
+    ]
+    if not rows:
+        raise ValueError("; ".join(not_run))
     print(f"{head['device']}, {_one_line(versions())}")
     for op in args.op:
         _print(op, *_run_table([row for row in rows if row.op == op], copy_gb_per_s))
-    for job in left_out:
-        what = (",".join(map(str, job[name])) for name in ("shape", "impl"))
-        print(f"not run: {job['op']} {' '.join(what)}: {job['reason']}")
+    for line in not_run:
+        print(line)
     if left_out:
         head["left_out"] = left_out
     if args.json:
@@ -162,10 +183,16 @@ def _run(args: argparse.Namespace) -> int:
 def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # a meta tensor has nothing to read back
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _beyond_memory(error: Exception) -> bool:
+    """The allocator of the CPU raises a plain RuntimeError."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def _impls_here(device: torch.device) -> tuple[str, ...]:
@@ -193,14 +220,14 @@ def _rows(
     """
     if dtype == "float64":
         impls = tuple(impl for impl in impls if impl != "triton")  # no tile computes in it
+    inputs = case.make_inputs(shape, DTYPES[dtype], device)  # first: memory may not hold them
     n, c, height, width = shape
     corner = (min(n, 2), c, min(height, 48), min(width, 64))
     for impl in impls:
         if impl in ("portable", "triton"):
             for confidence in (0.0, 9.0):
-                inputs = case.make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
-                check_parity(case, impl, *inputs)
-    inputs = case.make_inputs(shape, DTYPES[dtype], device)
+                small = case.make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
+                check_parity(case, impl, *small)
     measured: dict[str, measure.Measured] = {}
     first: measure.Measured | None = None
     for impl in (*impls, measure.YARDSTICK):
@@ -429,10 +456,9 @@ def _one_line(names: dict[str, str]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The whole of it or, should the process be killed, what was there before."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(path)
+    """The whole of it or, should that fail, what was there before."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
