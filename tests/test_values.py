@@ -46,11 +46,9 @@ def of_modules(backend, dtype):
         inputs = (x, target, 0.25) if "regression" not in name else (x, target)
         results[name] = module(*inputs)
         (results[f"{name} gradient"],) = torch.autograd.grad(results[name], x, retain_graph=True)
-        parameters = list(module.parameters())
-        for i, grad in enumerate(
-            torch.autograd.grad(results[name], parameters) if parameters else ()
-        ):
-            results[f"{name} gradient of scores {i}"] = grad
+        for which, scores in module.named_parameters():
+            (grad,) = torch.autograd.grad(results[name], scores, retain_graph=True)
+            results[f"{name} gradient of {which}"] = grad
     for weighting in ("sqrt", "neighbor", "signal", "none"):
         x = affinity_logits.clone().requires_grad_()
         loss = tritonaff.dilated_affinity_loss(

@@ -96,8 +96,8 @@ def affinity_field_terms(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or range; fewer than two classes. A label outside [0, C)
-            other than ignore_index raises in eager mode on the CPU (variant "paper"); elsewhere such
-            pixels are ignored, unless TRITONAFF_CHECK=1 asserts labels on the device.
+            other than ignore_index raises in eager mode on the CPU (variant "paper"); elsewhere
+            such pixels are ignored, unless TRITONAFF_CHECK=1 asserts labels on the device.
 
     Paper: Ke, Hwang, Liu, Yu, "Adaptive Affinity Fields for Semantic Segmentation", ECCV 2018, Eq.
     3. We clamp p so that p and 1 - p stay a distribution, and count exactly the pairs that exist.
