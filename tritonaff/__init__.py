@@ -2,34 +2,40 @@
 torch.compile.
 """
 
-from tritonaff.functional import (
+from tritonaff.api.affinity_field import (
+    AdaptiveAffinityFieldLoss,
+    AffinityFieldLoss,
     AffinityFieldTerms,
-    AffinityRegressionTerms,
-    DilatedAffinityTerms,
     affinity_field_cross_entropy,
     affinity_field_loss,
     affinity_field_terms,
+)
+from tritonaff.api.affinity_propagation import (
+    AffinityPropagation,
     affinity_propagation,
+)
+from tritonaff.api.affinity_regression import (
+    AffinityRegressionLoss,
+    AffinityRegressionTerms,
     affinity_regression_loss,
     affinity_regression_terms,
-    dilated_affinity_loss,
-    dilated_affinity_target,
-    dilated_affinity_terms,
     label_affinity,
-    neighbor_categories,
     square_root_affinity,
 )
-from tritonaff.modules import (
-    AdaptiveAffinityFieldLoss,
-    AffinityFieldLoss,
-    AffinityPropagation,
-    AffinityRegressionLoss,
+from tritonaff.api.dilated_affinity import (
     DilatedAffinityHead,
     DilatedAffinityLoss,
+    DilatedAffinityTerms,
+    dilated_affinity_loss,
+    dilated_affinity_terms,
+)
+from tritonaff.api.neighbors import (
+    NeighborStatistics,
+    dilated_affinity_target,
+    neighbor_categories,
 )
 from tritonaff.ops.backend import use_backend
 from tritonaff.rates import expand_rates
-from tritonaff.statistics import NeighborStatistics
 from tritonaff.version import __version__
 
 __all__ = [

@@ -10,14 +10,16 @@ import math
 import numbers
 import operator
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import forward_ad
 
+Option = TypeVar("Option", bound=str)
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 COUNT_DTYPES = (torch.int32, torch.int64)
 # An affinity matrix is for people to look at: larger ones are taken for a mistake.
@@ -328,6 +330,16 @@ def check_num_classes(value: Any) -> int:
     return num_classes
 
 
+def renamed(old_name: str, old: Any, name: str, value: Any) -> Any:
+    """The value of an argument that had another name; the old one warns."""
+    if old is None:
+        return value
+    warnings.warn(f"{old_name} is now {name}", DeprecationWarning, stacklevel=4)
+    if value is not None:
+        raise ValueError(f"{old_name} and {name} are one argument: pass {name} alone")
+    return old
+
+
 def check_number(
     name: str,
     value: Any,
@@ -366,9 +378,11 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def check_option(name: str, value: Any, options: Sequence[str]) -> None:
+def check_option(name: str, value: Any, options: Sequence[Option]) -> Option:
     if value not in options:
         raise ValueError(f"{name} must be one of {tuple(options)}, got {value!r}")
+    option: Option = value
+    return option
 
 
 def check_tensor(

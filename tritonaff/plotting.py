@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonaff import checks
-from tritonaff.statistics import NeighborStatistics
+from tritonaff.api.neighbors import NeighborStatistics
 
 try:
     import matplotlib

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonaff.api.neighbors import NeighborStatistics
 from tritonaff.files import check_writable, read_label, replacing
 from tritonaff.functional import WEIGHTINGS, neighbor_counts
 from tritonaff.rates import expand_rates
-from tritonaff.statistics import NeighborStatistics
 from tritonaff.version import __version__
 
 Rates = tuple[tuple[int, int], ...]

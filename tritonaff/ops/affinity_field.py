@@ -1,149 +1,210 @@
-"""The affinity field as custom ops: opaque to the compiler, differentiable, whatever implementation
-runs inside.
+"""The affinity field as custom ops.
 
-A loss is coefficients times sums. It knows the coefficients before the sums, for they depend on
-counts alone:
+A loss is a sum of coefficients times table entries, and the coefficients depend on counts alone.
+So :func:`count` comes first, and what it returns computes the sums, of which there are three ops:
 
-    affinity_field_statistics      counts, and what a pixel's pairs share
-    affinity_field_with_gradient   the sums, and the gradient of the loss with them
-    affinity_field                 the sums alone, where no gradient is wanted or the coefficients
-                                   are not known: its backward pass computes the rest
+    affinity_field_statistics      counts, labels and softmax statistics: no gradient
+    affinity_field_with_gradient   the sums, and in the same pass the gradient of the loss
+    affinity_field                 the sums alone; its backward pass computes the gradient
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import tile_runs
-from tritonaff.ops.gradients import register_gradients
-from tritonaff.portable import affinity_field as portable
-from tritonaff.portable import affinity_field_authors as portable_authors
+from tritonaff.ops.backend import current_backend, implementation, reference, tile_runs
+from tritonaff.ops.definition import define, register_gradients
+from tritonaff.options import AffinityFieldOptions
 from tritonaff.portable.blocks import grad_dtype, label_dtype, precision
 
+# Arguments that several ops share. label, top, rest: (N, 1, H, W).
+PIXELS = "Tensor logits, Tensor label, Tensor top, Tensor rest"
+OPTIONS = "SymInt[] kernel_sizes, float margin, float eps, str variant, str backend"
+GRADS = "Tensor grad_sums, Tensor? grad_log_loss"  # (2, C, K), (C,)
 
-@torch.library.custom_op("tritonaff::affinity_field_statistics", mutates_args=())
+
+def count(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> Counted:
+    """Counts the entries and pixels of a batch, and makes its sums ready to be computed."""
+    backend = current_backend()
+    counted = CountedByReference if backend == "reference" else Counted
+    return counted(logits, target, options, backend)
+
+
+class Counted:
+    """The counts of a batch, and on request the sums over the same entries.
+
+    totals: (2, K) int64, edge and non-edge entries of each size, all classes together.
+    pixel_count: (C,) int64, pixels of each label.
+    """
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
+    ) -> None:
+        sizes, variant = options.kernel_sizes, options.variant
+        self.logits = logits
+        self.options = sizes, options.margin, options.eps, variant, backend
+        self.totals, self.counts, *self.pixels = affinity_field_statistics(
+            logits.detach(), target, sizes, options.ignore_index, variant, backend
+        )
+        self.pixel_count = self.counts[: logits.shape[1], -1]
+
+    def entry_counts(self) -> tuple[Tensor, Tensor]:
+        """Edge and non-edge entries by class and size, each (C, K) int64."""
+        c = self.logits.shape[1]
+        edge_count, non_edge_count = self.counts[:c, :-1], self.counts[c:, :-1]
+        if not len(non_edge_count):
+            # Every class has as many entries.
+            non_edge_count = self.totals.sum(dim=0) // c - edge_count
+        return edge_count.contiguous(), non_edge_count.contiguous()
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sums (2, C, K), edges first, and log loss (C,): the sum of -log p over the pixels of each
+        label. Differentiable.
+        """
+        sums, log_loss = affinity_field(self.logits, *self.pixels, *self.options)
+        return sums, log_loss
+
+    def sums_with_gradient(
+        self, coefficients: Tensor, log_loss_coefficients: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sums and log loss as constants, and the number 0. Given the coefficients that they are
+        multiplied by, add the 0 to the loss: it carries the gradient of the logits. None in its
+        place: sums and log loss are differentiable as they are.
+        """
+        if not (self.logits.requires_grad and torch.is_grad_enabled()):
+            return *self.sums(), None
+        sums, log_loss, zero, _ = affinity_field_with_gradient(
+            self.logits, coefficients, log_loss_coefficients, *self.pixels, *self.options
+        )
+        return sums, log_loss, zero
+
+    def differentiable_once(self, coefficients: Tensor) -> Tensor:
+        """The coefficients. If they are learned, their gradient refuses to be differentiated: it is
+        made of the sums, constants that a second derivative would drop silently.
+        """
+        learned = coefficients.requires_grad and self.logits.requires_grad
+        if learned and torch.is_grad_enabled():
+            coefficients = affinity_field_coefficients(coefficients, self.logits)
+        return coefficients
+
+
+class CountedByReference(Counted):
+    """The same of the equations, which autograd differentiates."""
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
+    ) -> None:
+        equations, ignore_index = reference("affinity_field"), options.ignore_index
+        edge_sum, non_edge_sum, *self.entries = equations.affinity_field_terms(
+            logits,
+            target,
+            options.kernel_sizes,
+            margin=options.margin,
+            eps=options.eps,
+            ignore_index=ignore_index,
+            variant=options.variant,
+        )
+        self.tables = torch.stack((edge_sum, non_edge_sum))
+        self.log_loss, self.pixel_count = equations.cross_entropy_terms(
+            logits, target, ignore_index=ignore_index
+        )
+        self.totals = torch.stack(self.entries).sum(dim=1)
+
+    def entry_counts(self) -> tuple[Tensor, Tensor]:
+        edge_count, non_edge_count = self.entries
+        return edge_count, non_edge_count
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.tables, self.log_loss
+
+    def sums_with_gradient(
+        self, coefficients: Tensor, log_loss_coefficients: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *self.sums(), None
+
+    def differentiable_once(self, coefficients: Tensor) -> Tensor:
+        return coefficients
+
+
+@define(
+    "affinity_field_statistics",
+    "(Tensor logits, Tensor target, SymInt[] kernel_sizes, SymInt ignore_index, str variant, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def affinity_field_statistics(
     logits: Tensor,
     target: Tensor,
-    kernel_sizes: Sequence[int],
+    kernel_sizes: list[int],
     ignore_index: int,
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Totals (2, K) of edge and of non-edge entries over the classes. Counts (C, K + 1): the edge
-    entries of every class and size, then the pixels of every label; non-edge entries below,
-    (2 C, K + 1), where they do not follow from the totals: of variant "authors".
-
-    Labels, -1 where a pixel does not count, and the softmax statistics top and rest (N, 1, H, W).
+    """totals (2, K): edge and non-edge entries over all classes. counts (C, K + 1): edge entries of
+    each class and size, and in the last column pixels of each label; with variant "authors" as many
+    rows of non-edge entries below, (2 C, K + 1). label (N, 1, H, W): -1 where a pixel does not
+    count. top and rest (N, 1, H, W): the softmax statistics.
     """
-    implementation = _implementation(logits, variant, backend)
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation.statistics(
-        logits, target, list(kernel_sizes), ignore_index
-    )
-    return result
+    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _implementation(
+        logits, variant, backend
+    ).statistics(logits, target, list(kernel_sizes), ignore_index)
+    return tables
 
 
 @affinity_field_statistics.register_fake
 def _(
     logits: Tensor,
     target: Tensor,
-    kernel_sizes: Sequence[int],
+    kernel_sizes: list[int],
     ignore_index: int,
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = logits.shape
-    k = len(kernel_sizes)
-    statistic = n, 1, height, width
+    k, pixels = len(kernel_sizes), (n, 1, height, width)
     return (
         logits.new_empty(2, k, dtype=torch.int64),
         logits.new_empty(c if variant == "paper" else 2 * c, k + 1, dtype=torch.int64),
-        logits.new_empty(statistic, dtype=label_dtype(c)),
-        logits.new_empty(statistic),
-        logits.new_empty(statistic, dtype=precision(logits)),
+        logits.new_empty(pixels, dtype=label_dtype(c)),
+        logits.new_empty(pixels),
+        logits.new_empty(pixels, dtype=precision(logits)),
     )
 
 
-@torch.library.custom_op("tritonaff::affinity_field", mutates_args=())
-def affinity_field(
-    logits: Tensor,
-    label: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    kernel_sizes: Sequence[int],
-    margin: float,
-    eps: float,
-    variant: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Sums (2, C, K), edges first; of cross-entropy, by label, the sum of -log p (C,)."""
-    options = kernel_sizes, margin, eps, variant, backend
-    sums, log_loss, _, _ = _compute(logits, label, top, rest, *options)
+@define("affinity_field", f"({PIXELS}, {OPTIONS}) -> (Tensor, Tensor)")
+def affinity_field(*pixels_and_options: Any) -> tuple[Tensor, Tensor]:
+    """Sums (2, C, K), edges first; log loss (C,)."""
+    sums, log_loss, _, _ = _compute(*pixels_and_options)
     return sums, log_loss
 
 
 @affinity_field.register_fake
 def _(
-    logits: Tensor,
-    label: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    kernel_sizes: Sequence[int],
-    margin: float,
-    eps: float,
-    variant: str,
-    backend: str,
+    logits: Tensor, label: Tensor, top: Tensor, rest: Tensor, kernel_sizes: list[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
     return _tables_like(logits, kernel_sizes)
 
 
-@torch.library.custom_op("tritonaff::affinity_field_backward", mutates_args=())
+@define("affinity_field_backward", f"({GRADS}, {PIXELS}, {OPTIONS}) -> Tensor")
 def affinity_field_backward(
-    grad_sums: Tensor,
-    grad_log_loss: Tensor | None,
-    logits: Tensor,
-    label: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    kernel_sizes: Sequence[int],
-    margin: float,
-    eps: float,
-    variant: str,
-    backend: str,
+    grad_sums: Tensor, grad_log_loss: Tensor | None, logits: Tensor, *others: Any
 ) -> Tensor:
-    """The gradient with respect to the logits, in their dtype and memory format."""
-    options = kernel_sizes, margin, eps, variant, backend
-    grads = grad_sums, grad_log_loss
-    *_, grad = _compute(logits, label, top, rest, *options, *grads, with_tables=False)
+    """The gradient of the logits, in their dtype and memory format."""
+    *_, grad = _compute(logits, *others, grads=(grad_sums, grad_log_loss), with_tables=False)
     result: Tensor = grad.to(logits.dtype)
     return result
 
 
 @affinity_field_backward.register_fake
-def _(
-    grad_sums: Tensor,
-    grad_log_loss: Tensor | None,
-    logits: Tensor,
-    label: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    kernel_sizes: Sequence[int],
-    margin: float,
-    eps: float,
-    variant: str,
-    backend: str,
-) -> Tensor:
+def _(grad_sums: Tensor, grad_log_loss: Tensor | None, logits: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, label, top, rest, *options = inputs
+    logits, label, top, rest, *ctx.options = inputs
     ctx.save_for_backward(logits, label, top, rest)
-    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
@@ -162,29 +223,21 @@ def _backward(
 register_gradients(affinity_field, _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("tritonaff::affinity_field_with_gradient", mutates_args=())
+@define(
+    "affinity_field_with_gradient",
+    f"(Tensor logits, {GRADS}, Tensor label, Tensor top, Tensor rest, {OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def affinity_field_with_gradient(
-    logits: Tensor,
-    grad_sums: Tensor,
-    grad_log_loss: Tensor | None,
-    label: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    kernel_sizes: Sequence[int],
-    margin: float,
-    eps: float,
-    variant: str,
-    backend: str,
+    logits: Tensor, grad_sums: Tensor, grad_log_loss: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and log loss as :func:`affinity_field` has them, but constants; the number 0, to be
-    added to a loss that has the given gradients with respect to them, for it carries that of the
-    logits; and this gradient.
+    """Sums and log loss as constants; the number 0, which carries the gradient of the logits in
+    autograd; and this gradient, for the given gradients of sums and log loss.
     """
-    options = kernel_sizes, margin, eps, variant, backend
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _compute(
-        logits, label, top, rest, *options, grad_sums, grad_log_loss
+    tables: tuple[Tensor, Tensor, Tensor, Tensor] = _compute(
+        logits, *others, grads=(grad_sums, grad_log_loss)
     )
-    return result
+    return tables
 
 
 @affinity_field_with_gradient.register_fake
@@ -195,20 +248,17 @@ def _(
     label: Tensor,
     top: Tensor,
     rest: Tensor,
-    kernel_sizes: Sequence[int],
-    margin: float,
-    eps: float,
-    variant: str,
-    backend: str,
+    kernel_sizes: list[int],
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums, log_loss = _tables_like(logits, kernel_sizes)
     grad = torch.empty_like(logits, dtype=grad_dtype(logits))
     return sums, log_loss, sums.new_empty(()), grad
 
 
-@torch.library.custom_op("tritonaff::affinity_field_scale", mutates_args=("grad",))
+@define("affinity_field_scale", "(Tensor(a!) grad, Tensor scale, str backend) -> ()", ("grad",))
 def affinity_field_scale(grad: Tensor, scale: Tensor, backend: str) -> None:
-    """grad times scale, in place."""
+    """grad *= scale, in place."""
     if tile_runs(backend, grad):
         from tritonaff.kernels.affinity_field import scale_
 
@@ -217,53 +267,46 @@ def affinity_field_scale(grad: Tensor, scale: Tensor, backend: str) -> None:
         grad.mul_(scale)
 
 
-def _setup_context_of_gradient(
+def _setup_gradient_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    logits, grad_sums, grad_log_loss, label, top, rest, *options = inputs
-    sums, log_loss, _, grad = output
+    logits, grad_sums, grad_log_loss, label, top, rest, *ctx.options = inputs
+    sums, log_loss, _, ctx.grad = output
     ctx.save_for_backward(grad_sums, grad_log_loss, logits, label, top, rest)
-    ctx.options = options
-    ctx.grad, ctx.dtype = grad, logits.dtype
-    ctx.mark_non_differentiable(sums, log_loss, grad)
+    ctx.dtype = logits.dtype
+    ctx.mark_non_differentiable(sums, log_loss, ctx.grad)
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_gradient(
+def _gradient_backward(
     ctx: Any, _sums: None, _log_loss: None, scale: Tensor | None, _grad: None
 ) -> dict[str, Tensor]:
     if scale is None:
         return {}
     if ctx.grad is None or torch.is_grad_enabled():
-        # Another pass through the same graph; or create_graph, which this op refuses when it is
+        # A second pass through the same graph; or create_graph, which this op refuses when it is
         # differentiated.
-        grad_sums, grad_log_loss, *rest = ctx.saved_tensors
+        grad_sums, grad_log_loss, *pixels = ctx.saved_tensors
         grad_log_loss = None if grad_log_loss is None else scale * grad_log_loss
-        grad = affinity_field_backward(scale * grad_sums, grad_log_loss, *rest, *ctx.options)
+        grad = affinity_field_backward(scale * grad_sums, grad_log_loss, *pixels, *ctx.options)
         return {"logits": grad}
-    # Its memory is handed on.
+    # The first pass hands the waiting gradient on and lets go of it.
     grad, ctx.grad = ctx.grad, None
     if type(grad) is Tensor:
         affinity_field_scale(grad, scale, ctx.options[-1])
-    else:  # traced, to be fused with what follows
+    else:  # traced: Inductor fuses the product with what follows
         grad = grad * scale
     return {"logits": grad.to(ctx.dtype)}
 
 
 register_gradients(
-    affinity_field_with_gradient,
-    _backward_of_gradient,
-    setup_context=_setup_context_of_gradient,
+    affinity_field_with_gradient, _gradient_backward, setup_context=_setup_gradient_context
 )
 
 
-@torch.library.custom_op("tritonaff::affinity_field_coefficients", mutates_args=())
+@define("affinity_field_coefficients", "(Tensor coefficients, Tensor logits) -> Tensor")
 def affinity_field_coefficients(coefficients: Tensor, logits: Tensor) -> Tensor:
-    """The coefficients, for weights that are learned: their gradient cannot be differentiated.
-
-    It is made of the sums, which are constants in the graph. A second derivative with respect to
-    the logits would drop them silently.
-    """
+    """A copy; see :meth:`Counted.differentiable_once`."""
     return coefficients.clone()
 
 
@@ -272,9 +315,9 @@ def _(coefficients: Tensor, logits: Tensor) -> Tensor:
     return torch.empty_like(coefficients)
 
 
-@torch.library.custom_op("tritonaff::affinity_field_coefficients_backward", mutates_args=())
+@define("affinity_field_coefficients_backward", "(Tensor grad, Tensor logits) -> Tensor")
 def affinity_field_coefficients_backward(grad: Tensor, logits: Tensor) -> Tensor:
-    """The gradient as it is. Without an autograd formula, so that differentiating it raises."""
+    """A copy. The op has no autograd formula, so that differentiating it raises."""
     return grad.clone()
 
 
@@ -283,11 +326,11 @@ def _(grad: Tensor, logits: Tensor) -> Tensor:
     return torch.empty_like(grad)
 
 
-def _setup_context_of_coefficients(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _setup_coefficients_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _backward_of_coefficients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+def _coefficients_backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     if torch.is_grad_enabled():
         grad = affinity_field_coefficients_backward(grad, *ctx.saved_tensors)
     return {"coefficients": grad}
@@ -295,8 +338,8 @@ def _backward_of_coefficients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
 
 register_gradients(
     affinity_field_coefficients,
-    _backward_of_coefficients,
-    setup_context=_setup_context_of_coefficients,
+    _coefficients_backward,
+    setup_context=_setup_coefficients_context,
 )
 
 
@@ -305,16 +348,16 @@ def _compute(
     label: Tensor,
     top: Tensor,
     rest: Tensor,
-    kernel_sizes: Sequence[int],
+    kernel_sizes: list[int],
     margin: float,
     eps: float,
     variant: str,
     backend: str,
-    grad_sums: Tensor | None = None,
-    grad_log_loss: Tensor | None = None,
     *,
+    grads: tuple[Tensor | None, Tensor | None] = (None, None),
     with_tables: bool = True,
 ) -> Any:
+    grad_sums, grad_log_loss = (None if grad is None else grad.contiguous() for grad in grads)
     return _implementation(logits, variant, backend).compute(
         logits,
         label,
@@ -324,21 +367,19 @@ def _compute(
         margin,
         eps,
         with_tables=with_tables,
-        grad_sums=None if grad_sums is None else grad_sums.contiguous(),
-        grad_log_loss=None if grad_log_loss is None else grad_log_loss.contiguous(),
+        grad_sums=grad_sums,
+        grad_log_loss=grad_log_loss,
     )
 
 
-def _tables_like(logits: Tensor, kernel_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _tables_like(logits: Tensor, kernel_sizes: list[int]) -> tuple[Tensor, Tensor]:
     c, dtype = logits.shape[1], precision(logits)
     sums = logits.new_empty(2, c, len(kernel_sizes), dtype=dtype)
     return sums, logits.new_empty(c, dtype=dtype)
 
 
 def _implementation(logits: Tensor, variant: str, backend: str) -> Any:
-    obstacle = None if variant == "paper" else "this variant has no tile"
-    if tile_runs(backend, logits, obstacle=obstacle):
-        from tritonaff.kernels import affinity_field as kernels
-
-        return kernels
-    return portable if variant == "paper" else portable_authors
+    if variant == "paper":
+        return implementation("affinity_field", backend, logits)
+    obstacle = "this variant has no tile"
+    return implementation("affinity_field_authors", backend, logits, obstacle=obstacle)

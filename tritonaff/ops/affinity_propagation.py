@@ -1,83 +1,70 @@
-"""Affinity propagation as custom ops: opaque to the compiler, differentiable, whatever
-implementation runs inside.
-"""
+"""Affinity propagation as custom ops. Rates are flat: r1, r2, r1, r2, ..."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import tile_runs
-from tritonaff.ops.gradients import register_gradients
-from tritonaff.portable import affinity_propagation as portable
+from tritonaff.ops.backend import current_backend, implementation, reference
+from tritonaff.ops.definition import define, register_gradients
+from tritonaff.options import AffinityPropagationOptions
+
+OPTIONS = "SymInt[] rates, SymInt iterations, float self_weight, float steepness, bool from_logits"
 
 
-@torch.library.custom_op("tritonaff::affinity_propagation", mutates_args=())
+def propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptions) -> Tensor:
+    """The refined probs, (N, C, H, W), in their dtype and memory format."""
+    backend = current_backend()
+    if backend == "reference":
+        equations = reference("affinity_propagation")
+        refined: Tensor = equations.affinity_propagation(probs, affinity, **options._asdict())
+        return refined
+    flat_rates = [rate for pair in options.rates for rate in pair]
+    refined = affinity_propagation(probs, affinity, flat_rates, *options[1:], backend)
+    return refined
+
+
+@define(
+    "affinity_propagation",
+    f"(Tensor probs, Tensor affinity, {OPTIONS}, str backend) -> Tensor",
+)
 def affinity_propagation(
-    probs: Tensor,
-    affinity: Tensor,
-    rates: Sequence[int],
-    iterations: int,
-    self_weight: float,
-    steepness: float,
-    from_logits: bool,
-    backend: str,
+    probs: Tensor, affinity: Tensor, rates: list[int], *options: Any
 ) -> Tensor:
-    """The refined probs, in their dtype and memory format. Rates are flat: r1, r2, r1, r2, ..."""
-    implementation = _implementation(probs, backend)
-    result: Tensor = implementation.forward(
-        probs, affinity, list(rates), iterations, self_weight, steepness, from_logits
+    *others, backend = options
+    refined: Tensor = implementation("affinity_propagation", backend, probs).forward(
+        probs, affinity, list(rates), *others
     )
-    return result
+    return refined
 
 
 @affinity_propagation.register_fake
-def _(
-    probs: Tensor,
-    affinity: Tensor,
-    rates: Sequence[int],
-    iterations: int,
-    self_weight: float,
-    steepness: float,
-    from_logits: bool,
-    backend: str,
-) -> Tensor:
+def _(probs: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(probs)
 
 
-@torch.library.custom_op("tritonaff::affinity_propagation_backward", mutates_args=())
+@define(
+    "affinity_propagation_backward",
+    "(Tensor grad, Tensor probs, Tensor affinity, bool needs_probs, bool needs_affinity, "
+    f"{OPTIONS}, str backend) -> (Tensor, Tensor)",
+)
 def affinity_propagation_backward(
     grad: Tensor,
     probs: Tensor,
     affinity: Tensor,
     needs_probs: bool,
     needs_affinity: bool,
-    rates: Sequence[int],
-    iterations: int,
-    self_weight: float,
-    steepness: float,
-    from_logits: bool,
-    backend: str,
+    rates: list[int],
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to probs and affinity, in the dtype and memory format of each.
-
-    One that is not needed is an empty tensor.
+    """The gradients of probs and affinity, in the dtype and memory format of each; an empty tensor
+    in place of a gradient that is not needed.
     """
-    implementation = _implementation(probs, backend)
-    grads: tuple[Tensor, Tensor] = implementation.backward(
-        grad,
-        probs,
-        affinity,
-        needs_probs,
-        needs_affinity,
-        list(rates),
-        iterations,
-        self_weight,
-        steepness,
-        from_logits,
+    *others, backend = options
+    grads: tuple[Tensor, Tensor] = implementation("affinity_propagation", backend, probs).backward(
+        grad, probs, affinity, needs_probs, needs_affinity, list(rates), *others
     )
     return grads
 
@@ -89,12 +76,7 @@ def _(
     affinity: Tensor,
     needs_probs: bool,
     needs_affinity: bool,
-    rates: Sequence[int],
-    iterations: int,
-    self_weight: float,
-    steepness: float,
-    from_logits: bool,
-    backend: str,
+    *others: Any,
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(probs) if needs_probs else probs.new_empty(0),
@@ -104,7 +86,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     probs, affinity, *ctx.options = inputs
-    # The iterates are computed again: they would hold memory from forward to backward.
+    # The backward pass computes the iterates again: saved, they would hold memory until then.
     ctx.save_for_backward(probs, affinity)
     ctx.set_materialize_grads(False)
 
@@ -121,11 +103,3 @@ def _backward(ctx: Any, grad: Tensor | None) -> dict[str, Tensor]:
 
 
 register_gradients(affinity_propagation, _backward, setup_context=_setup_context)
-
-
-def _implementation(probs: Tensor, backend: str) -> Any:
-    if tile_runs(backend, probs):
-        from tritonaff.kernels import affinity_propagation as kernels
-
-        return kernels
-    return portable

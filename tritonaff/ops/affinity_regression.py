@@ -1,44 +1,86 @@
-"""Affinity regression as custom ops: opaque to the compiler, differentiable, whatever
-implementation runs inside.
-
-An empty list of grid sizes means every pixel.
-"""
+"""Affinity regression as custom ops. An empty list of grid sizes means every pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import tile_runs, without_autocast
-from tritonaff.ops.gradients import register_gradients
+from tritonaff.ops.backend import current_backend, implementation, reference, without_autocast
+from tritonaff.ops.definition import define, register_gradients
+from tritonaff.options import AffinityRegressionOptions
 from tritonaff.portable import affinity_regression as portable
 from tritonaff.portable.blocks import precision, sum_dtype
 
+NAME = "affinity_regression"
 # The tiles hold a block of points with all their classes several times over.
 MAX_TILE_CLASSES = 256
-# Those for grids compare all pairs: beyond this the linear form, portable, is faster.
+# The tiles for grids compare all pairs: beyond this number the portable, linear form is faster.
 MAX_TILE_POINTS = 4096
 
+OPTIONS = "SymInt[] grid_sizes, SymInt ignore_index, str backend"
 
-@torch.library.custom_op("tritonaff::affinity_regression", mutates_args=())
-def affinity_regression(
-    logits: Tensor, target: Tensor, grid_sizes: Sequence[int], ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error and number of pairs (N,); Gram matrices (N, 3, C, C), none with grid sizes."""
-    implementation = _implementation(logits, grid_sizes, backend)
-    with without_autocast(logits):
-        result: tuple[Tensor, Tensor, Tensor] = implementation.forward(
-            logits, target, list(grid_sizes), ignore_index
+
+def terms(
+    logits: Tensor, target: Tensor, options: AffinityRegressionOptions
+) -> tuple[Tensor, Tensor]:
+    """Squared error and number of pairs, each (N,)."""
+    backend = current_backend()
+    if backend == "reference":
+        with without_autocast(logits):
+            tables: tuple[Tensor, Tensor] = reference(NAME).affinity_regression_terms(
+                logits, target, **options._asdict()
+            )
+        return tables
+    squared_error, pair_count, _ = affinity_regression(
+        logits, target, options.grid_sizes or (), options.ignore_index, backend
+    )
+    return squared_error, pair_count
+
+
+def predicted_affinity(logits: Tensor, grid_sizes: tuple[int, ...] | None) -> Tensor:
+    """The matrices (N, L, L) of the logits."""
+    backend = current_backend()
+    if backend == "reference":
+        with without_autocast(logits):
+            matrices: Tensor = reference(NAME).square_root_affinity(logits, grid_sizes)
+        return matrices
+    matrices = square_root_affinity(logits, grid_sizes or (), backend)
+    return matrices
+
+
+def true_affinity(
+    target: Tensor, grid_sizes: tuple[int, ...] | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The matrices (N, L, L) of the labels, and the points (N, L) that count. Labels are compared
+    in plain torch on any device: there is no gradient, and nothing to fuse.
+    """
+    if current_backend() == "reference":
+        matrices: tuple[Tensor, Tensor] = reference(NAME).label_affinity(
+            target, grid_sizes, ignore_index
         )
-    return result
+        return matrices
+    return portable.label_affinity(target, list(grid_sizes or ()), ignore_index)
+
+
+@define(NAME, f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
+def affinity_regression(
+    logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error (N,), number of pairs (N,), and Gram matrices for the backward pass: (N, 3, C,
+    C) of every pixel, (N, 0, C, C) of grids.
+    """
+    with without_autocast(logits):
+        tables: tuple[Tensor, Tensor, Tensor] = _implementation(
+            logits, grid_sizes, backend
+        ).forward(logits, target, list(grid_sizes), ignore_index)
+    return tables
 
 
 @affinity_regression.register_fake
 def _(
-    logits: Tensor, target: Tensor, grid_sizes: Sequence[int], ignore_index: int, backend: str
+    logits: Tensor, target: Tensor, grid_sizes: list[int], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, c = logits.shape[:2]
     matrices = 0 if grid_sizes else 3
@@ -49,35 +91,29 @@ def _(
     )
 
 
-@torch.library.custom_op("tritonaff::affinity_regression_backward", mutates_args=())
+@define(
+    "affinity_regression_backward",
+    f"(Tensor grad_squared_error, Tensor logits, Tensor target, Tensor gram, {OPTIONS}) -> Tensor",
+)
 def affinity_regression_backward(
     grad_squared_error: Tensor,
     logits: Tensor,
     target: Tensor,
     gram: Tensor,
-    grid_sizes: Sequence[int],
+    grid_sizes: list[int],
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    """The gradient with respect to the logits, in their dtype and memory format."""
-    implementation = _implementation(logits, grid_sizes, backend)
+    """The gradient of the logits, in their dtype and memory format."""
     with without_autocast(logits):
-        grad: Tensor = implementation.backward(
+        grad: Tensor = _implementation(logits, grid_sizes, backend).backward(
             grad_squared_error.contiguous(), logits, target, gram, list(grid_sizes), ignore_index
         )
     return grad
 
 
 @affinity_regression_backward.register_fake
-def _(
-    grad_squared_error: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    gram: Tensor,
-    grid_sizes: Sequence[int],
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
+def _(grad_squared_error: Tensor, logits: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -99,58 +135,55 @@ def _backward(ctx: Any, grad_squared_error: Tensor | None, *_: Any) -> dict[str,
 register_gradients(affinity_regression, _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("tritonaff::square_root_affinity", mutates_args=())
-def square_root_affinity(logits: Tensor, grid_sizes: Sequence[int], backend: str) -> Tensor:
+@define("square_root_affinity", "(Tensor logits, SymInt[] grid_sizes, str backend) -> Tensor")
+def square_root_affinity(logits: Tensor, grid_sizes: list[int], backend: str) -> Tensor:
     """The matrices (N, L, L)."""
-    implementation = _implementation(logits, (), backend)
     with without_autocast(logits):
-        affinity: Tensor = implementation.square_root_affinity(logits, list(grid_sizes))
-    return affinity
+        matrices: Tensor = _implementation(logits, (), backend).square_root_affinity(
+            logits, list(grid_sizes)
+        )
+    return matrices
 
 
 @square_root_affinity.register_fake
-def _(logits: Tensor, grid_sizes: Sequence[int], backend: str) -> Tensor:
+def _(logits: Tensor, grid_sizes: list[int], backend: str) -> Tensor:
     n, _, height, width = logits.shape
     points = sum(size * size for size in grid_sizes) if grid_sizes else height * width
     return logits.new_empty(n, points, points, dtype=precision(logits))
 
 
-@torch.library.custom_op("tritonaff::square_root_affinity_backward", mutates_args=())
+@define(
+    "square_root_affinity_backward",
+    "(Tensor grad_affinity, Tensor logits, SymInt[] grid_sizes) -> Tensor",
+)
 def square_root_affinity_backward(
-    grad_affinity: Tensor, logits: Tensor, grid_sizes: Sequence[int]
+    grad_affinity: Tensor, logits: Tensor, grid_sizes: list[int]
 ) -> Tensor:
-    """The gradient with respect to the logits; a plain matrix product, which needs no tile."""
+    """The gradient of the logits: a plain matrix product, which needs no tile."""
     with without_autocast(logits):
         return portable.square_root_affinity_backward(grad_affinity, logits, list(grid_sizes))
 
 
 @square_root_affinity_backward.register_fake
-def _(grad_affinity: Tensor, logits: Tensor, grid_sizes: Sequence[int]) -> Tensor:
+def _(grad_affinity: Tensor, logits: Tensor, grid_sizes: list[int]) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup_affinity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_matrix_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, ctx.grid_sizes, _ = inputs
     ctx.save_for_backward(logits)
 
 
-def _affinity_backward(ctx: Any, grad_affinity: Tensor) -> dict[str, Tensor]:
+def _matrix_backward(ctx: Any, grad_affinity: Tensor) -> dict[str, Tensor]:
     grad = square_root_affinity_backward(grad_affinity, *ctx.saved_tensors, ctx.grid_sizes)
     return {"logits": grad}
 
 
-register_gradients(square_root_affinity, _affinity_backward, setup_context=_setup_affinity_context)
-
-# A comparison of labels: any device, no gradient, nothing to fuse.
-label_affinity = portable.label_affinity
+register_gradients(square_root_affinity, _matrix_backward, setup_context=_setup_matrix_context)
 
 
-def _implementation(logits: Tensor, grid_sizes: Sequence[int], backend: str) -> Any:
+def _implementation(logits: Tensor, grid_sizes: list[int] | tuple[()], backend: str) -> Any:
     points, obstacle = sum(size * size for size in grid_sizes), None
     if points > MAX_TILE_POINTS:
         obstacle = f"the tiles take at most {MAX_TILE_POINTS} points of grids, got {points}"
-    if tile_runs(backend, logits, max_classes=MAX_TILE_CLASSES, obstacle=obstacle):
-        from tritonaff.kernels import affinity_regression as kernels
-
-        return kernels
-    return portable
+    return implementation(NAME, backend, logits, max_classes=MAX_TILE_CLASSES, obstacle=obstacle)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +83,28 @@ def tile_runs(
     if obstacle and backend == "triton":
         raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
     return obstacle is None
+
+
+def implementation(
+    name: str,
+    backend: str,
+    tensor: Tensor,
+    *,
+    max_classes: int | None = MAX_TILE_CLASSES,
+    obstacle: str | None = None,
+) -> Any:
+    """The module that computes the operation ``name`` for this call: tiles or portable torch.
+
+    The arguments are explained in :func:`tile_runs`. "reference" never comes here: it runs outside
+    the ops, so that autograd differentiates the equations themselves.
+    """
+    runs = tile_runs(backend, tensor, max_classes=max_classes, obstacle=obstacle)
+    return importlib.import_module(f"tritonaff.{'kernels' if runs else 'portable'}.{name}")
+
+
+def reference(name: str) -> Any:
+    """The module with the equations of the operation ``name``."""
+    return importlib.import_module(f"tritonaff.reference.{name}")
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -1,52 +1,91 @@
-"""Dilated affinity as custom ops: opaque to the compiler, differentiable, whatever implementation
-runs inside.
+"""Dilated affinity as custom ops.
 
-``offsets`` are dy0, dx0, dy1, dx1, ...: those of the 8 neighbours of each of R rates, see
-rates.rate_offsets. The logits have a channel for each, and tables a row for each rate.
+``offsets`` are dy0, dx0, dy1, dx1, ...: the 8 neighbours of each of R rates, see
+:func:`tritonaff.rates.rate_offsets`. Logits have a channel per neighbour, tables a row per rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import tile_runs
-from tritonaff.ops.gradients import register_gradients
+from tritonaff.ops.backend import current_backend, implementation, reference
+from tritonaff.ops.definition import define, register_gradients
+from tritonaff.options import DilatedAffinityOptions
 from tritonaff.portable import dilated_affinity as portable
 from tritonaff.portable.blocks import precision
+from tritonaff.rates import rate_offsets
+
+NAME = "dilated_affinity"
+OPTIONS = "SymInt[] offsets, float gamma, SymInt ignore_index, str backend"
+
+Pairs = tuple[tuple[int, int], ...]
 
 
-@torch.library.custom_op("tritonaff::dilated_affinity", mutates_args=())
+def terms(
+    affinity_logits: Tensor, target: Tensor, options: DilatedAffinityOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Focal loss sums, signal counts and correct counts, each (R, 9, 2); pixel counts (R, 9)."""
+    backend, (rates, gamma, ignore_index) = current_backend(), _of_terms(options)
+    tables: tuple[Tensor, Tensor, Tensor, Tensor]
+    if backend == "reference":
+        tables = reference(NAME).dilated_affinity_terms(
+            affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
+        )
+        return tables
+    tables = dilated_affinity(
+        affinity_logits, target, rate_offsets(rates), gamma, ignore_index, backend
+    )
+    return tables
+
+
+def counts(target: Tensor, rates: Pairs, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Pixel counts (R, 9) and signal counts (R, 9, 2) of labels."""
+    tables: tuple[Tensor, Tensor]
+    if current_backend() == "reference":
+        tables = reference(NAME).neighbor_counts(target, rates, ignore_index=ignore_index)
+    else:
+        tables = neighbor_counts(target, rate_offsets(rates), ignore_index)
+    return tables
+
+
+def signals(target: Tensor, rates: Pairs, ignore_index: int) -> Tensor:
+    """(N, 8 R, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
+    result: Tensor
+    if current_backend() == "reference":
+        result = reference(NAME).dilated_affinity_target(target, rates, ignore_index=ignore_index)
+    else:
+        result = dilated_affinity_target(target, rate_offsets(rates), ignore_index)
+    return result
+
+
+def _of_terms(options: DilatedAffinityOptions) -> tuple[Pairs, float, int]:
+    return options.rates, options.gamma, options.ignore_index
+
+
+@define(NAME, f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def dilated_affinity(
     logits: Tensor,
     target: Tensor,
-    offsets: Sequence[int],
+    offsets: list[int],
     gamma: float,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Focal loss sums (R, 9, 2), signal and correct counts likewise, pixel counts (R, 9).
-
-    By rate, neighbour category and target, different first.
+    """Focal loss sums, signal counts, correct counts (R, 9, 2): by rate, neighbour category and
+    target, different first. Pixel counts (R, 9).
     """
-    implementation = _implementation(logits, backend)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(
+    tables: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(logits, backend).forward(
         logits, target, list(offsets), gamma, ignore_index
     )
-    return result
+    return tables
 
 
 @dilated_affinity.register_fake
 def _(
-    logits: Tensor,
-    target: Tensor,
-    offsets: Sequence[int],
-    gamma: float,
-    ignore_index: int,
-    backend: str,
+    logits: Tensor, target: Tensor, offsets: list[int], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rates = len(offsets) // 16
     return (
@@ -57,42 +96,36 @@ def _(
     )
 
 
-@torch.library.custom_op("tritonaff::dilated_affinity_backward", mutates_args=())
+@define(
+    "dilated_affinity_backward",
+    f"(Tensor grad_loss_sum, Tensor logits, Tensor target, {OPTIONS}) -> Tensor",
+)
 def dilated_affinity_backward(
     grad_loss_sum: Tensor,
     logits: Tensor,
     target: Tensor,
-    offsets: Sequence[int],
+    offsets: list[int],
     gamma: float,
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    """The gradient with respect to the logits, in their dtype and memory format."""
-    implementation = _implementation(logits, backend)
-    grad: Tensor = implementation.backward(
+    """The gradient of the logits, in their dtype and memory format."""
+    grad: Tensor = _implementation(logits, backend).backward(
         grad_loss_sum.contiguous(), logits, target, list(offsets), gamma, ignore_index
     )
     return grad
 
 
 @dilated_affinity_backward.register_fake
-def _(
-    grad_loss_sum: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    offsets: Sequence[int],
-    gamma: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
+def _(grad_loss_sum: Tensor, logits: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, *ctx.options = inputs
-    _, *counts = output
+    _, *tables_of_counts = output
     ctx.save_for_backward(logits, target)
-    ctx.mark_non_differentiable(*counts)
+    ctx.mark_non_differentiable(*tables_of_counts)
     ctx.set_materialize_grads(False)
 
 
@@ -105,17 +138,17 @@ def _backward(ctx: Any, grad_loss_sum: Tensor | None, *_: Any) -> dict[str, Tens
 
 register_gradients(dilated_affinity, _backward, setup_context=_setup_context)
 
+LABELS = "Tensor target, SymInt[] offsets, SymInt ignore_index"
 
-@torch.library.custom_op("tritonaff::neighbor_counts", mutates_args=())
-def neighbor_counts(
-    target: Tensor, offsets: Sequence[int], ignore_index: int
-) -> tuple[Tensor, Tensor]:
+
+@define("neighbor_counts", f"({LABELS}) -> (Tensor, Tensor)")
+def neighbor_counts(target: Tensor, offsets: list[int], ignore_index: int) -> tuple[Tensor, Tensor]:
     """Pixel counts (R, 9) and signal counts (R, 9, 2)."""
     return portable.neighbor_counts(target, list(offsets), ignore_index)
 
 
 @neighbor_counts.register_fake
-def _(target: Tensor, offsets: Sequence[int], ignore_index: int) -> tuple[Tensor, Tensor]:
+def _(target: Tensor, offsets: list[int], ignore_index: int) -> tuple[Tensor, Tensor]:
     num_rates = len(offsets) // 16
     return (
         target.new_empty(num_rates, 9, dtype=torch.int64),
@@ -123,21 +156,18 @@ def _(target: Tensor, offsets: Sequence[int], ignore_index: int) -> tuple[Tensor
     )
 
 
-@torch.library.custom_op("tritonaff::dilated_affinity_target", mutates_args=())
-def dilated_affinity_target(target: Tensor, offsets: Sequence[int], ignore_index: int) -> Tensor:
+@define("dilated_affinity_target", f"({LABELS}) -> Tensor")
+def dilated_affinity_target(target: Tensor, offsets: list[int], ignore_index: int) -> Tensor:
     """(N, 8 R, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
     return portable.affinity_target(target, list(offsets), ignore_index)
 
 
 @dilated_affinity_target.register_fake
-def _(target: Tensor, offsets: Sequence[int], ignore_index: int) -> Tensor:
+def _(target: Tensor, offsets: list[int], ignore_index: int) -> Tensor:
     n, height, width = target.shape
     return target.new_empty(n, len(offsets) // 2, height, width, dtype=torch.uint8)
 
 
 def _implementation(logits: Tensor, backend: str) -> Any:
-    if tile_runs(backend, logits, max_classes=None):  # channels are signals, one at a time
-        from tritonaff.kernels import dilated_affinity as kernels
-
-        return kernels
-    return portable
+    # A tile reads one channel at a time: their number has no limit.
+    return implementation(NAME, backend, logits, max_classes=None)

@@ -1,16 +1,166 @@
-"""Statistics of a data set's labels, which weigh the dilated affinity loss and start its head."""
+"""Neighbours and their labels: targets of an affinity head, counts, statistics of a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from tritonaff import checks
-from tritonaff.functional import neighbor_counts, signal_weight
+from tritonaff.ops import dilated_affinity as ops
+from tritonaff.options import WEIGHTINGS, Rates, Weighting
+from tritonaff.portable.blocks import precision
+
+
+def dilated_affinity_target(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> Tensor:
+    """What an affinity head should predict: whether a pixel and its neighbours have one label.
+
+    For people and tests; the loss never builds it.
+
+    Args:
+        target: (N, H, W) of uint8, int32 or int64. Any label of at least 0 but ignore_index is a
+            class: how many there are is not known here.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). What
+            is outside the image is no neighbour. The paper's bracket notation:
+            :func:`expand_rates`.
+        ignore_index: label of the pixels to leave out.
+
+    Returns:
+        (N, 8 R, H, W) of uint8: 1 for the same label, 0 for a different one, 255 where one of the
+        two pixels is outside or ignored. Channels are rate by rate and, within a rate (r1, r2), the
+        neighbours at {-r1, 0, r1} rows x {-r2, 0, r2} columns without the centre, row by row.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or range. A label below 0 other than ignore_index raises in eager
+            mode on the CPU; elsewhere it is a class.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 3.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> target = torch.tensor([[[7, 7, 4]]])
+        >>> left, right = tritonaff.dilated_affinity_target(target, rates=[1])[0, 3:5]
+        >>> left.tolist(), right.tolist()
+        ([[255, 1, 0]], [[1, 0, 255]])
+    """
+    return ops.signals(*_checked(target, rates, ignore_index))
+
+
+class NeighborCounts(NamedTuple):
+    """How many pixels and signals are in each neighbour category, at each of R rates; int64.
+
+    Tables add up: those of a data set are the sums of those of its images.
+    """
+
+    pixel_count: Tensor
+    """(R, 9): pixels of category n0 ... n8."""
+    signal_count: Tensor
+    """(R, 9, 2): signals of those pixels by target, (different, same)."""
+
+
+def neighbor_counts(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> NeighborCounts:
+    """Pixels and signals by rate and neighbour category: what a data set's statistics add up.
+
+    Args:
+        target, rates, ignore_index: see :func:`dilated_affinity_target`.
+
+    Returns:
+        :class:`NeighborCounts` on the target's device; categories as :func:`neighbor_categories`
+        defines them.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_affinity_target`.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.functional import neighbor_counts
+        >>> counts = neighbor_counts(torch.tensor([[[0, 0, 0, 1]]]), rates=[1])
+        >>> counts.pixel_count[0, 7:].tolist(), counts.signal_count[0, 7:].tolist()
+        ([2, 2], [[2, 1], [0, 3]])
+    """
+    return NeighborCounts(*ops.counts(*_checked(target, rates, ignore_index)))
+
+
+def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> Tensor:
+    """How many pixels have how many neighbours of their own label: n0 ... n8.
+
+    The category of a pixel at a rate is 8 minus the number of its valid neighbours with a different
+    label; a neighbour is valid if it is in the image and neither pixel is ignored. A pixel counts
+    if it has a valid neighbour.
+
+    Args:
+        target, rates, ignore_index: see :func:`dilated_affinity_target`.
+
+    Returns:
+        (R, 9) int64 on the target's device.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_affinity_target`.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 3.2 and Fig. 3. It speaks of
+    full neighbourhoods only; here the border of a uniform region is n8, as its inside is.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> target = torch.tensor([[[0, 0, 0, 1]]])
+        >>> tritonaff.neighbor_categories(target, rates=[1]).tolist()  # two of n7, two of n8
+        [[0, 0, 0, 0, 0, 0, 0, 2, 2]]
+    """
+    return neighbor_counts(target, rates, ignore_index=ignore_index).pixel_count
+
+
+def signal_weight(weighting: Weighting, pixel_count: Tensor, signal_count: Tensor) -> Tensor:
+    r"""What each signal weighs in the dilated affinity loss, by rate, neighbour category, target.
+
+    ================  ============================================
+    ``"none"``        1
+    ``"neighbor"``    n8 / nk
+    ``"sqrt"``        sqrt(n8 / nk)
+    ``"signal"``      1 for same, same / different for different
+    ================  ============================================
+
+    with nk the pixels of category k at the rate, and same and different its signals in all
+    categories. Every count n is n + 1 here: nothing divides by zero, and no missing category
+    silences the loss. Pixels of category n8 weigh 1, but for "signal".
+
+    Args:
+        weighting: one of the four.
+        pixel_count: (R, 9) counts, integer or floating.
+        signal_count: (R, 9, 2) counts, likewise.
+
+    Returns:
+        (R, 9, 2), without a gradient: float32, float64 for float64 counts.
+
+    Raises:
+        ValueError: an unknown weighting.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 3.2 and Table 1.
+
+    Example:
+        >>> import torch
+        >>> from tritonaff.functional import signal_weight
+        >>> pixel_count = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 3, 15]])
+        >>> signal_weight("sqrt", pixel_count, torch.zeros(1, 9, 2))[0, 7:].tolist()
+        [[2.0, 2.0], [1.0, 1.0]]
+    """
+    checks.check_option("weighting", weighting, WEIGHTINGS)
+    dtype = precision(pixel_count)
+    pixels = pixel_count.detach().to(dtype) + 1
+    if weighting == "none":
+        weight = torch.ones_like(pixels)
+    elif weighting == "signal":
+        different, same = (signal_count.detach().to(dtype).sum(dim=1) + 1).unbind(dim=1)
+        weight = torch.stack((same / different, torch.ones_like(same)), dim=1)
+        return weight[:, None].expand(-1, pixels.shape[1], -1)
+    else:
+        weight = pixels[:, -1:] / pixels
+        if weighting == "sqrt":
+            weight = weight.sqrt()
+    return weight[:, :, None].expand(-1, -1, 2)
 
 
 class NeighborStatistics:
@@ -51,7 +201,7 @@ class NeighborStatistics:
         0.667
     """
 
-    def __init__(self, rates: Sequence[int | tuple[int, int]], ignore_index: int = 255) -> None:
+    def __init__(self, rates: Rates, ignore_index: int = 255) -> None:
         self.rates = checks.check_rates(rates)
         self.ignore_index = checks.check_ignore_index(ignore_index)
         self.pixel_count = torch.zeros(len(self.rates), 9, dtype=torch.int64)
@@ -104,7 +254,7 @@ class NeighborStatistics:
         count = self.signal_count.cpu().double().sum(dim=1)
         return count[:, 1] / count.sum(dim=1).clamp(min=1)
 
-    def weight(self, weighting: str = "sqrt") -> Tensor:
+    def weight(self, weighting: Weighting = "sqrt") -> Tensor:
         """(R, 9, 2), what each signal weighs in the loss; see
         :func:`tritonaff.functional.signal_weight`.
         """
@@ -164,3 +314,13 @@ class NeighborStatistics:
         ):
             if mine != other:
                 raise ValueError(f"both counts must be of the same {name}, got {mine} and {other}")
+
+
+def _checked(
+    target: Tensor, rates: Rates, ignore_index: int
+) -> tuple[Tensor, tuple[tuple[int, int], ...], int]:
+    target = checks.check_target(target)
+    pairs = checks.check_rates(rates)
+    ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, None, ignore_index)
+    return target, pairs, ignore_index

@@ -1,11 +1,20 @@
-"""How the ops' autograd formulas hand gradients over: by the names in the op's schema."""
+"""How an operation becomes a custom op: opaque to the compiler, differentiable by a formula."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.library import CustomOpDef
+
+
+def define(
+    name: str, schema: str, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """A decorator that makes the op ``tritonaff::name`` of a function with this schema."""
+    return torch.library.custom_op(f"tritonaff::{name}", mutates_args=mutates, schema=schema)
 
 
 def register_gradients(

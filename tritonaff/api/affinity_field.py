@@ -1,0 +1,626 @@
+"""Affinity fields: neighbours of one label agree, neighbours of two labels differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from tritonaff import checks
+from tritonaff.api.module import Loss
+from tritonaff.distributed import all_reduce
+from tritonaff.ops import affinity_field as ops
+from tritonaff.options import AffinityFieldOptions, Variant, affinity_field_options
+from tritonaff.portable.blocks import precision
+
+
+class AffinityFieldTerms(NamedTuple):
+    """Sums and counts of the affinity field by class and neighbourhood size, each of shape (C, K).
+
+    Tables add up: those of a batch are the sums of those of its images.
+    """
+
+    edge_sum: Tensor
+    """Sum of max(0, margin - KL) over edge entries; float32, float64 for float64 logits.
+    Differentiable.
+    """
+    non_edge_sum: Tensor
+    """Sum of KL over non-edge entries; the same dtype. Differentiable."""
+    edge_count: Tensor
+    """Number of edge entries; int64."""
+    non_edge_count: Tensor
+    """Number of non-edge entries; int64."""
+
+
+def affinity_field_terms(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int] | int = (3,),
+    *,
+    margin: float = 3.0,
+    eps: float = 1e-4,
+    ignore_index: int = 255,
+    variant: Variant = "paper",
+) -> AffinityFieldTerms:
+    r"""The sums and counts that affinity field losses are made of, in one pass over the logits.
+
+    With p = softmax(logits) clamped to [eps, 1 - eps], pixel i, its 8 neighbours j at distance d =
+    (k - 1) / 2 (rows and columns, so a dilated 3 x 3), and every class c, an entry (i, j, c) has
+
+    .. math:: f = KL(p_j(c) \| p_i(c)) = p_j \log(p_j / p_i) + (1 - p_j) \log((1 - p_j) / (1 - p_i))
+
+    It is an *edge* if exactly one of the two pixels has label c and adds max(0, margin - f) to
+    ``edge_sum[c, k]``; else it is a *non-edge* and adds f to ``non_edge_sum[c, k]``. Pairs with a
+    pixel outside the image or ignored do not count.
+
+    Args:
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
+        target: (N, H, W) of uint8, int32 or int64.
+        kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
+        margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
+        eps: clamp of the probabilities, at least a rounding of 1 (1.2e-7; float64 2.2e-16), < 0.5.
+        ignore_index: label of the pixels to leave out, even if it is one of more than 255 classes.
+            255, where torch's own losses have -100.
+        variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code:
+            tables by the label of the centre i for all its channels, pairs only where the pixel
+            opposite to j counts as well, p and 1 - p clamped to [eps, 1] separately, and every
+            label outside [0, C) ignored.
+
+    Returns:
+        :class:`AffinityFieldTerms`. Differentiable with respect to the logits: once, in
+        reverse mode.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range; fewer than two classes. A label outside [0, C)
+            other than ignore_index raises in eager mode on the CPU (variant "paper"); elsewhere
+            such pixels are ignored, unless TRITONAFF_CHECK=1 asserts labels on the device.
+
+    Paper: Ke, Hwang, Liu, Yu, "Adaptive Affinity Fields for Semantic Segmentation", ECCV 2018, Eq.
+    3. We clamp p so that p and 1 - p stay a distribution, and count exactly the pairs that exist.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.zeros(1, 2, 1, 2)  # two undecided pixels
+        >>> target = torch.tensor([[[0, 1]]])  # of two classes: both pairs, both channels are edges
+        >>> terms = tritonaff.affinity_field_terms(logits, target)
+        >>> terms.edge_sum.tolist(), terms.edge_count.tolist(), terms.non_edge_count.tolist()
+        ([[6.0], [6.0]], [[2], [2]], [[0], [0]])
+    """
+    options = affinity_field_options(
+        kernel_sizes, margin=margin, eps=eps, ignore_index=ignore_index, variant=variant
+    )
+    counted = _count(*checks.check_logits_and_target(logits, target), options)
+    edge_sum, non_edge_sum = counted.sums()[0].unbind()
+    return AffinityFieldTerms(edge_sum, non_edge_sum, *counted.entry_counts())
+
+
+def affinity_field_loss(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int] | int = (3,),
+    *,
+    edge_weight: Tensor | None = None,
+    non_edge_weight: Tensor | None = None,
+    edge_lambda: float = 1.0,
+    non_edge_lambda: float = 1.0,
+    margin: float = 3.0,
+    eps: float = 1e-4,
+    ignore_index: int = 255,
+    variant: Variant = "paper",
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    r"""The affinity field loss: neighbours of one label agree, neighbours of two labels differ.
+
+    .. math::
+
+        L = \sum_k \lambda_e \frac{\sum_c w^e_{ck} \, edge\_sum_{ck}}{\sum_c edge\_count_{ck}}
+            + \lambda_n \frac{\sum_c w^n_{ck} \, non\_edge\_sum_{ck}}{\sum_c non\_edge\_count_{ck}}
+
+    on the tables of :func:`affinity_field_terms`. A size without edges (or without non-edges)
+    contributes 0 with a zero gradient.
+
+    Args:
+        logits: (N, C, H, W) floating, see :func:`affinity_field_terms`.
+        target: (N, H, W) of uint8, int32 or int64.
+        kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
+        edge_weight: (C, K) floating, weight of each class and size in the edge term; rows usually
+            sum to 1. Default 1/K. Differentiable.
+        non_edge_weight: (C, K), likewise for the non-edge term.
+        edge_lambda: factor of the edge term, at least 0.
+        non_edge_lambda: factor of the non-edge term, at least 0.
+        margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+        normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to divide
+            by, in place of the batch's own: :meth:`AffinityFieldLoss.normalizer`. The losses of the
+            parts of a batch, each divided by the numbers of all of it, add up to its loss.
+        process_group: None: the loss of this process's batch. A group: the loss of the batches of
+            all its processes as one, which must all call it; see :func:`distributed.all_reduce`.
+            The same in each of them, with gradients multiplied by their number, which the averaging
+            of DistributedDataParallel and FSDP cancels.
+
+    Returns:
+        A scalar: float32, float64 for float64 logits. In nats.
+
+    Raises:
+        TypeError, ValueError: as :func:`affinity_field_terms`; weights or a normalizer of a wrong
+            type, dtype, shape or device; a wrong process_group.
+
+    Paper: Ke et al., ECCV 2018, Eq. 7 with given weights; lambda is 1 there, added to
+    cross-entropy. :class:`AdaptiveAffinityFieldLoss` learns the weights. The authors' code gives
+    NaN on a batch without edges.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.randn(2, 4, 16, 16, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 16, 16))
+        >>> loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+        >>> loss = loss + tritonaff.affinity_field_loss(logits, target, kernel_sizes=(3, 5))
+        >>> loss.backward()
+    """
+    options = affinity_field_options(
+        kernel_sizes,
+        edge_lambda=edge_lambda,
+        non_edge_lambda=non_edge_lambda,
+        margin=margin,
+        eps=eps,
+        ignore_index=ignore_index,
+        variant=variant,
+    )
+    return _loss(
+        logits,
+        target,
+        options,
+        edge_weight=edge_weight,
+        non_edge_weight=non_edge_weight,
+        normalizer=normalizer,
+        process_group=process_group,
+    )
+
+
+def affinity_field_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    kernel_sizes: Sequence[int] | int = (3,),
+    *,
+    weight: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    non_edge_weight: Tensor | None = None,
+    edge_lambda: float = 1.0,
+    non_edge_lambda: float = 1.0,
+    margin: float = 3.0,
+    eps: float = 1e-4,
+    ignore_index: int = 255,
+    variant: Variant = "paper",
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits once less
+    than the two.
+
+    .. math:: L = \frac{\sum_i w_{y_i} \, (-\log p_i(y_i))}{\sum_i w_{y_i}} + L_{affinity}
+
+    over the pixels i that are not ignored, p = softmax(logits) unclamped, and the second term that
+    of :func:`affinity_field_loss`. Without any such pixel it is 0 with a zero gradient, where
+    :func:`torch.nn.functional.cross_entropy` gives NaN.
+
+    Args:
+        logits, target, kernel_sizes: see :func:`affinity_field_terms`.
+        weight: (C,) floating, the weight w of each class in cross-entropy. Default 1.
+        edge_weight, non_edge_weight, edge_lambda, non_edge_lambda: see
+            :func:`affinity_field_loss`.
+        margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+        process_group: see :func:`affinity_field_loss`; both terms are means over all processes.
+
+    Returns:
+        A scalar: float32, float64 for float64 logits. In nats.
+
+    Raises:
+        TypeError, ValueError: as :func:`affinity_field_loss`; ``weight`` of a wrong type, dtype,
+            shape or device.
+
+    Paper: Ke et al., ECCV 2018, Eq. 7 added to cross-entropy with lambda 1.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.randn(2, 4, 16, 16, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 16, 16))
+        >>> loss = tritonaff.affinity_field_cross_entropy(logits, target, kernel_sizes=(3, 5))
+        >>> loss.backward()
+        >>> expected = torch.nn.functional.cross_entropy(logits, target)
+        >>> expected += tritonaff.affinity_field_loss(logits, target, kernel_sizes=(3, 5))
+        >>> torch.allclose(loss, expected)
+        True
+    """
+    options = affinity_field_options(
+        kernel_sizes,
+        edge_lambda=edge_lambda,
+        non_edge_lambda=non_edge_lambda,
+        margin=margin,
+        eps=eps,
+        ignore_index=ignore_index,
+        variant=variant,
+        cross_entropy=True,
+    )
+    return _loss(
+        logits,
+        target,
+        options,
+        weight=weight,
+        edge_weight=edge_weight,
+        non_edge_weight=non_edge_weight,
+        process_group=process_group,
+    )
+
+
+class AffinityFieldLoss(Loss):
+    """:func:`tritonaff.affinity_field_loss` with fixed options and the papers' decay.
+
+    Args:
+        kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
+            :func:`tritonaff.affinity_field_loss`.
+        cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
+        weight: (C,) floating, or a sequence of C numbers: the weight of each class in
+            cross-entropy. Default 1. (``class_weight`` is its deprecated name.)
+
+    Shapes:
+        ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
+        target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
+        multiplies it by 10 ** -progress as the authors do, but not cross-entropy. (A tensor is
+        held to that range where labels are looked at: on a CPU, in eager mode.) Under
+        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time. In a
+        CUDA graph it must be on the logits' device: another is read once, when it is captured.
+        ``normalizer``, (2, K), is that of :func:`tritonaff.affinity_field_loss`; cross-entropy,
+        which divides by another number, must then be computed beside the loss.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> loss_fn = tritonaff.AffinityFieldLoss(kernel_sizes=(3, 5))
+        >>> logits = torch.randn(1, 3, 8, 8, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 8, 8))
+        >>> loss_fn(logits, target, progress=0.5).backward()
+    """
+
+    def __init__(
+        self,
+        kernel_sizes: Sequence[int] | int = (3,),
+        *,
+        edge_lambda: float = 1.0,
+        non_edge_lambda: float = 1.0,
+        margin: float = 3.0,
+        eps: float = 1e-4,
+        ignore_index: int = 255,
+        variant: Variant = "paper",
+        cross_entropy: bool = False,
+        weight: Tensor | Sequence[float] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        weight = checks.renamed("class_weight", class_weight, "weight", weight)
+        options = affinity_field_options(
+            kernel_sizes,
+            edge_lambda=edge_lambda,
+            non_edge_lambda=non_edge_lambda,
+            margin=margin,
+            eps=eps,
+            ignore_index=ignore_index,
+            variant=variant,
+            cross_entropy=cross_entropy,
+        )
+        super().__init__(options, process_group)
+        if weight is not None:
+            weight = checks.check_class_weight("weight", weight)
+            if not options.cross_entropy:
+                raise ValueError("weight needs cross_entropy=True")
+        self.weight: Tensor | None
+        self.register_buffer("weight", weight)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None = None,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        return self._loss(logits, target, progress, normalizer)
+
+    def normalizer(self, target: Tensor, num_classes: int) -> Tensor:
+        """(2, K) int64: how many edge and non-edge entries labels (N, H, W) of C classes have.
+
+        It adds up over the parts of a batch, and ``forward`` of a part divides by it: gradients are
+        accumulated to those of the batch.
+        """
+        num_classes = checks.check_num_classes(num_classes)
+        target = checks.check_target(target)
+        n, height, width = target.shape
+        blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
+        totals: Tensor = _count(blank, target, self.options).totals
+        return totals
+
+    def _loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None,
+        normalizer: Tensor | None,
+        **weights: Tensor,
+    ) -> Tensor:
+        if self.cross_entropy and normalizer is not None:
+            raise ValueError(
+                "normalizer must be None with cross_entropy=True, which divides by another number: "
+                "compute cross-entropy beside the loss"
+            )
+        return _loss(
+            logits,
+            target,
+            self.options,
+            progress=progress,
+            weight=self.weight,
+            normalizer=normalizer,
+            process_group=self.process_group,
+            **weights,
+        )
+
+
+class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
+    """The adaptive affinity field loss: each class learns its sizes, in a minimax game.
+
+    The weights of the edge and of the non-edge term are softmaxes over the K sizes of free
+    parameters (C, K) that start at 0. The network minimises the loss and the weights maximise it;
+    the gradient of the weights is reversed inside, so one ordinary optimiser step does both. Give
+    the weights no weight decay: :meth:`optimizer_group`.
+
+    The weights are parameters of this module: move it to the logits' device. With a process_group
+    their gradients are the same in all processes, inside a wrapped module or beside it. Without
+    one, compute the loss inside the module that DistributedDataParallel wraps, or the processes'
+    weights drift apart.
+
+    Args:
+        num_classes: C, at least 2.
+        kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
+            :func:`tritonaff.affinity_field_loss`.
+        cross_entropy, weight: see :class:`AffinityFieldLoss`.
+
+    Shapes:
+        ``forward(logits, target, progress=None, normalizer=None)`` as :class:`AffinityFieldLoss`;
+        logits must have C classes.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Paper: Ke et al., ECCV 2018, Eq. 6 and 7.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> net = torch.nn.Conv2d(3, 5, 1)
+        >>> aaf = tritonaff.AdaptiveAffinityFieldLoss(num_classes=5)
+        >>> groups = [{"params": net.parameters()}, aaf.optimizer_group(lr=0.1)]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1)
+        >>> image, target = torch.randn(1, 3, 16, 16), torch.randint(0, 5, (1, 16, 16))
+        >>> aaf(net(image), target).backward()
+        >>> optimizer.step()
+        >>> aaf.edge_weight.shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        kernel_sizes: Sequence[int] | int = (3, 5, 7),
+        *,
+        edge_lambda: float = 1.0,
+        non_edge_lambda: float = 1.0,
+        margin: float = 3.0,
+        eps: float = 1e-4,
+        ignore_index: int = 255,
+        variant: Variant = "paper",
+        cross_entropy: bool = False,
+        weight: Tensor | Sequence[float] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(
+            kernel_sizes,
+            edge_lambda=edge_lambda,
+            non_edge_lambda=non_edge_lambda,
+            margin=margin,
+            eps=eps,
+            ignore_index=ignore_index,
+            variant=variant,
+            cross_entropy=cross_entropy,
+            weight=weight,
+            process_group=process_group,
+            class_weight=class_weight,
+        )
+        self.num_classes = checks.check_num_classes(num_classes)
+        if self.weight is not None:
+            checks.check_class_weight("weight", self.weight, self.num_classes)
+        shape = self.num_classes, len(self.options.kernel_sizes)
+        self.edge_scores = nn.Parameter(torch.zeros(shape))
+        self.non_edge_scores = nn.Parameter(torch.zeros(shape))
+
+    @property
+    def edge_weight(self) -> Tensor:
+        """(C, K) weights of the sizes in the edge term; each row sums to 1. Sharded by FSDP they
+        are gathered: all processes must ask for them.
+        """
+        return _full(self.edge_scores).softmax(dim=1)
+
+    @property
+    def non_edge_weight(self) -> Tensor:
+        """(C, K) weights of the sizes in the non-edge term, as :attr:`edge_weight`."""
+        return _full(self.non_edge_scores).softmax(dim=1)
+
+    def effective_kernel_size(self) -> tuple[Tensor, Tensor]:
+        """The mean kernel size of every class, (C,), by the edge weights and by the non-edge
+        weights (paper, 5.4).
+        """
+        edge_weight, non_edge_weight = self.edge_weight.detach(), self.non_edge_weight.detach()
+        sizes = edge_weight.new_tensor(self.kernel_sizes)
+        return edge_weight @ sizes, non_edge_weight @ sizes
+
+    def optimizer_group(self, lr: float) -> dict[str, Any]:
+        """The weights as a parameter group for a torch optimiser: this learning rate and no weight
+        decay.
+        """
+        checks.check_number("lr", lr, at_least=0)
+        return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
+
+    def normalizer(self, target: Tensor, num_classes: int | None = None) -> Tensor:
+        """See :meth:`AffinityFieldLoss.normalizer`."""
+        return super().normalizer(target, self.num_classes if num_classes is None else num_classes)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        progress: float | Tensor | None = None,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(logits, Tensor) and logits.dim() == 4 and logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits must have num_classes = {self.num_classes} classes, got {logits.shape[1]}"
+            )
+        return self._loss(
+            logits,
+            target,
+            progress,
+            normalizer,
+            edge_weight=_adversarial_softmax(self.edge_scores),
+            non_edge_weight=_adversarial_softmax(self.non_edge_scores),
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, {super().extra_repr()}"
+
+
+def _adversarial_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the sizes (C, K) whose gradient is reversed: minimising the loss maximises it
+    over the scores.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # Exactly the scores. An autograd.Function would lose its gradient in torch.export.
+    return (2 * scores.detach() - scores).softmax(dim=1)
+
+
+def _full(parameter: Tensor) -> Tensor:
+    """The parameter in full, where FSDP has shared it out."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    full: Tensor = parameter.full_tensor()
+    return full
+
+
+def _count(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> ops.Counted:
+    checks.check_number("eps", options.eps, at_least=torch.finfo(precision(logits)).eps, below=0.5)
+    if options.variant == "paper":
+        checks.check_label_values(target, logits.shape[1], options.ignore_index)
+    return ops.count(logits, target, options)
+
+
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    options: AffinityFieldOptions,
+    *,
+    progress: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    non_edge_weight: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The affinity field loss, less of it with progress, and cross-entropy where options ask for
+    it.
+    """
+    # Everything is checked before the first collective: a process that refused after it would leave
+    # the others waiting.
+    logits, target = checks.check_logits_and_target(logits, target)
+    c, k = logits.shape[1], len(options.kernel_sizes)
+    weight = checks.check_weight("weight", weight, (c,), logits)
+    weights = (
+        checks.check_weight("edge_weight", edge_weight, (c, k), logits),
+        checks.check_weight("non_edge_weight", non_edge_weight, (c, k), logits),
+    )
+    progress = checks.check_progress(progress)
+    if normalizer is not None:
+        normalizer = checks.check_normalizer(normalizer, (2, k), "logits", logits)
+    checks.check_process_group(process_group)
+    counted = _count(logits, target, options)
+    totals = counted.totals if normalizer is None else normalizer
+    totals, pixel_count = all_reduce((totals, counted.pixel_count), process_group)
+
+    coefficients = _coefficients(weights, options, totals, logits)
+    if progress is not None:
+        coefficients = coefficients * _decay(progress, coefficients)
+    coefficients = counted.differentiable_once(coefficients)
+    log_loss_coefficients = None
+    if options.cross_entropy:
+        log_loss_coefficients = _log_loss_coefficients(weight, pixel_count, logits)
+        log_loss_coefficients = counted.differentiable_once(log_loss_coefficients)
+    sums, log_loss, zero = counted.sums_with_gradient(coefficients, log_loss_coefficients)
+    sums, log_loss = all_reduce((sums, log_loss), process_group)
+    loss = (coefficients * sums).sum()
+    if log_loss_coefficients is not None:
+        loss = loss + (log_loss_coefficients * log_loss).sum()
+    if zero is not None:
+        # Not in the collective, in which all processes must have the same tables.
+        loss = loss + (zero if process_group is None else process_group.size() * zero)
+    return loss
+
+
+def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
+    """10 ** -progress, a tensor if progress is one."""
+    if isinstance(progress, Tensor):
+        return torch.pow(10.0, -progress).to(coefficients.dtype)
+    return float(10.0**-progress)
+
+
+def _log_loss_coefficients(weight: Tensor | None, pixel_count: Tensor, logits: Tensor) -> Tensor:
+    """Coefficients (C,) of a weighted mean over pixels; 0 where the weights are 0."""
+    dtype = precision(logits)
+    if weight is None:
+        total = pixel_count.sum()
+        mean = torch.where(total > 0, total.to(dtype).reciprocal(), 0)
+        return mean.expand(pixel_count.shape).contiguous()
+    weight = weight.to(dtype)
+    total = (pixel_count * weight).sum()
+    return weight * torch.where(total != 0, total.reciprocal(), 0)
+
+
+def _coefficients(
+    weights: tuple[Tensor | None, Tensor | None],
+    options: AffinityFieldOptions,
+    totals: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """Coefficients (2, C, K) of the sum over sizes of lambda * weighted sum over classes / total; 0
+    where nothing counts.
+    """
+    lambdas = options.edge_lambda, options.non_edge_lambda
+    dtype, shape = precision(logits), (logits.shape[1], totals.shape[1])
+    # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
+    # them in rounding.
+    of_size = torch.where(totals > 0, totals.to(dtype).reciprocal(), 0)[:, None]
+    if lambdas[0] == lambdas[1]:
+        of_size = lambdas[0] * of_size
+    else:  # not a stack of two: that would be a launch for each under torch.compile
+        is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
+        of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
+    if weights[0] is None and weights[1] is None:
+        return (of_size / shape[1]).expand(2, *shape).contiguous()
+    tables = [
+        of_size.new_full(shape, 1 / shape[1]) if weight is None else weight.to(dtype)
+        for weight in weights
+    ]
+    return torch.stack(tables) * of_size

@@ -1,0 +1,134 @@
+"""Affinity propagation: refines a segmentation by a predicted affinity."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tritonaff import checks
+from tritonaff.api.module import OptionsModule
+from tritonaff.ops import affinity_propagation as ops
+from tritonaff.options import AffinityPropagationOptions, Rates, affinity_propagation_options
+
+
+def affinity_propagation(
+    probs: Tensor,
+    affinity: Tensor,
+    rates: Rates,
+    *,
+    iterations: int = 10,
+    self_weight: float = 6.0,
+    steepness: float = 7.0,
+    from_logits: bool = True,
+) -> Tensor:
+    r"""Refines a segmentation: every pixel takes over from the neighbours that it is affine to.
+
+    One iteration makes of the class probabilities p of every pixel i
+
+    .. math::
+
+        p'_i = N\Big(\lambda \, p_i \max_c p_i(c) + \sum_s a_{is} \, p_s\Big), \qquad
+        a_{is} = \frac{\mu^{x_{is}}}{1 + \mu^{x_{is}}}
+
+    where s runs over the neighbours of all rates that are inside the image, x is the affinity logit
+    and N divides by the sum over classes. A sure pixel keeps its class, an unsure one follows its
+    neighbours.
+
+    Args:
+        probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities,
+            not logits. They need not sum to 1, but should be finite and not negative. Half
+            precision is read as it is and iterated in float32.
+        affinity: (N, 8 R, H, W) of the same dtypes, not necessarily that of ``probs``. Channels are
+            rate by rate and, within a rate (r1, r2), the neighbours at {-r1, 0, r1} rows x {-r2, 0,
+            r2} columns without the centre, row by row.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). No
+            rate is too large for an image: what is outside is no neighbour. The paper's bracket
+            notation: :func:`expand_rates`.
+        iterations: how often; 0 gives a copy.
+        self_weight: lambda, above 0.
+        steepness: mu, above 1; e would be the ordinary sigmoid.
+        from_logits: whether ``affinity`` holds logits x. If not, it is a itself, in [0, 1] (not
+            checked), and steepness is of no effect.
+
+    Returns:
+        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A
+        pixel where the sum to divide by is 0 (all of its probabilities are, and nothing comes from
+        neighbours) is 0, with a zero gradient. Differentiable with respect to ``probs`` and
+        ``affinity``: once, in reverse mode. The backward pass computes the iterations again and
+        holds them all.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 6 and 7. Copies of it that
+    lost the exponent show Eq. 7 as mu x / (1 + mu x); only the power is the steeper sigmoid that
+    the text describes. The paper leaves open what happens at the border and how max is
+    differentiated: we sum over the neighbours inside, and max passes its gradient to the first of
+    the largest classes, as ``torch.max(dim)`` does.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> probs = torch.tensor([0.9, 0.6, 0.4]).view(1, 1, 1, 3)  # one row of three pixels
+        >>> probs = torch.cat((probs, 1 - probs), dim=1)  # the third one is of the other class
+        >>> affinity = torch.full((1, 8, 1, 3), 5.0)  # but affine to its neighbour
+        >>> tritonaff.affinity_propagation(probs, affinity, rates=[1]).argmax(dim=1).tolist()
+        [[[0, 0, 0]]]
+    """
+    options = affinity_propagation_options(
+        rates,
+        iterations=iterations,
+        self_weight=self_weight,
+        steepness=steepness,
+        from_logits=from_logits,
+    )
+    return _propagate(probs, affinity, options)
+
+
+class AffinityPropagation(OptionsModule):
+    """:func:`tritonaff.affinity_propagation` with fixed options.
+
+    Args:
+        rates, iterations, self_weight, steepness, from_logits: see
+            :func:`tritonaff.affinity_propagation`.
+
+    Shapes:
+        ``forward(probs, affinity)`` with probs (N, C, H, W) and affinity (N, 8 R, H, W) gives the
+        refined probs, (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> propagate = tritonaff.AffinityPropagation(rates=[1, (2, 3)])
+        >>> probs, affinity = torch.randn(1, 4, 8, 8).softmax(dim=1), torch.randn(1, 16, 8, 8)
+        >>> propagate(probs, affinity).shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    def __init__(
+        self,
+        rates: Rates,
+        *,
+        iterations: int = 10,
+        self_weight: float = 6.0,
+        steepness: float = 7.0,
+        from_logits: bool = True,
+    ) -> None:
+        options = affinity_propagation_options(
+            rates,
+            iterations=iterations,
+            self_weight=self_weight,
+            steepness=steepness,
+            from_logits=from_logits,
+        )
+        super().__init__(options)
+
+    def forward(self, probs: Tensor, affinity: Tensor) -> Tensor:
+        return _propagate(probs, affinity, self.options)
+
+
+def _propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptions) -> Tensor:
+    probs, affinity = checks.check_probs_and_affinity(probs, affinity, len(options.rates))
+    return ops.propagate(probs, affinity, options)

@@ -1,0 +1,275 @@
+"""Affinity regression: points of one label agree, points of two labels differ, at any distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from tritonaff import checks
+from tritonaff.api.module import Loss
+from tritonaff.distributed import all_reduce
+from tritonaff.ops import affinity_regression as ops
+from tritonaff.ops.backend import current_backend
+from tritonaff.options import AffinityRegressionOptions, affinity_regression_options
+
+
+class AffinityRegressionTerms(NamedTuple):
+    """What the affinity regression loss is made of, each of shape (N,)."""
+
+    squared_error: Tensor
+    """Sum of (A - M)^2 over the pairs of points; float32, float64 for float64 logits.
+    Differentiable.
+    """
+    pair_count: Tensor
+    """Number of pairs, the square of the number of points that count; int64."""
+
+
+def affinity_regression_terms(
+    logits: Tensor,
+    target: Tensor,
+    grid_sizes: Sequence[int] | int | None = (12, 6),
+    *,
+    ignore_index: int = 255,
+) -> AffinityRegressionTerms:
+    r"""Squared error between the square-root affinity and the label affinity of each image.
+
+    With S = sqrt(softmax(logits)) at L sample points and their labels y,
+
+    .. math:: E = \sum_{ij} (A_{ij} - M_{ij})^2, \quad A = S^T S, \quad M_{ij} = [y_i = y_j]
+
+    over all pairs of points that are not ignored, i = j included. The points of a grid size g are
+    the rows floor(i H / g) and columns floor(j W / g), i, j = 0 ... g - 1, as nearest-neighbour
+    interpolation takes them, and L is the sum of the g^2. No L x L matrix is built. Time is linear
+    in L, except on a GPU for grids of up to 4096 points, where comparing all pairs is as quick: so
+    ``grid_sizes=None``, every pixel, is as good as any other choice.
+
+    Args:
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
+        target: (N, H, W) of uint8, int32 or int64.
+        grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
+            None: every pixel.
+        ignore_index: label of the points to leave out, see :func:`affinity_field_terms`.
+
+    Returns:
+        :class:`AffinityRegressionTerms`. Differentiable with respect to the logits: once, in
+        reverse mode; finite where a probability underflows.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range. A label outside [0, C) other than ignore_index
+            raises in eager mode on the CPU; elsewhere such points are ignored. With the backend
+            "reference", matrices that do not fit.
+
+    Paper: Cao, "Use Square Root Affinity to Regress Label in Semantic Segmentation", Eq. 3 to 6.
+    It knows no ignored points, and names grids of 12 and 6.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.zeros(1, 2, 1, 2)  # two undecided pixels: their affinity is 1
+        >>> target = torch.tensor([[[0, 1]]])  # of two classes: it should be 0, twice
+        >>> terms = tritonaff.affinity_regression_terms(logits, target, grid_sizes=None)
+        >>> terms.squared_error.tolist(), terms.pair_count.tolist()
+        ([2.0], [4])
+    """
+    options = affinity_regression_options(grid_sizes, ignore_index=ignore_index)
+    return _terms(*checks.check_logits_and_target(logits, target), options)
+
+
+def affinity_regression_loss(
+    logits: Tensor,
+    target: Tensor,
+    grid_sizes: Sequence[int] | int | None = (12, 6),
+    *,
+    ignore_index: int = 255,
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    r"""The affinity regression loss: points of one label agree, points of two labels differ, at any
+    distance.
+
+    The mean over images of squared_error / pair_count of :func:`affinity_regression_terms`: a mean
+    square. Images without any point that counts are left out; without any such image it is 0 with
+    a zero gradient.
+
+    Args:
+        logits, target, grid_sizes, ignore_index: see :func:`affinity_regression_terms`.
+        normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
+            batch's own: :meth:`AffinityRegressionLoss.normalizer`.
+        process_group: see :func:`affinity_field_loss`; the mean is over the images of all
+            processes.
+
+    Returns:
+        A scalar in [0, 1]: float32, float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError: as :func:`affinity_regression_terms`; a normalizer of a wrong type,
+            dtype, shape or device; a wrong process_group.
+
+    Paper: Cao, Eq. 6; added to cross-entropy with the weight 0.1 (Eq. 7) when training with
+    cross-entropy alone has reached its peak.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.randn(2, 4, 32, 32, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 32, 32))
+        >>> loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+        >>> loss = loss + 0.1 * tritonaff.affinity_regression_loss(logits, target)
+        >>> loss.backward()
+    """
+    options = affinity_regression_options(grid_sizes, ignore_index=ignore_index)
+    return _loss(logits, target, options, normalizer, process_group)
+
+
+class AffinityRegressionLoss(Loss):
+    """:func:`tritonaff.affinity_regression_loss` with fixed options.
+
+    The paper adds it to cross-entropy with the weight 0.1, for fine-tuning, when training with
+    cross-entropy alone has reached its peak.
+
+    Args:
+        grid_sizes, ignore_index, process_group: see :func:`tritonaff.affinity_regression_loss`.
+
+    Shapes:
+        ``forward(logits, target, normalizer=None)`` with logits (N, C, H, W) and target (N, H, W)
+        gives a scalar.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> loss_fn = tritonaff.AffinityRegressionLoss(grid_sizes=(12, 6))
+        >>> logits = torch.randn(1, 3, 48, 64, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 48, 64))
+        >>> (0.1 * loss_fn(logits, target)).backward()
+    """
+
+    def __init__(
+        self,
+        grid_sizes: Sequence[int] | int | None = (12, 6),
+        ignore_index: int = 255,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        options = affinity_regression_options(grid_sizes, ignore_index=ignore_index)
+        super().__init__(options, process_group)
+
+    def forward(self, logits: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+        return _loss(logits, target, self.options, normalizer, self.process_group)
+
+    def normalizer(self, target: Tensor) -> Tensor:
+        """int64 scalar: how many of the labels (N, H, W) have a point that counts. It adds up over
+        the parts of a batch, and ``forward`` of a part divides by it.
+        """
+        target = checks.check_target(target)
+        grid_sizes, ignore_index = self.options
+        void = (target.to(torch.int64) == ignore_index).to(torch.int64)
+        n, height, width = void.shape
+        blank = torch.zeros((), device=target.device).expand(n, 2, height, width)
+        terms = affinity_regression_terms(blank, void, grid_sizes, ignore_index=1)
+        return (terms.pair_count > 0).sum()
+
+
+def square_root_affinity(
+    logits: Tensor, grid_sizes: Sequence[int] | int | None = (12, 6)
+) -> Tensor:
+    r"""The affinity of all pairs of sample points that the logits predict, as matrices.
+
+    .. math:: A_{ij} = \sum_c \sqrt{p_i(c) \, p_j(c)}, \quad p = softmax(logits)
+
+    the Bhattacharyya coefficient of two predictions: in [0, 1], and 1 exactly if they are equal.
+
+    Args:
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides.
+        grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
+            pixel, L = H W.
+
+    Returns:
+        (N, L, L): float32, float64 for float64 logits. Differentiable: once, in reverse mode.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or size; matrices of more than 8 GB.
+
+    Paper: Cao, Eq. 5 and 8. :func:`tritonaff.plotting.plot_affinity` draws it as the paper's Fig. 4
+    does.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.tensor([[[[9.0, 9.0]], [[0.0, 0.0]]]])  # two pixels that agree
+        >>> tritonaff.square_root_affinity(logits, grid_sizes=None).round(decimals=3).tolist()
+        [[[1.0, 1.0], [1.0, 1.0]]]
+    """
+    logits = checks.check_logits(logits)
+    grid_sizes = checks.check_grid_sizes(grid_sizes)
+    checks.check_matrices_fit(logits, grid_sizes)
+    return ops.predicted_affinity(logits, grid_sizes)
+
+
+def label_affinity(
+    target: Tensor, grid_sizes: Sequence[int] | int | None = (12, 6), ignore_index: int = 255
+) -> tuple[Tensor, Tensor]:
+    """The affinity of all pairs of sample points that the labels ask for, as matrices.
+
+    Args:
+        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
+        grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
+            pixel, L = H W.
+        ignore_index: label of the points that do not count.
+
+    Returns:
+        affinity: (N, L, L) float32, 1 where two points that count have the same label, else 0.
+        valid: (N, L) bool, which points count.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or size; matrices of more than 8 GB; labels as
+            :func:`dilated_affinity_target`.
+
+    Paper: Cao, Eq. 3.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> affinity, valid = tritonaff.label_affinity(torch.tensor([[[3, 3, 255]]]), None)
+        >>> affinity.tolist(), valid.tolist()
+        ([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]], [[True, True, False]])
+    """
+    target = checks.check_target(target)
+    grid_sizes = checks.check_grid_sizes(grid_sizes)
+    ignore_index = checks.check_ignore_index(ignore_index)
+    checks.check_label_values(target, None, ignore_index)
+    checks.check_matrices_fit(target, grid_sizes)
+    return ops.true_affinity(target, grid_sizes, ignore_index)
+
+
+def _terms(
+    logits: Tensor, target: Tensor, options: AffinityRegressionOptions
+) -> AffinityRegressionTerms:
+    checks.check_label_values(target, logits.shape[1], options.ignore_index)
+    if current_backend() == "reference":
+        checks.check_matrices_fit(logits, options.grid_sizes)
+    return AffinityRegressionTerms(*ops.terms(logits, target, options))
+
+
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    options: AffinityRegressionOptions,
+    normalizer: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    logits, target = checks.check_logits_and_target(logits, target)
+    if normalizer is not None:
+        normalizer = checks.check_normalizer(normalizer, (), "logits", logits)
+    checks.check_process_group(process_group)
+    squared_error, pair_count = _terms(logits, target, options)
+    counted = pair_count > 0
+    mean_square = squared_error * counted / pair_count.clamp(min=1)
+    images = counted.sum() if normalizer is None else normalizer
+    total, images = all_reduce((mean_square.sum(), images), process_group)
+    return total / images.clamp(min=1)

@@ -1,0 +1,364 @@
+"""Dilated affinity: a head predicts which neighbours share a pixel's label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from tritonaff import checks
+from tritonaff.api.module import Loss
+from tritonaff.api.neighbors import NeighborStatistics, neighbor_counts, signal_weight
+from tritonaff.distributed import all_reduce
+from tritonaff.ops import dilated_affinity as ops
+from tritonaff.options import DilatedAffinityOptions, Rates, Weighting, dilated_affinity_options
+from tritonaff.rates import DIRECTIONS
+
+
+class DilatedAffinityTerms(NamedTuple):
+    """Sums and counts of dilated affinity by rate and neighbour category n0 ... n8.
+
+    The last index of the first three is the target, (different, same). Tables add up: those of a
+    batch are the sums of those of its images.
+    """
+
+    loss_sum: Tensor
+    """(R, 9, 2): sum of the focal loss over signals; float32, float64 for float64 logits.
+    Differentiable.
+    """
+    signal_count: Tensor
+    """(R, 9, 2): number of signals; int64."""
+    correct_count: Tensor
+    """(R, 9, 2): of those, the ones predicted right; int64. ``correct_count / signal_count`` is the
+    accuracy.
+    """
+    pixel_count: Tensor
+    """(R, 9): number of pixels; int64."""
+
+
+def dilated_affinity_terms(
+    affinity_logits: Tensor,
+    target: Tensor,
+    rates: Rates,
+    *,
+    gamma: float = 2.0,
+    ignore_index: int = 255,
+) -> DilatedAffinityTerms:
+    r"""The sums and counts that dilated affinity losses are made of, in one pass over the logits.
+
+    A signal is a pixel and one of its 8 neighbours at a rate. Its target y is 1 if the two have the
+    same label, else 0; with p the sigmoid of its logit x its loss is
+
+    .. math:: FL = -(1 - p_t)^\gamma \log p_t, \quad p_t = p \text{ if } y = 1 \text{ else } 1 - p
+
+    computed as exp(-gamma softplus(u)) softplus(-u), u = x or -x: finite, with finite gradients,
+    for every logit. It is predicted right if (x > 0) = (y = 1). Signals with a pixel outside the
+    image or ignored do not count.
+
+    Args:
+        affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
+            finite; the channels are those of :func:`dilated_affinity_target`. Half precision is
+            read as it is and computed in float32.
+        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
+        rates, ignore_index: see :func:`dilated_affinity_target`.
+        gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
+
+    Returns:
+        :class:`DilatedAffinityTerms`, by the neighbour categories of :func:`neighbor_categories`.
+        Differentiable with respect to the logits: once, in reverse mode.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range; labels as :func:`dilated_affinity_target`.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 4.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> logits = torch.full((1, 8, 1, 2), 3.0)  # all the same, says the network
+        >>> target = torch.tensor([[[0, 1]]])  # two pixels of two labels: n7, both of them
+        >>> terms = tritonaff.dilated_affinity_terms(logits, target, rates=[1])
+        >>> terms.signal_count[0, 7].tolist(), terms.correct_count[0, 7].tolist()
+        ([2, 0], [0, 0])
+        >>> round(terms.loss_sum[0, 7, 0].item() / 2, 3)
+        2.766
+    """
+    options = dilated_affinity_options(rates, gamma=gamma, ignore_index=ignore_index)
+    return _terms(*_checked(affinity_logits, target, options), options)
+
+
+def dilated_affinity_loss(
+    affinity_logits: Tensor,
+    target: Tensor,
+    rates: Rates,
+    *,
+    weighting: Weighting = "sqrt",
+    statistics: Any = None,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    ignore_index: int = 255,
+    normalizer: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    r"""The dilated affinity loss: predict which neighbours share a pixel's label.
+
+    .. math::
+
+        L = \beta \sum_r \frac{1}{n_r} \sum_{k, t} w_{rkt} \, loss\_sum_{rkt},
+        \quad n_r = \sum_k pixel\_count_{rk}
+
+    on the tables of :func:`dilated_affinity_terms` and the weights of :func:`signal_weight`, which
+    are constants for the gradient. A rate at which nothing counts contributes 0 with a zero
+    gradient.
+
+    Args:
+        affinity_logits: (N, 8 R, H, W) floating, see :func:`dilated_affinity_terms`.
+        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
+        rates: see :func:`dilated_affinity_target`. The paper's sets, in its bracket notation, are
+            {8, 16} (its best), {8, 16, 32}, {8, 16, 32, 64}, {8, (12, 24), 16} and
+            {8, (12, 24), 16, (32, 64), 48}: small rates serve training, large ones propagation.
+        weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
+        statistics: the counts that the weights are computed from: ``NeighborStatistics`` of a data
+            set with the same rates and ignore_index, or a pair (pixel_count (R, 9), signal_count
+            (R, 9, 2)) of int32 or int64, on the logits' device. None: those of the batch, or of the
+            normalizer; with a process_group, of all its processes.
+        gamma: the focusing parameter, at least 0.
+        beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
+            neighbor, 1.3 for signal, 1.1 for none (with gamma 0). The best depends on the
+            normaliser, which the paper leaves open: with ours, try 0.1 first.
+        ignore_index: label of the pixels to leave out.
+        normalizer: (R, 9, 3) of int32 or int64, the counts to use in place of the batch's own,
+            those of pixels and of signals (different, same):
+            :meth:`DilatedAffinityLoss.normalizer`.
+        process_group: see :func:`affinity_field_loss`.
+
+    Returns:
+        A scalar: float32, float64 for float64 logits. In nats.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_affinity_terms`; an unknown weighting; statistics
+            or a normalizer of a wrong type, dtype, shape (as of other rates) or device; a wrong
+            process_group.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 5. It leaves the normaliser
+    open: ours is the number of the batch's pixels that count at the rate. Its printed formula is
+    that of "neighbor", its text and its best results are those of "sqrt".
+
+    Example:
+        >>> import torch, tritonaff
+        >>> affinity_logits = torch.randn(2, 16, 32, 32, requires_grad=True)
+        >>> target = torch.randint(0, 4, (2, 32, 32))
+        >>> loss = tritonaff.dilated_affinity_loss(affinity_logits, target, [8, 16], beta=0.1)
+        >>> loss.backward()
+    """
+    options = dilated_affinity_options(
+        rates, weighting=weighting, gamma=gamma, beta=beta, ignore_index=ignore_index
+    )
+    given = checks.check_statistics(statistics, options.rates, options.ignore_index)
+    return _loss(affinity_logits, target, options, given, normalizer, process_group)
+
+
+class DilatedAffinityLoss(Loss):
+    """:func:`tritonaff.dilated_affinity_loss` with fixed options.
+
+    Args:
+        rates, weighting, statistics, gamma, beta, ignore_index, process_group: see
+            :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
+            buffers, which move with the module.
+
+    Shapes:
+        ``forward(affinity_logits, target, normalizer=None)`` with affinity_logits (N, 8 R, H, W)
+        and target (N, H, W) gives a scalar.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
+            called.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> rates = tritonaff.expand_rates([2, (2, 4)])
+        >>> loss_fn = tritonaff.DilatedAffinityLoss(rates, beta=0.1)
+        >>> affinity_logits = torch.randn(1, 8 * len(rates), 16, 16, requires_grad=True)
+        >>> target = torch.randint(0, 3, (1, 16, 16))
+        >>> loss_fn(affinity_logits, target).backward()
+    """
+
+    pixel_count: Tensor | None
+    signal_count: Tensor | None
+
+    def __init__(
+        self,
+        rates: Rates,
+        *,
+        weighting: Weighting = "sqrt",
+        statistics: Any = None,
+        gamma: float = 2.0,
+        beta: float = 1.0,
+        ignore_index: int = 255,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        options = dilated_affinity_options(
+            rates, weighting=weighting, gamma=gamma, beta=beta, ignore_index=ignore_index
+        )
+        super().__init__(options, process_group)
+        given = checks.check_statistics(statistics, options.rates, options.ignore_index)
+        for name, count in zip(("pixel_count", "signal_count"), given or (None, None), strict=True):
+            self.register_buffer(name, None if count is None else count.detach().clone())
+
+    def forward(
+        self, affinity_logits: Tensor, target: Tensor, normalizer: Tensor | None = None
+    ) -> Tensor:
+        given = None
+        if self.pixel_count is not None and self.signal_count is not None:
+            given = self.pixel_count, self.signal_count
+        return _loss(affinity_logits, target, self.options, given, normalizer, self.process_group)
+
+    def normalizer(self, target: Tensor) -> Tensor:
+        """(R, 9, 3) int64: how many pixels, and signals of different and of same labels, the labels
+        (N, H, W) have. It adds up over the parts of a batch, and ``forward`` of a part uses it.
+        """
+        options = self.options
+        counts = neighbor_counts(target, options.rates, ignore_index=options.ignore_index)
+        return torch.cat((counts.pixel_count[..., None], counts.signal_count), dim=-1)
+
+    def extra_repr(self) -> str:
+        statistics = "batch" if self.pixel_count is None else "given"
+        return f"{super().extra_repr()}, statistics={statistics}"
+
+
+class DilatedAffinityHead(nn.Conv2d):
+    """Predicts dilated affinity from features: a 1 x 1 convolution whose first prediction is the
+    frequency of "same label".
+
+    Args:
+        in_channels: of the features, at least 1.
+        rates: R distinct rates, those of the loss and the propagation.
+        positive_frequency: fraction of the signals whose target is "same", in (0, 1): one for all
+            rates, R of them, or a :class:`tritonaff.NeighborStatistics` of the same rates, whose
+            counts n are then n + 1, so that never or always is finite too. None: 0.5.
+
+    Shapes:
+        ``forward(features)`` with features (N, in_channels, H, W) gives logits (N, 8 R, H, W),
+        with the channels of :func:`tritonaff.dilated_affinity_target`.
+
+    Raises:
+        TypeError, ValueError: a wrong option when the module is made.
+
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 4.1. It prints the bias as
+    -log(pi / (1 - pi)), after RetinaNet, whose formula is -log((1 - pi) / pi): only the latter
+    predicts pi, the frequency of positive signals. As in RetinaNet, weights start with a deviation
+    of 0.01, so that they hardly disturb it.
+
+    Example:
+        >>> import torch, tritonaff
+        >>> head = tritonaff.DilatedAffinityHead(256, rates=[8, 16], positive_frequency=[0.9, 0.8])
+        >>> head(torch.zeros(1, 256, 4, 4)).sigmoid()[0, ::8, 0, 0].tolist()
+        [0.8999999761581421, 0.800000011920929]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        rates: Rates,
+        positive_frequency: float | Sequence[float] | Tensor | NeighborStatistics | None = None,
+    ) -> None:
+        in_channels = checks.check_int("in_channels", in_channels, at_least=1)
+        self.rates = checks.check_rates(rates)
+        # Set before Conv2d's __init__, which calls reset_parameters.
+        self.positive_frequency = _check_positive_frequency(positive_frequency, self.rates)
+        super().__init__(in_channels, len(self.rates) * len(DIRECTIONS), kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        assert self.bias is not None
+        nn.init.normal_(self.weight, std=0.01)
+        # On the host, whatever the default device: not every one has float64.
+        frequency = torch.tensor(self.positive_frequency, dtype=torch.float64, device="cpu")
+        bias = frequency.logit().repeat_interleave(len(DIRECTIONS))
+        with torch.no_grad():
+            self.bias.copy_(_like(bias, self.bias))
+
+    def extra_repr(self) -> str:
+        frequency = ", ".join(f"{x:.4g}" for x in self.positive_frequency)
+        return f"{self.in_channels}, rates={self.rates}, positive_frequency=({frequency})"
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The same tensor in all processes, on the parameter's device and in its dtype, as a DTensor
+    where the parameter is one (FSDP).
+    """
+    tensor = tensor.to(parameter.dtype).to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    """One for each rate."""
+    if isinstance(value, NeighborStatistics):
+        if value.rates != rates:
+            raise ValueError(f"positive_frequency must be of the rates {rates}, got {value.rates}")
+        different, same = (value.signal_count.cpu().double().sum(dim=1) + 1).unbind(dim=1)
+        return tuple((same / (same + different)).tolist())
+    if value is None:
+        value = 0.5
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if not checks.is_sequence(value):
+        value = [value] * len(rates)
+    if len(value) != len(rates):
+        raise ValueError(
+            f"positive_frequency must be a number or one for each of {len(rates)} rates, "
+            f"got {len(value)} numbers"
+        )
+    return tuple(checks.check_number("positive_frequency", x, above=0, below=1) for x in value)
+
+
+def _checked(
+    affinity_logits: Tensor, target: Tensor, options: DilatedAffinityOptions
+) -> tuple[Tensor, Tensor]:
+    affinity_logits, target = checks.check_affinity_logits_and_target(
+        affinity_logits, target, len(options.rates)
+    )
+    checks.check_label_values(target, None, options.ignore_index)
+    return affinity_logits, target
+
+
+def _terms(
+    affinity_logits: Tensor, target: Tensor, options: DilatedAffinityOptions
+) -> DilatedAffinityTerms:
+    return DilatedAffinityTerms(*ops.terms(affinity_logits, target, options))
+
+
+def _loss(
+    affinity_logits: Tensor,
+    target: Tensor,
+    options: DilatedAffinityOptions,
+    statistics: tuple[Tensor, Tensor] | None,
+    normalizer: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    affinity_logits, target = _checked(affinity_logits, target, options)
+    for count in statistics or ():
+        checks.check_one_device("statistics", count, "affinity_logits", affinity_logits)
+    if normalizer is not None:
+        shape = len(options.rates), 9, 3
+        normalizer = checks.check_normalizer(normalizer, shape, "affinity_logits", affinity_logits)
+    checks.check_process_group(process_group)
+    loss_sum, signal_count, _, pixel_count = _terms(affinity_logits, target, options)
+    if normalizer is not None:
+        pixel_count, signal_count = normalizer[..., 0], normalizer[..., 1:]
+    tables = loss_sum, signal_count, pixel_count
+    loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
+    weighed_by = statistics or (pixel_count, signal_count)
+    weight = signal_weight(options.weighting, *(count.to(loss_sum.dtype) for count in weighed_by))
+    total = (loss_sum * weight).sum(dim=(1, 2))
+    counted = pixel_count.sum(dim=1)
+    # The coefficient of a rate at which nothing counts is 0, not 1: beside 1 / millions of the
+    # others, 1 would drown them in rounding.
+    return options.beta * (total * (counted > 0) / counted.clamp(min=1)).sum()

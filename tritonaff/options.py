@@ -1,0 +1,122 @@
+"""The options of each operation: one tuple, checked when it is made, before any work.
+
+Functions and modules make it from their arguments; :mod:`tritonaff.ops` takes it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from tritonaff import checks
+
+Variant = Literal["paper", "authors"]
+Weighting = Literal["sqrt", "neighbor", "signal", "none"]
+VARIANTS: tuple[Variant, ...] = ("paper", "authors")
+WEIGHTINGS: tuple[Weighting, ...] = ("sqrt", "neighbor", "signal", "none")
+Rates = Sequence["int | tuple[int, int]"]
+
+
+class AffinityFieldOptions(NamedTuple):
+    """See :func:`tritonaff.affinity_field_loss`; ``cross_entropy`` adds cross-entropy."""
+
+    kernel_sizes: tuple[int, ...]
+    edge_lambda: float
+    non_edge_lambda: float
+    margin: float
+    eps: float
+    ignore_index: int
+    variant: Variant
+    cross_entropy: bool
+
+
+def affinity_field_options(
+    kernel_sizes: Any,
+    *,
+    edge_lambda: Any = 1.0,
+    non_edge_lambda: Any = 1.0,
+    margin: Any = 3.0,
+    eps: Any = 1e-4,
+    ignore_index: Any = 255,
+    variant: Any = "paper",
+    cross_entropy: Any = False,
+) -> AffinityFieldOptions:
+    return AffinityFieldOptions(
+        checks.check_kernel_sizes(kernel_sizes),
+        checks.check_number("edge_lambda", edge_lambda, at_least=0),
+        checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0),
+        checks.check_number("margin", margin, at_least=0),
+        checks.check_number("eps", eps, above=0, below=0.5),
+        checks.check_ignore_index(ignore_index),
+        checks.check_option("variant", variant, VARIANTS),
+        checks.check_bool("cross_entropy", cross_entropy),
+    )
+
+
+class AffinityRegressionOptions(NamedTuple):
+    """See :func:`tritonaff.affinity_regression_loss`."""
+
+    grid_sizes: tuple[int, ...] | None
+    ignore_index: int
+
+
+def affinity_regression_options(
+    grid_sizes: Any, *, ignore_index: Any = 255
+) -> AffinityRegressionOptions:
+    return AffinityRegressionOptions(
+        checks.check_grid_sizes(grid_sizes), checks.check_ignore_index(ignore_index)
+    )
+
+
+class DilatedAffinityOptions(NamedTuple):
+    """See :func:`tritonaff.dilated_affinity_loss`."""
+
+    rates: tuple[tuple[int, int], ...]
+    weighting: Weighting
+    gamma: float
+    beta: float
+    ignore_index: int
+
+
+def dilated_affinity_options(
+    rates: Any,
+    *,
+    weighting: Any = "sqrt",
+    gamma: Any = 2.0,
+    beta: Any = 1.0,
+    ignore_index: Any = 255,
+) -> DilatedAffinityOptions:
+    return DilatedAffinityOptions(
+        checks.check_rates(rates),
+        checks.check_option("weighting", weighting, WEIGHTINGS),
+        checks.check_number("gamma", gamma, at_least=0),
+        checks.check_number("beta", beta, at_least=0),
+        checks.check_ignore_index(ignore_index),
+    )
+
+
+class AffinityPropagationOptions(NamedTuple):
+    """See :func:`tritonaff.affinity_propagation`."""
+
+    rates: tuple[tuple[int, int], ...]
+    iterations: int
+    self_weight: float
+    steepness: float
+    from_logits: bool
+
+
+def affinity_propagation_options(
+    rates: Any,
+    *,
+    iterations: Any = 10,
+    self_weight: Any = 6.0,
+    steepness: Any = 7.0,
+    from_logits: Any = True,
+) -> AffinityPropagationOptions:
+    return AffinityPropagationOptions(
+        checks.check_rates(rates),
+        checks.check_int("iterations", iterations, at_least=0),
+        checks.check_number("self_weight", self_weight, above=0),
+        checks.check_number("steepness", steepness, above=1),
+        checks.check_bool("from_logits", from_logits),
+    )
