@@ -1,6 +1,16 @@
 """The memory layouts that every operation has to read."""
 
+import importlib.metadata
+
 import torch
+
+# The implementations that can run here: tiles are interpreted where there is no GPU.
+try:
+    version = importlib.metadata.version("triton")
+except importlib.metadata.PackageNotFoundError:
+    version = "0.0"
+HAS_TILES = tuple(int(part) for part in version.split(".")[:2]) >= (3, 6)
+BACKENDS = ["portable", "triton"] if HAS_TILES else ["portable"]
 
 LAYOUTS = ["contiguous", "channels_last", "strided", "cropped"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, laid_out
+from layouts import BACKENDS, LAYOUTS, laid_out
 
 import tritonaff
 from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
@@ -426,7 +426,7 @@ def test_opcheck(backend, device, grid_sizes, memory_format):
 doubles = inputs([torch.float64])
 
 
-@given(inputs([torch.float32, torch.float64]), grids, st.sampled_from(["portable", "triton"]))
+@given(inputs([torch.float32, torch.float64]), grids, st.sampled_from(BACKENDS))
 def test_affinities_are_between_0_and_1(values, grid_sizes, backend):
     logits, _, _ = values
     assume(backend == "portable" or logits.dtype == torch.float32)

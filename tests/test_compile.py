@@ -74,7 +74,7 @@ def test_two_graphs_serve_every_image_size(backend, device):
 def test_cross_entropy_in_the_same_operation(backend, device):
     graphs, compiler = counting_backend()
     loss = tritonaff.AffinityFieldLoss(
-        (3, 5), cross_entropy=True, class_weight=torch.tensor([1.0, 0.5, 2.0, 0.0])
+        (3, 5), cross_entropy=True, weight=torch.tensor([1.0, 0.5, 2.0, 0.0])
     ).to(device)
     compiled = torch.compile(loss, backend=compiler, fullgraph=True, dynamic=True)
     for shape in ((2, 4, 8, 9), (3, 4, 7, 11), (4, 4, 6, 5)):

@@ -570,7 +570,7 @@ BAD_TENSORS = {
     "devices": (LOGITS, TARGET.to("meta"), ValueError, "one device, got cpu and meta"),
 }
 BAD_OPTIONS = {
-    "rates": ({"rates": 8}, TypeError, "rates must be a sequence"),
+    "rates": ({"rates": 8.0}, TypeError, "rates must be a sequence"),
     "rates empty": ({"rates": []}, ValueError, "rates must be at least 1 and distinct"),
     "gamma": ({"gamma": -1}, ValueError, r"gamma must be in \[0, inf\), got -1"),
     "gamma type": ({"gamma": "2"}, TypeError, "gamma must be a number, got str"),
@@ -580,7 +580,7 @@ BAD_LOSS_OPTIONS = {
     **BAD_OPTIONS,
     "beta": ({"beta": -0.5}, ValueError, r"beta must be in \[0, inf\), got -0.5"),
     "weighting": ({"weighting": "root"}, ValueError, "weighting must be one of .* got 'root'"),
-    "statistics": ({"statistics": 3}, TypeError, "statistics must be None, .* got int"),
+    "statistics": ({"statistics": 3}, TypeError, "statistics must be a sequence of two .* got int"),
     "statistics one": ({"statistics": COUNTS[:1]}, ValueError, r"\(pixel_count, signal_count\)"),
     "statistics list": ({"statistics": (COUNTS[0], [1])}, TypeError, "signal_count must be a tens"),
     "statistics dtype": ({"statistics": (COUNTS[0].float(), COUNTS[1])}, TypeError, "got float32"),
@@ -625,7 +625,7 @@ def test_targets_alone(function, bad):
     with pytest.raises(error, match=message):
         function(target, [1])
     with pytest.raises(TypeError, match="rates must be a sequence"):
-        function(TARGET, 8)
+        function(TARGET, 8.0)
 
 
 def test_where_labels_are_not_looked_at_those_below_0_are_classes(any_backend, device):

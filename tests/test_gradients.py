@@ -9,8 +9,8 @@ from tritonaff.ops import (
     affinity_field,
     affinity_propagation,
     affinity_regression,
+    definition,
     dilated_affinity,
-    gradients,
 )
 
 MODULES = affinity_field, affinity_propagation, affinity_regression, dilated_affinity
@@ -26,14 +26,14 @@ OPS = {
 def returned(monkeypatch):
     """The number of arguments and of gradients of each formula that ran."""
     seen = []
-    in_order = gradients.in_order
+    in_order = definition.in_order
 
     def spy(names, grads):
         result = in_order(names, grads)
         seen.append((tuple(names), len(result), {name for name in grads}))
         return result
 
-    monkeypatch.setattr(gradients, "in_order", spy)
+    monkeypatch.setattr(definition, "in_order", spy)
     return seen
 
 
@@ -133,4 +133,4 @@ def test_no_gradients_in_are_no_gradients_out(op):
 
 def test_a_gradient_of_no_argument_is_an_error():
     with pytest.raises(RuntimeError, match=r"gradients of \['logit'\]"):
-        gradients.in_order(["logits", "target"], {"logit": torch.zeros(1)})
+        definition.in_order(["logits", "target"], {"logit": torch.zeros(1)})

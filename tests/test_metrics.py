@@ -473,9 +473,13 @@ def test_accuracy_adds_up_and_resets():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AffinityAccuracy(8), TypeError, "rates must be a sequence"),
+        (lambda: AffinityAccuracy(8.0), TypeError, "rates must be a sequence"),
         (lambda: AffinityAccuracy([1], "a"), TypeError, "ignore_index must be an int, got str"),
-        (lambda: RefinementReport(8), TypeError, "distances must be a sequence of int, got int"),
+        (
+            lambda: RefinementReport(8.0),
+            TypeError,
+            "distances must be a sequence of int, got float",
+        ),
         (lambda: RefinementReport("8"), TypeError, "distances must be a sequence of int, got str"),
         (lambda: RefinementReport([1.0]), TypeError, "every one of distances must be an int"),
         (lambda: RefinementReport([0]), ValueError, "every one of distances must be at least 1"),

@@ -59,9 +59,7 @@ def test_subclasses_in_everything_else(subclass):
     edge_weight = torch.rand(3, 2)
 
     def results(of):
-        loss = tritonaff.AdaptiveAffinityFieldLoss(
-            3, (3, 5), cross_entropy=True, class_weight=of(weight)
-        )
+        loss = tritonaff.AdaptiveAffinityFieldLoss(3, (3, 5), cross_entropy=True, weight=of(weight))
         dilated = tritonaff.DilatedAffinityLoss([1])
         counted = tritonaff.NeighborStatistics([1])
         counted.update(of(target))
@@ -109,8 +107,8 @@ def test_sequences_of_any_kind(of):
     tritonaff.dilated_affinity_loss(affinity_logits, target, rates)
     assert tritonaff.AffinityFieldLoss(of([3, 5])).kernel_sizes == (3, 5)
     assert tritonaff.AffinityRegressionLoss(of([3, 2])).grid_sizes == (3, 2)
-    loss = tritonaff.AffinityFieldLoss(cross_entropy=True, class_weight=of([1.0, 2.0, 0.5]))
-    assert loss.class_weight.tolist() == [1.0, 2.0, 0.5]
+    loss = tritonaff.AffinityFieldLoss(cross_entropy=True, weight=of([1.0, 2.0, 0.5]))
+    assert loss.weight.tolist() == [1.0, 2.0, 0.5]
     head = tritonaff.DilatedAffinityHead(4, rates, of([0.9, 0.8]))
     assert head.positive_frequency == (0.9, 0.8)
     loss(logits, target)

@@ -26,7 +26,7 @@ def test_a_pair_is_that_rate_alone():
 @pytest.mark.parametrize(
     ("rates", "error", "message"),
     [
-        (8, TypeError, "rates must be a sequence of int and pairs of int, got int"),
+        (8.0, TypeError, "rates must be a sequence of int and pairs of int, got float"),
         ("8", TypeError, "rates must be a sequence .* got str"),
         ([8.0], TypeError, "every one of rates that is no pair must be an int, got float"),
         ([True], TypeError, "must be an int, got bool"),

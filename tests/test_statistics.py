@@ -125,7 +125,7 @@ def test_only_what_was_counted_alike_is_merged(other, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rates": 8}, TypeError, "rates must be a sequence"),
+        ({"rates": 8.0}, TypeError, "rates must be a sequence"),
         ({"pixel_count": [[0.5] * 9] * 2}, TypeError, r"'pixel_count'\] must have dtype int64"),
         ({"signal_count": [[0] * 9] * 2}, ValueError, r"must have shape \(2, 9, 2\)"),
     ],
@@ -141,7 +141,7 @@ def test_a_bad_state_dict_changes_nothing(change, error, message):
 
 def test_bad_options_and_targets():
     with pytest.raises(TypeError, match="rates must be a sequence"):
-        NeighborStatistics(8)
+        NeighborStatistics(8.0)
     with pytest.raises(TypeError, match="ignore_index must be an int, got str"):
         NeighborStatistics(RATES, "255")
     with pytest.raises(ValueError, match=r"target must have shape \(N, H, W\)"):

@@ -30,7 +30,7 @@ def of_modules(backend, dtype):
             5, (3, 9), edge_lambda=0.5, margin=2.0, eps=1e-3, ignore_index=7
         ),
         "cross-entropy": tritonaff.AffinityFieldLoss(
-            (5, 13), non_edge_lambda=2.0, ignore_index=7, cross_entropy=True, class_weight=weight
+            (5, 13), non_edge_lambda=2.0, ignore_index=7, cross_entropy=True, weight=weight
         ),
         "regression": tritonaff.AffinityRegressionLoss((4, 3), ignore_index=7),
         "regression of pixels": tritonaff.AffinityRegressionLoss(None, ignore_index=7),
