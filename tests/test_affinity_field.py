@@ -132,18 +132,17 @@ def test_authors_variant_equals_the_published_code(backend, case):
 def case_with(kernel_sizes, edge_factor=1.0, **options):
     """The operation with these options, its tables weighted differently per class and size."""
 
-    def loss(logits, target):
-        terms = tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
-        c, k = terms.edge_sum.shape
-        weight = 1 + torch.arange(c * k, device=logits.device, dtype=logits.dtype).view(c, k) / 7
-        edge, non_edge = edge_factor * terms.edge_sum * weight, terms.non_edge_sum * weight.flip(0)
-        entries = (terms.edge_count.sum() + terms.non_edge_count.sum()).clamp(min=1)
-        return (edge + non_edge).sum() / entries
-
     def tables(logits, target):
         return tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
 
-    return Case("affinity_field", (), (), loss, tables, CASES["affinity_field"].largest_term)
+    def loss(edge_sum, non_edge_sum, edge_count, non_edge_count):
+        weight = 1 + torch.arange(edge_sum.numel(), device=edge_sum.device).view_as(edge_sum) / 7
+        edge, non_edge = edge_factor * edge_sum * weight, non_edge_sum * weight.flip(0)
+        entries = (edge_count.sum() + non_edge_count.sum()).clamp(min=1)
+        return (edge + non_edge).sum() / entries
+
+    largest_term = CASES["affinity_field"].largest_term
+    return Case.of_tables("affinity_field", tables, loss, largest_term)
 
 
 @st.composite
