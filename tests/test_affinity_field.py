@@ -255,7 +255,7 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned
 
     blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
     monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
-    monkeypatch.setattr(kernels, "rows", lambda logits: 4)
+    monkeypatch.setattr(kernels, "rows", lambda logits: 3)  # an odd number of steps
     patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
@@ -265,7 +265,8 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned
     check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, width), device=device))
 
 
-def test_labels_that_meet_between_patches(monkeypatch, device):
+@pytest.mark.parametrize("kernel_sizes", [(3,), (13,), (3, 13)])
+def test_labels_that_meet_between_patches(monkeypatch, device, kernel_sizes):
     """Every patch holds one label: its edges are all to pixels of others."""
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_field as kernels
@@ -274,8 +275,24 @@ def test_labels_that_meet_between_patches(monkeypatch, device):
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 2, 16, 8), device=device)
     target[:, :8], target[:, 8:] = 0, 1
-    check_parity(case_with((3,)), "triton", logits, target)
-    check_parity(case_with((3,)), "triton", logits.mT, target.mT)
+    check_parity(case_with(kernel_sizes), "triton", logits, target)
+    check_parity(case_with(kernel_sizes), "triton", logits.mT, target.mT)
+
+
+def test_more_counts_than_pixels(monkeypatch, device, poisoned_memory):
+    """A program of few pixels begins more than a block of counts."""
+    pytest.importorskip("triton")
+    from tritonaff.kernels import affinity_field as kernels
+
+    pixels = {"BLOCK_C": 64, "BLOCK_P": 16, "num_warps": 1}
+    monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
+    logits, target = make_inputs((1, 50, 2, 3), device=device)
+    counts = []
+    for backend in BACKENDS:
+        with tritonaff.use_backend(backend):
+            _, _, *tables = tritonaff.affinity_field_terms(logits, target)
+        counts.append(tables)
+    assert all(map(torch.equal, *counts))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
