@@ -253,10 +253,10 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned
     pytest.importorskip("triton")
     from tritonaff.kernels import affinity_field as kernels
 
-    blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
+    blocks = {"BLOCK_C": 2, "LANES": 8, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
     monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
     monkeypatch.setattr(kernels, "rows", lambda logits: 3)  # an odd number of steps
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
+    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 4, "num_warps": 1}
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
     monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
@@ -309,6 +309,12 @@ def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
     target[:] = 1
     target[:, 5::8, 3::8], target[:, 5::8, 7::8] = 0, 2
     check_parity(case_with((kernel_size,)), "triton", logits, target)
+
+
+def test_several_largest_logits(backend, device):
+    """The gradient of a single one follows from the others."""
+    logits, target = make_inputs((1, 4, 6, 8), device=device, confidence=0.0)
+    check_parity(case_with((3,)), backend, logits.round(), target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -94,16 +94,12 @@ MUTANTS = [
     # --- Tiles of the affinity field -------------------------------------------------------------
     *of(
         FIELD,
-        FIELD_TESTS + "tiles_do_not_depend_on_their_blocks",
+        FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0]"
+        " test_tiles_do_not_depend_on_their_blocks",
         ("a column from the same lane", "if column + d > 3:", "if column + d > 4:"),
         ("a column from another lane", "if column < d:", "if column <= d:"),
         ("counts of the left lane", "(left >> (32 - 8 * d))", "(left >> (24 - 8 * d))"),
         ("a row below the image", "(h < H)\n    column = h", "(h <= H)\n    column = h"),
-        (
-            "four columns beyond a row",
-            "& (w >= 0) & (w < W))[:, :, None]",
-            "& (w >= 0))[:, :, None]",
-        ),
         ("a column beyond a row", "(w + i >= 0) & (w + i < W)", "(w + i >= 0) & (w + i <= W)"),
         (
             "counts of other columns",
@@ -189,9 +185,7 @@ MUTANTS = [
             "own[None, :] != (around[k] == c)",
             "own[None, :] & (around[k] != c)",
         ),
-        ("edges in one direction", "edge_count = 2 * tl.sum", "edge_count = tl.sum"),
         ("entries with their edges", ".to(tl.int64) - edge_count", ".to(tl.int64)"),
-        ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
         ("p of the wrong centre", "margin + p_b * l_step", "margin + p * l_step"),
         ("p of the wrong neighbour", "margin - p * l_step", "margin - p_b * l_step"),
         ("products of edges added", "product -= tl.where(counted", "product += tl.where(counted"),
@@ -216,7 +210,6 @@ MUTANTS = [
             "by_p = tl.where(edge, by_p, for_dense * p_step)",
             "by_p = tl.where(edge, by_p, -for_dense * p_step)",
         ),
-        ("two largest classes", "tl.where((x == top) & (rest < 1)", "tl.where((x == top)"),
     ),
     *of(
         FIELD,
@@ -258,6 +251,8 @@ MUTANTS = [
     *of(
         FIELD,
         FIELD_TESTS + "several_passes_through_one_graph[triton]",
+        ("edges in one direction", "edge_count = 2 * tl.sum", "edge_count = tl.sum"),
+        ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
         ("edge counts of a label", "count = 2 * tables[1 + k]", "count = tables[1 + k]"),
         ("pixels of every pass", "    if PIXELS:", "    if True:"),
         ("a scale of 1", "if scale != 1:", "if scale > 1:"),
@@ -282,6 +277,20 @@ MUTANTS = [
             "planes of any layout",
             "return logits if pixel_step(logits) == 1 else logits.contiguous()",
             "return logits",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "several_largest_logits[triton]",
+        ("two largest classes", "tl.where((x == top) & (rest < 1)", "tl.where((x == top)"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "a_size_beyond_the_image_does_not_disturb_the_others[triton-shape1]",
+        (
+            "four columns beyond a row",
+            "& (w >= 0) & (w < W))[:, :, None]",
+            "& (w >= 0))[:, :, None]",
         ),
     ),
     *of(
@@ -559,12 +568,16 @@ MUTANTS = [
     *of(
         "kernels/shared",
         "test_affinity_regression test_tiles_do_not_depend_on_their_blocks[3]",
-        ("ignored pixels", "inside & known & (label != ignore_index)", "inside & known"),
         (
             "labels outside",
             "inside & known & (label != ignore_index)",
             "known & (label != ignore_index)",
         ),
+    ),
+    *of(
+        "kernels/shared",
+        "test_affinity_field test_ignore_index_may_be_a_class[triton]",
+        ("ignored pixels", "inside & known & (label != ignore_index)", "inside & known"),
     ),
     *of(
         "kernels/shared",
@@ -627,6 +640,20 @@ MUTANTS = [
         "portable/affinity_field",
         "test_affinity_field test_cross_entropy_keeps_its_digits",
         ("cross-entropy of the label", "(1 - own_e).add_(rest[images, :, rows])", "(1 - own_e)"),
+    ),
+    *of(
+        "portable/affinity_field",
+        "test_affinity_field test_several_largest_logits[portable]",
+        (
+            "all of what is missing for every largest class",
+            "missing = grad.sum(dim=1, keepdim=True).div_(largest.sum(dim=1, keepdim=True))",
+            "missing = grad.sum(dim=1, keepdim=True)",
+        ),
+        (
+            "only the largest in the sum",
+            "e.mul_(below).sum(dim=1, keepdim=True).add_(ties)",
+            "e.mul_(below).sum(dim=1, keepdim=True)",
+        ),
     ),
     *of(
         "portable/affinity_field_authors",
