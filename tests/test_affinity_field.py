@@ -311,6 +311,11 @@ def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
     check_parity(case_with((kernel_size,)), "triton", logits, target)
 
 
+def test_channels_last(backend, device):
+    logits, target = make_inputs((2, 3, 5, 6), device=device)
+    check_parity(case_with((3,)), backend, laid_out(logits, "channels_last"), target)
+
+
 def test_several_largest_logits(backend, device):
     """The gradient of a single one follows from the others."""
     logits, target = make_inputs((1, 4, 6, 8), device=device, confidence=0.0)
