@@ -407,11 +407,6 @@ MUTANTS = [
     *of(
         REGRESSION,
         REGRESSION_TESTS + "points_that_are_the_same_pixel[triton]",
-        (
-            "only the first of equal grids",
-            "first & (~inside | ((times == 0) &",
-            "first & (~inside | ((times >= 0) &",
-        ),
         ("the last of a row", "first = tl.cdiv(h * size, H)", "first = h * size // H"),
     ),
     # --- Tiles of affinity propagation -----------------------------------------------------------
@@ -767,8 +762,13 @@ MUTANTS = [
             "images = max(1, block_size(logits) // (c * height * width))\n    classes",
             "images = n\n    classes",
         ),
-        ("labels that are no class", " & (label < num_classes)", ""),
         ("ignored labels", " & (label != ignore_index)", ""),
+    ),
+    *of(
+        "portable/blocks",
+        "test_affinity_field test_a_target_beyond_32_bits_is_no_class[portable]"
+        " test_nothing_is_left_unwritten[portable]",
+        ("labels that are no class", " & (label < num_classes)", ""),
         (
             "layout",
             "return torch.empty_like(logits, dtype=dtype).copy_(grad)",
