@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The tiles as a GPU runs them, on a machine without one.
 TILE_TESTS := ptx backend affinity_field affinity_propagation affinity_regression dilated_affinity compile
 
-.PHONY: demo test test-version test-ptx bench lint format wheel clean
+.PHONY: demo test test-version test-ptx test-nightly bench lint format wheel clean
 
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/train_segmentation.py $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -27,6 +27,9 @@ test-version: $(VENV)/test.stamp
 
 test-ptx: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" $(TILE_TESTS:%=tests/test_%.py) $(ARGS)
+
+test-nightly: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests/nightly $(ARGS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m tritonaff.bench run $(ARGS)

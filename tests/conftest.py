@@ -2,10 +2,12 @@
 imported; or, with ``--ptx``, compiled for a GPU and through an emulator of it.
 """
 
+import contextlib
 import os
 
 import pytest
 import torch
+from fast_interpreter import speed_up_interpreter
 from hypothesis import HealthCheck, settings
 
 # Most tensors here are tiny: waking a second thread for them costs more than it saves.
@@ -34,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: emulation.__exit__(None, None, None))
     else:
         os.environ["TRITON_INTERPRET"] = "1"
+        with contextlib.suppress(ImportError):  # tests of the tiles are skipped
+            speed_up_interpreter()
 
 
 settings.register_profile(

@@ -132,18 +132,17 @@ def test_authors_variant_equals_the_published_code(backend, case):
 def case_with(kernel_sizes, edge_factor=1.0, **options):
     """The operation with these options, its tables weighted differently per class and size."""
 
-    def loss(logits, target):
-        terms = tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
-        c, k = terms.edge_sum.shape
-        weight = 1 + torch.arange(c * k, device=logits.device, dtype=logits.dtype).view(c, k) / 7
-        edge, non_edge = edge_factor * terms.edge_sum * weight, terms.non_edge_sum * weight.flip(0)
-        entries = (terms.edge_count.sum() + terms.non_edge_count.sum()).clamp(min=1)
-        return (edge + non_edge).sum() / entries
-
     def tables(logits, target):
         return tritonaff.affinity_field_terms(logits, target, kernel_sizes, **options)
 
-    return Case("affinity_field", (), (), loss, tables, CASES["affinity_field"].largest_term)
+    def loss(edge_sum, non_edge_sum, edge_count, non_edge_count):
+        weight = 1 + torch.arange(edge_sum.numel(), device=edge_sum.device).view_as(edge_sum) / 7
+        edge, non_edge = edge_factor * edge_sum * weight, non_edge_sum * weight.flip(0)
+        entries = (edge_count.sum() + non_edge_count.sum()).clamp(min=1)
+        return (edge + non_edge).sum() / entries
+
+    largest_term = CASES["affinity_field"].largest_term
+    return Case.of_tables("affinity_field", tables, loss, largest_term)
 
 
 @st.composite
@@ -254,10 +253,10 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned
     pytest.importorskip("triton", minversion="3.6")
     from tritonaff.kernels import affinity_field as kernels
 
-    blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
+    blocks = {"BLOCK_C": 2, "LANES": 8, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
     monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
-    monkeypatch.setattr(kernels, "rows", lambda logits: 4)
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
+    monkeypatch.setattr(kernels, "rows", lambda logits: 3)  # an odd number of steps
+    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 4, "num_warps": 1}
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
     monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
@@ -266,7 +265,8 @@ def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned
     check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, width), device=device))
 
 
-def test_labels_that_meet_between_patches(monkeypatch, device):
+@pytest.mark.parametrize("kernel_sizes", [(3,), (13,), (3, 13)])
+def test_labels_that_meet_between_patches(monkeypatch, device, kernel_sizes):
     """Every patch holds one label: its edges are all to pixels of others."""
     pytest.importorskip("triton", minversion="3.6")
     from tritonaff.kernels import affinity_field as kernels
@@ -275,8 +275,24 @@ def test_labels_that_meet_between_patches(monkeypatch, device):
     monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 2, 16, 8), device=device)
     target[:, :8], target[:, 8:] = 0, 1
-    check_parity(case_with((3,)), "triton", logits, target)
-    check_parity(case_with((3,)), "triton", logits.mT, target.mT)
+    check_parity(case_with(kernel_sizes), "triton", logits, target)
+    check_parity(case_with(kernel_sizes), "triton", logits.mT, target.mT)
+
+
+def test_more_counts_than_pixels(monkeypatch, device, poisoned_memory):
+    """A program of few pixels begins more than a block of counts."""
+    pytest.importorskip("triton")
+    from tritonaff.kernels import affinity_field as kernels
+
+    pixels = {"BLOCK_C": 64, "BLOCK_P": 16, "num_warps": 1}
+    monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
+    logits, target = make_inputs((1, 50, 2, 3), device=device)
+    counts = []
+    for backend in BACKENDS:
+        with tritonaff.use_backend(backend):
+            _, _, *tables = tritonaff.affinity_field_terms(logits, target)
+        counts.append(tables)
+    assert all(map(torch.equal, *counts))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
@@ -293,6 +309,17 @@ def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
     target[:] = 1
     target[:, 5::8, 3::8], target[:, 5::8, 7::8] = 0, 2
     check_parity(case_with((kernel_size,)), "triton", logits, target)
+
+
+def test_channels_last(backend, device):
+    logits, target = make_inputs((2, 3, 5, 6), device=device)
+    check_parity(case_with((3,)), backend, laid_out(logits, "channels_last"), target)
+
+
+def test_several_largest_logits(backend, device):
+    """The gradient of a single one follows from the others."""
+    logits, target = make_inputs((1, 4, 6, 8), device=device, confidence=0.0)
+    check_parity(case_with((3,)), backend, logits.round(), target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -84,13 +84,12 @@ def case_with(rates, softmax=False, **options):
         probs = x.softmax(dim=1) if softmax else x
         return (tritonaff.affinity_propagation(probs, affinity, rates, **options),)
 
-    def loss(x, affinity):
-        (result,) = tables(x, affinity)
+    def loss(result):
         weight = 1 + torch.arange(result.numel(), device=result.device).cos().view(result.shape)
         # In the dtype of the result: its rounding is the loss's, too.
         return (result * weight).sum().to(result.dtype) / max(1, result[:, 0].numel())
 
-    return Case("affinity_propagation", (), (), loss, tables, largest_term=1.0)
+    return Case.of_tables("affinity_propagation", tables, loss, largest_term=1.0)
 
 
 @st.composite

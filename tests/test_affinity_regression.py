@@ -85,13 +85,12 @@ def case_with(grid_sizes, **options):
     def tables(logits, target):
         return tritonaff.affinity_regression_terms(logits, target, grid_sizes, **options)
 
-    def loss(logits, target):
-        squared_error, pair_count = tables(logits, target)
-        weight = 1 + torch.arange(len(logits), device=logits.device)
+    def loss(squared_error, pair_count):
+        weight = 1 + torch.arange(len(pair_count), device=pair_count.device)
         return (weight * squared_error).sum() / pair_count.sum().clamp(min=1)
 
     largest_term = CASES["affinity_regression"].largest_term
-    return Case("affinity_regression", (), (), loss, tables, largest_term)
+    return Case.of_tables("affinity_regression", tables, loss, largest_term)
 
 
 few_classes = st.integers(2, 20)

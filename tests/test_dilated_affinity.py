@@ -87,17 +87,14 @@ def test_reference_is_the_definition(shape, gamma):
 def case_with(rates, **options):
     """The operation with these options, its sums weighted differently by rate, category, target."""
 
-    def loss(logits, target):
-        terms = tritonaff.dilated_affinity_terms(logits, target, rates, **options)
-        size = terms.loss_sum.numel()
-        weight = 1 + torch.arange(size, device=logits.device, dtype=terms.loss_sum.dtype) / 7
-        total = (terms.loss_sum * weight.view_as(terms.loss_sum)).sum()
-        return total / terms.signal_count.sum().clamp(min=1)
-
     def tables(logits, target):
         return tritonaff.dilated_affinity_terms(logits, target, rates, **options)
 
-    return Case("dilated_affinity", (), (), loss, tables, largest_term=20.0)
+    def loss(loss_sum, signal_count, _correct_count, _pixel_count):
+        weight = 1 + torch.arange(loss_sum.numel(), device=loss_sum.device).view_as(loss_sum) / 7
+        return (loss_sum * weight).sum() / signal_count.sum().clamp(min=1)
+
+    return Case.of_tables("dilated_affinity", tables, loss, largest_term=20.0)
 
 
 RATES = [(1, 1), (2, 2), (1, 4), (5, 2), (7, 30), (50, 60)]

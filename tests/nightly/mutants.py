@@ -1,0 +1,793 @@
+"""Deliberate faults, each of which the named tests of the ordinary gate must catch.
+
+    python tests/nightly/mutants.py [WORD ...]
+
+breaks the kernels and the portable implementations in every way listed here, or in those whose file
+or name contains one of the words, in a copy of the repository, and says which faults survive. A
+fault whose results are the same is none, and has no place here: a mask that another one repeats, a
+shortcut that is not taken.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+# A fault may make a loop endless.
+MOST_SECONDS = 900
+
+
+class Mutant(NamedTuple):
+    file: str
+    name: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file with its fault."""
+    source = (ROOT / mutant.file).read_text()
+    if source.count(mutant.text) != 1:
+        raise ValueError(f"{mutant}: its text is {source.count(mutant.text)} times in the file")
+    source = source.replace(mutant.text, mutant.replacement)
+    compile(source, mutant.file, "exec")
+    return source
+
+
+def is_caught(mutant: Mutant) -> bool:
+    source = mutated(mutant)
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        for name in ("tritonaff", "tests"):
+            shutil.copytree(
+                ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "nightly")
+            )
+        (tree / mutant.file).write_text(source)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        try:
+            result = subprocess.run(
+                [*command, *(f"tests/{test}" for test in mutant.tests)],
+                cwd=tree,
+                env={**os.environ, "PYTHONPATH": directory},
+                capture_output=True,
+                text=True,
+                timeout=MOST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return True
+    if result.returncode > 1:  # no such test, for instance; a signal is below 0
+        raise ValueError(f"{mutant}: its tests do not run\n{result.stdout}{result.stderr}")
+    return result.returncode != 0
+
+
+def of(file: str, tests: str, *faults: tuple[str, str, str]) -> Iterator[Mutant]:
+    """The tests are one test file and the ends of node ids."""
+    test_file, *names = tests.split()
+    for name, text, replacement in faults:
+        yield Mutant(
+            f"tritonaff/{file}.py",
+            name,
+            text,
+            replacement,
+            tuple(f"{test_file}.py::{test}" for test in names),
+        )
+
+
+FIELD, FIELD_TESTS = "kernels/affinity_field", "test_affinity_field test_"
+REGRESSION, REGRESSION_TESTS = "kernels/affinity_regression", "test_affinity_regression test_"
+PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation", "test_affinity_propagation test_"
+DILATED, DILATED_TESTS = "kernels/dilated_affinity", "test_dilated_affinity test_"
+
+MUTANTS = [
+    # --- Tiles of the affinity field -------------------------------------------------------------
+    *of(
+        FIELD,
+        FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0]"
+        " test_tiles_do_not_depend_on_their_blocks",
+        ("a column from the same lane", "if column + d > 3:", "if column + d > 4:"),
+        ("a column from another lane", "if column < d:", "if column <= d:"),
+        ("counts of the left lane", "(left >> (32 - 8 * d))", "(left >> (24 - 8 * d))"),
+        ("a row below the image", "(h < H)\n    column = h", "(h <= H)\n    column = h"),
+        ("a column beyond a row", "(w + i >= 0) & (w + i < W)", "(w + i >= 0) & (w + i <= W)"),
+        (
+            "counts of other columns",
+            "there.to(tl.uint32) << 8 * i",
+            "there.to(tl.uint32) << 8 * (i ^ 1)",
+        ),
+        ("the row above", "rows[(middle - d) * WIDTH + i]", "rows[(middle - d + 1) * WIDTH + i]"),
+        ("the last lane twice", "owned = (lane > 0) & (lane < LANES - 1)", "owned = lane > 0"),
+        ("strips that share nothing", "(4 * LANES - 2 * HALO)", "(4 * LANES - HALO)"),
+        ("behind the last image", "tl.where(n < N, band * ROWS, H + HALO)", "band * ROWS"),
+        (
+            "gradients beyond a row",
+            "    if not ALIGNED:\n        written",
+            "    if False:\n        written",
+        ),
+        ("rows of the next band", "if (row >= REACH) & (row < ROWS + REACH):", "if row >= REACH:"),
+        ("sums of the halo", "tl.where(owned, sums[k], 0.0)", "sums[k]"),
+        (
+            "coefficients of edges",
+            "(coefficients_ptr + (C + some_c[:, None]) * K",
+            "(coefficients_ptr + some_c[:, None] * K",
+        ),
+        (
+            "steps of u for those of l",
+            "(box * l_i - l_sums[4 * k + i])",
+            "(box * l_i - u_sums[4 * k + i])",
+        ),
+        ("sign of u", "return tl.where(own, -u, u), log_odds", "return u, log_odds"),
+        (
+            "softmax of a second block",
+            "tl.where(x > top, (rest + 1) * e, rest + e)",
+            "tl.where(x > top, rest * e, rest + e)",
+        ),
+        ("the largest of other rows", "others = (rest + 1) * exp", "others = rest * exp"),
+        ("classes that do not exist", '& mask, other=-float("inf")', "& mask, other=0.0"),
+        ("sums without an end", "mask=offs < left, other=0.0", "mask=offs >= 0, other=0.0"),
+        ("patches left out", "index += PROGRAMS", "index += 2 * PROGRAMS"),
+        ("edges in their dense sums", "(dense - second).to", "dense.to"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "labels_that_meet_between_patches",
+        ("no far edges", "return (REACH == 0) |", "return (REACH < 0) |"),
+        ("only patches below", "(corner // 2 * 2 - 1) * REACH,", "corner // 2 * REACH,"),
+        ("only patches to the right", "(corner % 2 * 2 - 1) * REACH\n", "corner % 2 * REACH\n"),
+        (
+            "far pairs by the label of a patch",
+            "if (REACH > 0) & (tl.min(smallest",
+            "if (tl.min(smallest",
+        ),
+        (
+            "far neighbours one short",
+            "h + dy * d, w + dx * d, H, W, limit",
+            "h + dy * d, w + dx * (d - 1), H, W, limit",
+        ),
+        ("far counts", "count + counts\n", "count\n"),
+        ("far columns as if aligned", "ALIGNED and RADII[k] % 4 == 0,", "ALIGNED,"),
+        ("only the last pass", "if ADD:", "if False:"),
+        (
+            "dense sums of a pass",
+            "(c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS",
+            "(c.to(tl.int64) * K + k) * PROGRAMS",
+        ),
+        ("edge sums of a pass", "edges_ptr, 2 * COLUMNS[k], C", "edges_ptr, 2 * k, C"),
+        ("totals of a pass", "column_ptr = totals_ptr + COLUMNS[k]", "column_ptr = totals_ptr + k"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "pixels_alone_among_others",
+        ("edge counts of a label", "count = 2 * tables[1 + k]", "count = tables[1 + k]"),
+        ("counts at distance 3", "if d < 4:", "if d < 3:"),
+        (
+            "the smallest label is a neighbour's",
+            "tl.minimum(tl.min(smallest, axis=0), label.to(tl.uint32))",
+            "tl.min(smallest, axis=0)",
+        ),
+        (
+            "the largest label is a neighbour's",
+            "tl.maximum(tl.max(largest, axis=0), label)",
+            "tl.max(largest, axis=0)",
+        ),
+        (
+            "edges in their own channel only",
+            "own[None, :] != (around[k] == c)",
+            "own[None, :] & (around[k] != c)",
+        ),
+        ("entries with their edges", ".to(tl.int64) - edge_count", ".to(tl.int64)"),
+        ("p of the wrong centre", "margin + p_b * l_step", "margin + p * l_step"),
+        ("p of the wrong neighbour", "margin - p * l_step", "margin - p_b * l_step"),
+        ("products of edges added", "product -= tl.where(counted", "product += tl.where(counted"),
+        ("sign of an edge's l", "by_l -= for_dense * l_step", "by_l += for_dense * l_step"),
+        ("sign of another's u", "p + q_b - 2 * eps)", "2 * eps - p - q_b)"),
+        (
+            "the dense gradient replaced",
+            "                if not REPLACE:\n",
+            "                if False:\n",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "edges_in_half_precision[triton-dtype0]",
+        (
+            "sign of l in half precision",
+            "by_l = tl.where(edge, by_l, for_dense * l_step)",
+            "by_l = tl.where(edge, by_l, -for_dense * l_step)",
+        ),
+        (
+            "sign of p in half precision",
+            "by_p = tl.where(edge, by_p, for_dense * p_step)",
+            "by_p = tl.where(edge, by_p, -for_dense * p_step)",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "ignore_index_may_be_a_class[triton]",
+        ("l of pixels that do not count", "tl.where(there, log_odds, 0.0)", "log_odds"),
+        ("u of pixels that do not count", "tl.where(there, u, 0.0)", "u"),
+        (
+            "pairs with pixels that do not count",
+            "pair = tl.minimum(label_b, label[None, :]) >= 0",
+            "pair = label_b + 0 * label[None, :] >= 0",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "confident_logits_keep_their_digits[triton]",
+        (
+            "a gradient through the dense clamp",
+            "free = (tl.abs(l_i) < limit) &",
+            "free = (tl.abs(l_i) < 9e9) &",
+        ),
+        (
+            "a gradient through the clamp of edges",
+            "tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)",
+            "from_u / q + from_l * p",
+        ),
+        ("u below its clamp", "tl.maximum(u, 0.0, nan)", "u"),
+        ("digits of the largest class", "(x == top) & (rest < 1)", "(x == top) & (rest < 0)"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "what_is_not_a_number_shows",
+        ("a maximum without NaN", "tl.maximum(u, 0.0, nan)", "tl.maximum(u, 0.0)"),
+        (
+            "a softmax of infinity",
+            'tl.where(tl.abs(largest) < 1e38, rest, float("nan"))',
+            "rest + 0",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "several_passes_through_one_graph[triton]",
+        ("edges in one direction", "edge_count = 2 * tl.sum", "edge_count = tl.sum"),
+        ("pixels of every pass", "    if PIXELS:", "    if True:"),
+        ("cross-entropy of the label", "e - 1 - rest, e)", "e - 1, e)"),
+        (
+            "cross-entropy without its scale",
+            "mask=label >= 0, other=0.0) * scale",
+            "mask=label >= 0, other=0.0)",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "nothing_is_left_unwritten[triton]",
+        ("pairs of ignored patches", "tl.where(label >= 0, 8, 0)", "8"),
+        (
+            "counts that do not begin at 0",
+            "store_zeros(entries_ptr, ENTRIES, BLOCK_P)",
+            "store_zeros(entries_ptr, 0, BLOCK_P)",
+        ),
+        ("no zero", "            tl.store(zero_ptr, 0.0)\n", ""),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "several_largest_logits[triton]",
+        ("two largest classes", "tl.where((x == top) & (rest < 1)", "tl.where((x == top)"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "a_size_beyond_the_image_does_not_disturb_the_others[triton-shape1]",
+        (
+            "four columns beyond a row",
+            "& (w >= 0) & (w < W))[:, :, None]",
+            "& (w >= 0))[:, :, None]",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "tables_and_gradient_together_and_apart[triton-dtype0-kernel_sizes0]",
+        ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "a_loss_is_multiplied_in_place",
+        ("a scale of 1", "if scale != 1:", "if scale > 1:"),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "channels_last[triton]",
+        (
+            "planes of any layout",
+            "return logits if pixel_step(logits) == 1 else logits.contiguous()",
+            "return logits",
+        ),
+    ),
+    *of(
+        FIELD,
+        FIELD_TESTS + "more_counts_than_pixels",
+        (
+            "tables of one block",
+            "entry += tl.num_programs(0).to(tl.int64) * BLOCK",
+            "entry += tl.num_programs(0).to(tl.int64) * BLOCK * 2",
+        ),
+    ),
+    *of(
+        FIELD,
+        "test_backend test_ignored_pixels_may_hold_no_numbers[triton-nan-cross_entropy]",
+        (
+            "a gradient where no pixel counts",
+            "grad = tl.where(label >= 0, grad, 0.0)",
+            "grad = grad + 0",
+        ),
+    ),
+    # --- Tiles of affinity regression ------------------------------------------------------------
+    *of(
+        REGRESSION,
+        REGRESSION_TESTS + "tiles_do_not_depend_on_their_blocks[3]"
+        " test_a_fine_grid_is_several_blocks_of_points[triton]",
+        ("half exponents", "(x - top) * HALF_LOG2_E", "(x - top) * (2 * HALF_LOG2_E)"),
+        ("pairs once", "tl.where(start_j == start_i, 1, 2)", "1"),
+        ("every pair twice", "tl.where(start_j == start_i, 1, 2)", "2"),
+        ("points of every block", "(label_j >= 0) & (start_i == 0)", "label_j >= 0"),
+        ("points below the diagonal", "start_j = start_i\n", "start_j = start_i + BLOCK\n"),
+        ("one half of the difference", "tl.dot(tl.trans(m_j), d_i,", "tl.dot(tl.trans(d_j), m_i,"),
+        ("points beyond the last", "return tl.where(index < L, h, -1), w", "return h, w"),
+        ("points that are several", "own_s_i, own_q_i) * times\n", "own_s_i, own_q_i)\n"),
+        (
+            "columns of a grid",
+            "w = tl.where(inside, j * W // GRIDS[k], w)",
+            "w = tl.where(inside, j * H // GRIDS[k], w)",
+        ),
+        ("D of the label", "-own_q / (1 + own_s), s)", "-own_q / (1 - own_s), s)"),
+        ("M of the label", "tl.where(own, own_s + 1, s)", "s"),
+        (
+            "gradient of the label",
+            "own_grad = own_q * own_product - own_s * own_s * others",
+            "own_grad = own_q * own_product + own_s * own_s * others",
+        ),
+        ("zeros at sample points", "W, GRIDS) == 0)", "W, GRIDS) >= 0)"),
+        ("Y beside D", "tl.where(c == C + label, 1.0, 0.0))", "0.0)"),
+        ("labels of a step", "count += tl.where((c < C)", "count = tl.where((c < C)"),
+        (
+            "image of a factor",
+            "target_ptr += n * HW\n    factor_ptr += n * 2 * C * C\n",
+            "target_ptr += n * HW\n",
+        ),
+        (
+            "pixels beyond the image",
+            "mask=(c < C) & (pixel < HW))\n\n\n@triton.jit\ndef statistics_kernel",
+            "mask=c < C)\n\n\n@triton.jit\ndef statistics_kernel",
+        ),
+        (
+            "rows of the matrix",
+            "s_i = half_exp(x_ai, top_i) * scale_i",
+            "s_i = half_exp(x_ai, top_j) * scale_i",
+        ),
+    ),
+    *of(
+        REGRESSION,
+        REGRESSION_TESTS + "tiles_do_not_depend_on_their_blocks[65]",
+        (
+            "matrices of one image",
+            "partial % N).to(tl.int64)\n    start_row",
+            "0 * partial).to(tl.int64)\n    start_row",
+        ),
+        (
+            "rows for columns",
+            "_s, other_d, _m = load_roots(logits_ptr, column,",
+            "_s, other_d, _m = load_roots(logits_ptr, row,",
+        ),
+        ("a block and not its mirror", "    if start_row < start_column:\n", "    if False:\n"),
+        (
+            "labels of one column fewer",
+            "(label < start_column + BLOCK_A)",
+            "(label < start_column)",
+        ),
+        (
+            "labels counted by every row",
+            "y = tl.trans(tl.where(own, 1.0, 0.0))",
+            "y = tl.trans(tl.where(own, 0.0, 1.0))",
+        ),
+        (
+            "statistics of one kind",
+            "        statistics_ptr += HW\n    return points",
+            "    return points",
+        ),
+        ("sums of the last block", "others += others_of_block", "others = others_of_block"),
+        ("where gradients begin", "acc=grads_s[k], ", ""),
+    ),
+    *of(
+        REGRESSION,
+        REGRESSION_TESTS + "many_classes[triton-None-19]",
+        ("rest of Y", "y = tl.where(rest == C + label", "y = tl.where(rest == label"),
+    ),
+    *of(
+        REGRESSION,
+        REGRESSION_TESTS + "points_that_are_the_same_pixel[triton]",
+        ("the last of a row", "first = tl.cdiv(h * size, H)", "first = h * size // H"),
+    ),
+    # --- Tiles of affinity propagation -----------------------------------------------------------
+    *of(
+        PROPAGATION,
+        PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]"
+        " test_tiles_do_not_depend_on_their_blocks",
+        (
+            "neighbours of other pixels",
+            "tl.where(there, pixel + (dy * tl.cast(W, tl.int64) + dx), pixel)",
+            "pixel + (dy * tl.cast(W, tl.int64) + dx)",
+        ),
+        ("gates of the border", "gate = tl.where(there, gate, 0.0)", "gate = gate + 0"),
+        (
+            "rates transposed",
+            "h + dy * RATES[2 * k], w + dx * RATES[2 * k + 1]",
+            "h + dy * RATES[2 * k + 1], w + dx * RATES[2 * k]",
+        ),
+        ("the first class of a sum", "total = y[0]\n", "total = 0 * y[0]\n"),
+        (
+            "own weight of the last block",
+            "own_weight = self_weight * largest_of_classes(largest, p_ptrs",
+            "own_weight = self_weight * largest_of_classes(largest, p_ptr + pixel",
+        ),
+        ("mean of the last block", "mean += part", "mean = part"),
+        ("totals of the last block", "        total += part\n        p_ptr", "        p_ptr"),
+        ("class of the largest", "first -= BLOCK_C", "first -= 0"),
+        ("the largest without its weight", "to_largest *= self_weight", "to_largest *= 1"),
+        ("the first iteration normalised", "if IS_FIRST:", "if False:"),
+        (
+            "gates of one iteration",
+            "tl.store(grad_gates_ptrs, before + grad_gate",
+            "tl.store(grad_gates_ptrs, grad_gate",
+        ),
+        ("sigmoid's derivative", "grad * gate * (1 - gate) * slope", "grad * gate * slope"),
+        ("gradient through the mean", "(grad_p - mean) / total", "grad_p / total"),
+        ("neighbours in the other direction", "neighbor(s, -1, *place", "neighbor(s, 1, *place"),
+        (
+            "images of gates",
+            "gates_ptr += n * (4 * len(RATES)) * HW\n    for",
+            "gates_ptr += 0 * n\n    for",
+        ),
+    ),
+    *of(
+        PROPAGATION,
+        PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]",
+        ("division by 0", 'tl.where(total == 0, float("inf"), total)', "total + 0"),
+        ("rates of the first", "r1 = tl.where(s < 8 * k, r1, RATES[2 * k])", "r1 = r1 + 0"),
+        (
+            "columns of the first rate",
+            "r2 = tl.where(s < 8 * k, r2, RATES[2 * k + 1])",
+            "r2 = r2 + 0",
+        ),
+    ),
+    *of(
+        PROPAGATION,
+        PROPAGATION_TESTS + "the_largest_passes_its_gradient_to_the_first_of_equals[triton]",
+        (
+            "the last of equals",
+            "tl.where(p[c] > largest, FIRST + c",
+            "tl.where(p[c] >= largest, FIRST + c",
+        ),
+    ),
+    # --- Tiles of dilated affinity ---------------------------------------------------------------
+    *of(
+        DILATED,
+        DILATED_TESTS + "a_rate_beyond_the_image_does_not_disturb_the_others[triton]"
+        " test_tiles_do_not_depend_on_their_blocks[4]",
+        ("pairs of the next row", "pair += BLOCK_PAIRS % W_PAIRS", "pair += 0"),
+        (
+            "rows of the next block",
+            "h += BLOCK_PAIRS // W_PAIRS + is_next.to(tl.int32)",
+            "h += BLOCK_PAIRS // W_PAIRS",
+        ),
+        ("pairs of whole rows", "tl.cdiv(W, 2), BLOCK_PAIRS)", "W // 2, BLOCK_PAIRS)"),
+        (
+            "pixels beyond a row",
+            "valid = tl.where(inside & (label != ignore_index), valid, 0)",
+            "valid = tl.where(label != ignore_index, valid, 0)",
+        ),
+        (
+            "ignored pixels",
+            "valid = tl.where(inside & (label != ignore_index), valid, 0)",
+            "valid = tl.where(inside, valid, 0)",
+        ),
+        ("ignored neighbours", "there & (label_j != ignore_index)", "there"),
+        (
+            "offsets of the first rate",
+            "dy = tl.where(rate == r, OFFSETS[2 * (8 * r + s)], dy)",
+            "dy = dy + 0",
+        ),
+        (
+            "columns of the first rate",
+            "OFFSETS[2 * (8 * r + s) + 1], dx)",
+            "OFFSETS[2 * s + 1], dx)",
+        ),
+        ("bits", "((x >> 2) & 0x33333333)", "((x >> 2) & 0x13333333)"),
+        (
+            "the wrong logarithm",
+            "return tl.maximum(-u, 0.0) + log, tl.maximum(u, 0.0) + log",
+            "return tl.maximum(u, 0.0) + log, tl.maximum(-u, 0.0) + log",
+        ),
+        ("categories one off", "is_category = 8 - tl.arange", "is_category = 7 - tl.arange"),
+        (
+            "last category without its loss",
+            "same_last = tl.where(is_last, same_last + loss_same, same_last)",
+            "same_last = same_last + 0",
+        ),
+        (
+            "last category without its counts",
+            "counts_last += tl.where(is_last, counts, 0)",
+            "counts_last += 0",
+        ),
+        (
+            "the first step alone",
+            "h, pair = pairs_after(h, pair, W, BLOCK_PAIRS)",
+            "h, pair = h + 0, pair + 0",
+        ),
+        ("rates of the logits", "logits_ptr += 8 * tl.cast", "logits_ptr += 0 * tl.cast"),
+        ("pixels without signals", "tl.where(signal != 0, 1, 0)", "1"),
+        (
+            "correct signals",
+            "(not_positive.to(tl.int32) * 0x101 ^ 0xFF00)",
+            "(not_positive.to(tl.int32) * 0x101 ^ 0xFFFF)",
+        ),
+        (
+            "coefficients of a category",
+            "2 * (8 - bits_of_bytes(different))",
+            "2 * bits_of_bytes(different)",
+        ),
+        (
+            "sign of same signals",
+            "tl.where(is_different, of_different, -of_same)",
+            "tl.where(is_different, of_different, of_same)",
+        ),
+        ("slope of the focus", "slope = gamma * tl.exp2", "slope = tl.exp2"),
+        (
+            "gradients that are not valid",
+            "tl.where(is_different | is_same, slope, 0.0)",
+            "slope + 0",
+        ),
+        ("coefficients of the first rate", "coefficients_ptr += 2 * 9", "coefficients_ptr += 0"),
+    ),
+    *of(
+        DILATED,
+        DILATED_TESTS + "the_smallest_logit_above_zero_predicts_a_same_label[triton]",
+        ("the smallest logits", "x_2 = x * LOG2_E - SMALLEST", "x_2 = x * LOG2_E"),
+    ),
+    # --- What tiles share ------------------------------------------------------------------------
+    *of(
+        "kernels/shared",
+        "test_affinity_propagation test_tiles_do_not_depend_on_their_blocks",
+        ("columns outside", " & (w.to(tl.uint32) < tl.cast(W, tl.uint32))", ""),
+        ("the pixel as its neighbour", "(direction > 3)", "(direction > 4)"),
+        (
+            "rows of consecutive pixels",
+            "return first // W + w // W, w % W",
+            "return first // W + 0 * w, w % W",
+        ),
+        (
+            "the first programs of an image",
+            "(program % programs).to(tl.int64) * pixels",
+            "program.to(tl.int64) * pixels",
+        ),
+    ),
+    *of(
+        "kernels/shared",
+        "test_affinity_regression test_tiles_do_not_depend_on_their_blocks[3]",
+        (
+            "labels outside",
+            "inside & known & (label != ignore_index)",
+            "known & (label != ignore_index)",
+        ),
+    ),
+    *of(
+        "kernels/shared",
+        "test_affinity_field test_ignore_index_may_be_a_class[triton]",
+        ("ignored pixels", "inside & known & (label != ignore_index)", "inside & known"),
+    ),
+    *of(
+        "kernels/shared",
+        "test_affinity_regression test_any_strides",
+        ("gaps between rows", "logits.stride(2) == width * step", "logits.stride(2) >= 0"),
+        ("one column", "return 1 if height == 1 else logits.stride(2)", "return 1"),
+    ),
+    *of(
+        "kernels/shared",
+        "test_affinity_field test_gigantic_sizes_cost_nothing",
+        ("steps beyond 32 bits", "max(-FAR, min(FAR, step))", "max(-FAR, step)"),
+    ),
+    # --- Torch operations ------------------------------------------------------------------------
+    *of(
+        "portable/affinity_field",
+        "test_affinity_field test_portable_does_not_depend_on_its_blocks"
+        " test_portable_without_selecting_pairs test_portable_matches_the_reference",
+        ("edges in one direction", "weight.to(counts.dtype), alpha=2)", "weight.to(counts.dtype))"),
+        ("a pixel as its own pair", "(valid * (boxes - 1)).sum", "(valid * boxes).sum"),
+        ("products of edges added", "product.to(sums.dtype), alpha=-1)", "product.to(sums.dtype))"),
+        (
+            "hinge of one centre",
+            "F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba()))",
+            "F.relu(margin - edge.kl_ab()).mul_(2)",
+        ),
+        (
+            "gradient of the other centre",
+            "ab = torch.lt(edge.kl_ab(), margin",
+            "ab = torch.lt(edge.kl_ba(), margin",
+        ),
+        (
+            "gradient through the clamp",
+            "torch.gt(block.p, eps, out=block.box)",
+            "torch.gt(block.p, 0, out=block.box)",
+        ),
+        (
+            "gradient through the upper clamp",
+            "torch.gt(block.q, eps, out=block.spare)",
+            "torch.gt(block.q, 0, out=block.spare)",
+        ),
+        ("sides of a box", "(0, d, 2 * d))\n    rows", "(0, d, d))\n    rows"),
+        ("one of the shifts", "shifts = (d, d * row - d,", "shifts = (d, d * row + d,"),
+        (
+            "sizes beyond the image",
+            "if d < max(valid.shape[-2:]):",
+            "if d < min(valid.shape[-2:]):",
+        ),
+        (
+            "classes of a block",
+            "sums[1, block.classes, k] += per_plane",
+            "sums[1, : len(per_plane[0]), k] += per_plane",
+        ),
+    ),
+    *of(
+        "portable/affinity_field",
+        "test_affinity_field test_cross_entropy_keeps_its_digits",
+        ("cross-entropy of the label", "(1 - own_e).add_(rest[images, :, rows])", "(1 - own_e)"),
+    ),
+    *of(
+        "portable/affinity_field",
+        "test_affinity_field test_several_largest_logits[portable]",
+        (
+            "only the largest in the sum",
+            "e.mul_(below).sum(dim=1, keepdim=True).add_(ties)",
+            "e.mul_(below).sum(dim=1, keepdim=True)",
+        ),
+    ),
+    *of(
+        "portable/affinity_field_authors",
+        "test_affinity_field test_authors_variant_equals_the_published_code",
+        ("without the opposite pixel", " & (label[opposite] >= 0)", ""),
+        ("the row of the neighbour", "row = rows[here]\n", "row = rows[there]\n"),
+        (
+            "clamp at both ends",
+            "div_(total).clamp_(eps, 1)\n    a = e",
+            "div_(total).clamp_(eps, 1 - eps)\n    a = e",
+        ),
+        ("the other gradient", "grad_a.sub_(grad_b)", "grad_a.add_(grad_b)"),
+        (
+            "gradient without its log",
+            "grad_b[there].addcmul_(from_kl, log_b.add_(1))",
+            "grad_b[there].addcmul_(from_kl, log_b)",
+        ),
+        ("edges among others", "kl * (pair - edge)\n", "kl * pair\n"),
+    ),
+    *of(
+        "portable/affinity_propagation",
+        "test_affinity_propagation test_portable_does_not_depend_on_its_blocks"
+        " test_the_largest_passes_its_gradient_to_the_first_of_equals[portable]",
+        ("neighbours across the side", "plane[:, :, beyond(neighbor.dx, width)].zero_()", "pass"),
+        ("gates without their derivative", "grad.mul_(gate).mul_(1 - gate)", "grad.mul_(gate)"),
+        (
+            "self weight of the gradient",
+            "grad_p.addcmul_(grad_y_i, largest).mul_(self.self_weight)",
+            "grad_p.mul_(self.self_weight).addcmul_(grad_y_i, largest)",
+        ),
+        ("the last of equals", "torch.arange(p.shape[1], 0, -1,", "torch.arange(0, p.shape[1],"),
+        (
+            "backward ranges",
+            "start, stop = start - shift, stop - shift",
+            "start, stop = start + shift, stop + shift",
+        ),
+        ("steps to the left", "slice(0, -step) if step < 0", "slice(0, -step - 1) if step < 0"),
+        (
+            "pixels of a block",
+            "yield slice(i, min(i + step, num_pixels))",
+            "yield slice(i, min(i + step, num_pixels - 1))",
+        ),
+    ),
+    *of(
+        "portable/affinity_regression",
+        "test_affinity_regression test_portable_does_not_depend_on_its_blocks"
+        " test_points_that_are_the_same_pixel[portable] test_gradcheck",
+        ("bands of one image", "gram[images] += points.gram()", "gram[images] = points.gram()"),
+        ("points of one band", "count[images] += points.count()", "count[images] = points.count()"),
+        ("M of the label", "(self.own_s + valid).to", "self.own_s.to"),
+        ("gradient of the label", "self.own_q * own - self.own_s", "self.own_q * own + self.own_s"),
+        ("the other product", "(dm * dm.mT).sum", "(dm * dm).sum"),
+        (
+            "points that are several",
+            "at_points(grad * times_sampled(logits, grid_sizes), logits",
+            "at_points(grad, logits",
+        ),
+        (
+            "rows and columns of a point",
+            "steps * height // size, steps * width // size,",
+            "steps * height // size, steps * height // size,",
+        ),
+        (
+            "one half of a matrix",
+            "grad_affinity + grad_affinity.mT",
+            "grad_affinity + grad_affinity",
+        ),
+    ),
+    *of(
+        "portable/dilated_affinity",
+        "test_dilated_affinity test_portable_does_not_depend_on_its_blocks"
+        " test_portable_matches_the_reference test_targets_and_counts_match_the_reference",
+        (
+            "bands of the first rows",
+            "x[images, pad_h + band.start :, pad_w",
+            "x[images, pad_h:, pad_w",
+        ),
+        ("signals outside the image", "                    valid_by_step[s].zero_()\n", ""),
+        (
+            "signals that are not valid",
+            "different.sub_(same.mul_(different))",
+            "different.sub_(same)",
+        ),
+        (
+            "steps of the transposed image",
+            "dy * window.stride(1) + dx * window.stride(2)",
+            "dx * window.stride(1) + dy * window.stride(2)",
+        ),
+        ("labels that float32 confuses", "largest < EXACT_IN_FLOAT32:", "largest >= 0:"),
+        ("pixels without signals", "pixels[:, :, 1:].sum(dim=2)", "pixels.sum(dim=2)"),
+        (
+            "sign of same signals",
+            "addcmul_(block.same, of_same, value=-1)",
+            "addcmul_(block.same, of_same)",
+        ),
+        ("slope of the focus", "minus_log_pt, pt, value=gamma, out=x)", "minus_log_pt, pt, out=x)"),
+        (
+            "correct different signals",
+            "block.num_different - wrong, correct_same",
+            "wrong, correct_same",
+        ),
+    ),
+    *of(
+        "portable/blocks",
+        "test_affinity_field test_portable_does_not_depend_on_its_blocks"
+        " test_portable_matches_the_reference",
+        (
+            "images of a block",
+            "images = max(1, block_size(logits) // (c * height * width))\n    classes",
+            "images = n\n    classes",
+        ),
+        ("ignored labels", " & (label != ignore_index)", ""),
+    ),
+    *of(
+        "portable/blocks",
+        "test_affinity_field test_a_target_beyond_32_bits_is_no_class[portable]"
+        " test_nothing_is_left_unwritten[portable]",
+        ("labels that are no class", " & (label < num_classes)", ""),
+        (
+            "layout",
+            "return torch.empty_like(logits, dtype=dtype).copy_(grad)",
+            "return grad.to(like.dtype)",
+        ),
+    ),
+]
+
+
+def main(words: list[str]) -> int:
+    survivors = 0
+    for mutant in MUTANTS:
+        if words and not any(word in str(mutant) for word in words):
+            continue
+        caught = is_caught(mutant)
+        survivors += not caught
+        print("caught  " if caught else "SURVIVED", mutant, flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
