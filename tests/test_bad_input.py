@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tritonaff
-from tritonaff.bench.cases import CASES
+from tritonaff.testing import CASES
 
 LOGITS = torch.zeros(2, 3, 4, 5)
 NO_CLASSES, ONE_CLASS = LOGITS[:, :0], LOGITS[:, :1]

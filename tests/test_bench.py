@@ -16,7 +16,7 @@ import torch
 import tritonaff
 from tritonaff.bench import __main__, measure
 from tritonaff.bench.__main__ import main
-from tritonaff.bench.cases import (
+from tritonaff.testing import (
     CASES,
     ParityError,
     check_parity,

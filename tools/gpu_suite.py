@@ -1,14 +1,15 @@
-"""The figures that the project aims at, measured on one device: ``python -m
-tritonaff.bench.gpu_suite``.
+"""Measures the figures that the project aims at on one device.
+
+    python tools/gpu_suite.py           # on a machine with a GPU; --device cpu --quick tries it
+    python tools/gpu_suite.py report    # writes docs/performance.md from docs/results/
 
 Correctness first (the tests), then every row of :data:`ROWS` with its rivals in the same run, then
-what profilers and sanitizers say. Every row is saved when it is done, with its commit, to
+profilers and sanitizers. Every row is saved when it is done, with its commit, to
 docs/results/DEVICE.json, and is not measured again: a run that is cut short, or told ``--minutes``,
 goes on where it was. A row that fails is recorded as failed, and is tried again with ``--retry``.
-What the tests print is in DEVICE.log. The exit status is 1 where anything failed, 2 where something
-is left to do, and 3 where an error has left this process without its device: the next one goes on.
-``report`` writes docs/performance.md from these files; figures whose tests are not green, or are of
-another commit, count for nothing there.
+The output of the tests is in DEVICE.log. The exit status is 1 where anything failed, 2 where
+something is left to do, and 3 where an error has left this process without its device: the next run
+goes on. In the report, figures whose tests are not green, or are of another commit, do not count.
 """
 
 from __future__ import annotations
@@ -39,23 +40,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from performance_page import write_page
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.nn import functional as F
 
 import tritonaff
 from tritonaff.bench import measure
-from tritonaff.bench.__main__ import DTYPES, describe, usable_device, versions, write_json
-from tritonaff.bench.cases import (
+from tritonaff.bench.machine import DTYPES, describe, usable_device, versions
+from tritonaff.bench.tables import write_json
+from tritonaff.testing import (
     AFFINITY_FIELD_SIZES,
     CASES,
     Shape,
     differentiable,
     make_inputs,
 )
-from tritonaff.bench.performance_page import write_page
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 COMMANDS = ("run", "report", "exercise", "compile")
 PARTS = ("correctness", "figures", "tools")
@@ -68,10 +70,10 @@ TEST_FILES = {
     "test_cuda_graphs.py": 1,
     "test_compile.py": 1,
     "test_backend.py": 1,
-    "test_offsets.py": 1,
+    "nightly/test_offsets.py": 1,
 }
 # It fills the memory of a GPU.
-ALONE = "test_offsets.py"
+ALONE = "nightly/test_offsets.py"
 FIELD_SHAPES = ((16, 21, 60, 60), (8, 19, 90, 90), (8, 19, 512, 512), (4, 19, 512, 1024),
                 (4, 150, 512, 512))  # fmt: skip
 SMALL = FIELD_SHAPES[0]
@@ -331,7 +333,7 @@ def compile_seconds(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str,
     """What the loss adds to the first step, in a process that has not compiled its kernels yet."""
     if not measure.compiler_works(bench.device):
         raise NotHere("no compiler")
-    command = [sys.executable, "-m", __spec__.name, "compile", "--device", str(bench.device)]
+    command = [sys.executable, __file__, "compile", "--device", str(bench.device)]
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if output.returncode != 0:
         raise RuntimeError(output.stderr[-2000:])
@@ -590,7 +592,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
         options += ["--print-units", "base"]
         options += ["--kernel-name", f"regex:^({'|'.join(kernel_names())})$"]
         height = 514  # an image that fills the device
-    command = [path, *options, sys.executable, "-m", __spec__.name, "exercise"]
+    command = [path, *options, sys.executable, __file__, "exercise"]
     command += ["--height", str(height)]
     # Every tensor an allocation of its own: else what is beyond one is another one's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -625,7 +627,7 @@ def kernel_names() -> list[str]:
     """Of our tiles."""
     folder = Path(tritonaff.__file__).parent / "kernels"
     names = [
-        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.glob("*.py")
+        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.rglob("*.py")
     ]
     return sorted({name for each in names for name in each})
 
@@ -744,7 +746,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tritonaff.bench.gpu_suite", description=__doc__)
+    parser = argparse.ArgumentParser(description="Measure the figures that the project aims at.")
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="run")
     parser.add_argument("--device", default="cuda", help="cuda unless given")
     parser.add_argument(

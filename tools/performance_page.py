@@ -73,7 +73,7 @@ CRITERIA = (
 
 HEAD = """# Performance
 
-Written from `docs/results/` by `python -m tritonaff.bench.gpu_suite report`: not by hand.
+Written from `docs/results/` by `python tools/gpu_suite.py report`: not by hand.
 
 What is aimed at, at five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
 4 x 19 x 512 x 1024, 4 x 150 x 512 x 512), float32 and bfloat16, forward and backward. The yardstick
@@ -92,7 +92,7 @@ def write_page(results: Path, page: Path) -> None:
         lines += [*_measured(name, suite), ""]
     if not any(_is_gpu(suite) for suite in suites.values()):
         lines += [
-            "No GPU has been measured yet: `python -m tritonaff.bench.gpu_suite` does it.",
+            "No GPU has been measured yet: `python tools/gpu_suite.py` does it.",
             "",
         ]
     if "static.json" in content:

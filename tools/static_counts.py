@@ -1,5 +1,8 @@
-"""What the compiler makes of every tile, for three GPUs, without a GPU: exact, repeatable
-figures, and the time that they imply.
+"""Registers and instructions of every tile, compiled for three GPUs without having one: exact,
+repeatable counts, and the time that they imply.
+
+    python tools/static_counts.py
+    python tools/static_counts.py --json docs/results/static.json
 
 A kernel takes at least as long as its bytes take at the GPU's bandwidth, and as long as its
 instructions take to issue. The larger of the two is the time implied: a bound from below that
@@ -8,11 +11,14 @@ assumes a GPU full of programs and caches that serve every second read.
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tritonaff.bench.machine import versions
+from tritonaff.bench.tables import print_table, progress, run_command, write_json
 from tritonaff.kernels import (
     affinity_field,
     affinity_propagation,
@@ -679,3 +687,89 @@ def kind_of(name: str) -> str:
     ):
         return "control"
     return "arithmetic"
+
+
+# ------------------------------------------------------------------------------- command line
+
+SHORT_KINDS = ("mem", "shfl", "spec", "arith", "ctrl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile every tile for three GPUs, without one.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    return run_command("static_counts.py", print_counts, parser.parse_args(argv))
+
+
+def print_counts(args: argparse.Namespace) -> int:
+    if triton.knobs.runtime.interpret:
+        raise ValueError("the counts need the compiler: unset TRITON_INTERPRET")
+    kernels = []
+    with progress(sum(len(tile.targets) for tile in TILES)) as step:
+        for tile in TILES:
+            for target in tile.targets:
+                step(f"{tile.kernel.__name__} {target}")
+                kernels.append(analyse(tile, target))
+    print(f"instructions per element (class of a pixel), triton {versions()['triton']}")
+    columns = ["kernel", "target", "regs", "spill", "shared", *SHORT_KINDS, "all"]
+    for op in dict.fromkeys(row["op"] for row in kernels):
+        lines = [
+            [
+                _short(row["kernel"]),
+                row["target"],
+                *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
+                *(f"{row['instructions_per_element'][kind]:.0f}" for kind in (*KINDS, "all")),
+            ]
+            for row in kernels
+            if row["op"] == op
+        ]
+        print_table(op, columns, lines)
+    implied = implied_times(kernels)
+    print(
+        "\nleast time, by bytes / bandwidth or instructions / rate, forward and backward:\n"
+        f"{' x '.join(map(str, IMAGES))}, 19 classes, {NUM_OFFSETS} neighbours, "
+        f"{ITERATIONS} iterations, float32"
+    )
+    columns = ["", "runs", "bytes", "ps", "bound", "%copy", "ms", "x CE"]
+    for gpu in GPUS.values():
+        print_table(gpu.name, columns, _implied_lines(implied, gpu.name))
+    if args.json:
+        head = {"device": "none: compiled", "versions": versions()}
+        yardsticks = {gpu.name: cross_entropy_ms(gpu.name) for gpu in GPUS.values()}
+        content = {
+            "kernels": kernels,
+            "implied": implied,
+            "cross_entropy_ms": yardsticks,
+            "autocast_cross_entropy_ms": {
+                gpu: cross_entropy_ms(gpu, autocast=True) for gpu in yardsticks
+            },
+        }
+        write_json(args.json, {**head, **content})
+    return 0
+
+
+def _implied_lines(implied: list[dict[str, Any]], gpu: str) -> list[list[str]]:
+    """A line for every operation, with its ratio to cross-entropy, and one for each kernel."""
+    float32, half = (cross_entropy_ms(gpu, autocast=half) for half in (False, True))
+    lines = [["cross_entropy (CE)", "", "", "", "bytes", "", f"{float32:.2f}", "1.0"]]
+    lines += [["  of bfloat16, autocast", "", "", "", "bytes", "", f"{half:.2f}", "1.0"]]
+    for op in dict.fromkeys(row["op"] for row in implied):
+        rows = [row for row in implied if (row["op"], row["gpu"]) == (op, gpu)]
+        yardstick = half if op.endswith("bfloat16") else float32
+        total = sum(row["ms"] for row in rows)
+        name = op.replace("cross_entropy", "CE")
+        lines.append([name, *[""] * 5, f"{total:.2f}", f"{total / yardstick:.1f}"])
+        for row in rows:
+            numbers = [f"{row['bytes_per_element']:.0f}", f"{row['ps_per_element']:.0f}"]
+            share = f"{row['percent_of_copy']}"
+            bound = row["bound"].removeprefix("one ").replace("instructions", "instr.")
+            line = [f"  {_short(row['kernel'])}", str(row["launches"]), *numbers, bound]
+            lines.append([*line, share, f"{row['ms']:.2f}", ""])
+    return lines
+
+
+def _short(kernel: str) -> str:
+    return kernel.removesuffix("_kernel").replace("backward", "bwd")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tritonaff.bench import gpu_suite, measure, performance_page
-from tritonaff.bench.cases import CASES
 from tritonaff.bench.gpu_suite import NotHere, OutOfTime, Row, main
 from tritonaff.bench.performance_page import CRITERIA, Criterion, write_page
+
+from tritonaff.bench import gpu_suite, measure, performance_page
+from tritonaff.testing import CASES
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -11,7 +11,7 @@ import torch
 
 import tritonaff
 from tritonaff import affinity_propagation
-from tritonaff.bench.cases import AFFINITY_RATES, CASES, differentiable
+from tritonaff.testing import AFFINITY_RATES, CASES, differentiable
 
 FAR_OFFSETS = Path(__file__).parent / "far_offsets.py"
 

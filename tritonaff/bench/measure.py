@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from tritonaff.bench.cases import Case, differentiable
 from tritonaff.ops.backend import use_backend
+from tritonaff.testing import Case, differentiable
 
 try:
     from torch._inductor.utils import fresh_cache as fresh_cache
