@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a loss has to know of a data set."""
+    """Facts about a data set that losses need."""
 
     num_classes: int
     ignore_index: int
@@ -59,7 +59,7 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(output.logits, batch.target, ignore_index=self.ignore_index)
 
     def optimizer_groups(self, lr: float) -> list[dict]:
-        """What the loss itself learns."""
+        """Groups of the parameters that the loss itself learns."""
         return []
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from losses import TITLES
 from matplotlib.figure import Figure
-from study_losses import TITLES
 
 from tritonaff.plotting import plot_affinity
 
@@ -75,7 +75,7 @@ def class_metrics(classes: Sequence[str], chosen: Sequence[str]) -> dict[str, Me
 
 
 def differs(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the mean difference of the seeds exceeds the spread over seeds: the larger of the two
+    """True if the mean difference of the seeds exceeds the spread over seeds: the larger of the two
     ranges. One seed has no spread: nothing is then called a difference.
     """
     if min(len(values), len(others)) < 2:
@@ -141,12 +141,12 @@ def difference_table(
 
 
 def verdict(rows: Rows, loss: str, metrics: dict[str, Metric], base: str = "ce") -> str:
-    """What is called a difference, in words."""
+    """Names, in words, the metrics in which a loss differs."""
     found: dict[str, list[str]] = {"raises": [], "lowers": []}
     for title, metric in metrics.items():
         values, others = ([metric(scores) for scores in rows[name]] for name in (loss, base))
         change = np.mean(values) - np.mean(others)
-        # What is 0.0 in the tables is not worth a word.
+        # A difference of 0.0 in the tables is not worth a word.
         if differs(values, others) and abs(change) >= 0.05:
             word = "raises" if change > 0 else "lowers"
             found[word].append(f"{title} by {abs(change):.1f}")
@@ -230,7 +230,7 @@ class Report:
             "The same small network, trained on real images with each loss: the same initial "
             "weights, the same batches in the same order, the same number of steps, with "
             f"{seeds} seeds. Everything on this page, words on what helps included, is written by "
-            "`examples/study.py report` from [its results](results/study/study.json).",
+            "`study/study.py report` from [its results](results/study/study.json).",
             "**How to read it.** Numbers are percent, of the test split if nothing else is said: "
             "the mean over seeds and, in brackets, the smallest and the largest. A difference is "
             "that to cross-entropy with the same seed: the mean and, in brackets, each seed's. It "
@@ -572,7 +572,7 @@ class Report:
 
 
 def option(run: dict[str, Any], name: str, default: Any) -> Any:
-    """What a loss was told."""
+    """An option of a run's loss."""
     return dict(map(tuple, run["options"])).get(name, default)
 
 
