@@ -15,6 +15,7 @@ from torch import Tensor
 from tritonaff.files import read_label
 
 T = TypeVar("T")
+SUFFIXES = ".jpg", ".jpeg", ".png"  # of images, in lower case
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) and labels (H, W), both uint8
 
 
@@ -43,7 +44,7 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
 
     def split(name: str) -> list[Pair]:
         paths = (folder / "images" / name).glob("*")
-        images = [path for path in paths if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        images = [path for path in paths if path.suffix.lower() in SUFFIXES]
         if not images:
             raise DataError(f"there is no .jpg, .jpeg or .png in {folder / 'images' / name}")
         labels = folder / "labels" / name

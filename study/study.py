@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import numpy as np
 import torch
-from dataset import DataError, Pair, load_folder
+from dataset import SUFFIXES, DataError, Pair, load_folder
 from evaluation import confusion, mean_iou
 from losses import (
     LOSSES,
@@ -230,7 +230,7 @@ class ImageFolder:
             split: sorted(
                 path.stem
                 for path in (folder / "images" / split).iterdir()
-                if path.suffix.lower() in (".jpg", ".png")
+                if path.suffix.lower() in SUFFIXES
             )
             for split in self.pairs
         }

@@ -1,8 +1,10 @@
-"""Tensors whose elements are more than 2^31 apart, for tests/test_offsets.py, which runs this file:
+"""Runs every operation on tensors whose elements are more than 2^31 apart, in Triton's interpreter:
 an offset that overflows 32 bits ends in a segmentation fault or in another result.
 
-The address space is reserved, the pages are not: only those that are touched take memory. Every
-case runs in a process of its own. What each of them came to goes to the standard output, as JSON.
+    TRITON_INTERPRET=1 python tools/far_offsets.py      # tests/nightly/test_offsets.py does it
+
+The address space is reserved, the pages are not: only touched pages take memory. Every case runs in
+a process of its own. The results go to the standard output, as JSON.
 """
 
 import json

@@ -13,7 +13,7 @@ import tritonaff
 from tritonaff import affinity_propagation
 from tritonaff.testing import AFFINITY_RATES, CASES, differentiable
 
-FAR_OFFSETS = Path(__file__).parent / "far_offsets.py"
+TOOLS = Path(__file__).parent.parent.parent / "tools"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,10 @@ def results():
         pytest.skip("a GPU runs the tiles itself")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, str(FAR_OFFSETS)], capture_output=True, text=True, env=environment
+        [sys.executable, str(TOOLS / "far_offsets.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -45,7 +48,7 @@ def test_tables_of_many_programs():
     pytest.importorskip("triton", minversion="3.6")
     script = """
 import re
-from tritonaff.bench import static
+import static_counts as static
 for tile in static.TILES:
     ir = static.compile_tile(tile, "sm_90").asm["ttir"]
     for name in re.findall(r"(%\\S+) = tt.get_(?:program_id|num_programs) x", ir):
@@ -53,7 +56,7 @@ for tile in static.TILES:
         assert not products, (tile.kernel.__name__, products)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=TOOLS)
 
 
 def gradient_with_tables(logits, target):
