@@ -291,6 +291,6 @@ def test_json_has_a_line_for_each_row(tmp_path):
     assert len(lines) == 4 + 2 * (2 + 2) + 1
 
 
-@pytest.mark.parametrize("path", RESULTS.rglob("*.json"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.stem)
 def test_committed_results_have_a_line_for_each_row(path):
     assert to_json(json.loads(path.read_text())) == path.read_text()
