@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from tritonaff.plotting import plot_affinity
 
-Scores = dict[str, Any]  # what study.py says about one split
+Scores = dict[str, Any]  # metrics of one split, from study.py
 Rows = dict[str, list[Scores]]  # by loss, a value for each seed
 
 THIN = "pole", "sign_symbol", "fence", "pedestrian", "bicyclist", "membrane"
@@ -91,7 +91,7 @@ def value_cell(values: Sequence[float]) -> str:
 
 
 def difference_cell(values: Sequence[float], others: Sequence[float]) -> str:
-    """Mean of the paired differences, bold where it is called one, and those of the seeds."""
+    """Mean of the paired differences, bold where it counts as one, and each seed's difference."""
     each = [value - other for value, other in zip(values, others, strict=True)]
     text = f"{np.mean(each):+.1f}"
     text = f"**{text}**" if differs(values, others) else text
@@ -114,7 +114,7 @@ def value_table(rows: Rows, metrics: dict[str, Metric]) -> str:
 
 
 def short_cell(values: Sequence[float], others: Sequence[float]) -> str:
-    """The difference without those of the seeds."""
+    """Mean difference alone."""
     return difference_cell(values, others).split(" ")[0]
 
 
@@ -191,7 +191,7 @@ class Report:
         return path
 
     def say(self, *parts: str) -> None:
-        """Adds paragraphs; those of one line are wrapped."""
+        """Adds paragraphs; a paragraph of one line is wrapped."""
         for part in parts:
             wrap = "\n" not in part and not part.startswith(("#", "!", "|"))
             self.parts.append(fill(part, 100, break_on_hyphens=False) if wrap else part)
@@ -202,7 +202,7 @@ class Report:
         return [run for run in runs if "scores" in run]
 
     def rows(self, name: str, label: Callable[[dict[str, Any]], str] | None = None) -> Rows:
-        """By loss, or by what ``label`` calls a run, and only with the seeds that all have."""
+        """Scores by loss, or by the ``label`` of a run, only with the seeds that all have."""
         rows: dict[str, dict[int, Scores]] = {}
         for result in self.named(name):
             run, scores = result["run"], result["scores"]
@@ -290,7 +290,7 @@ class Report:
         self.choices(data)
 
     def choices(self, data: str) -> None:
-        """Which weights there were, and what they gave on the validation split."""
+        """The candidates for the weights, and their results on the validation split."""
         runs = [
             self.study["runs"][name] for name in self.study["tables"].get(f"{data} weights", ())
         ]

@@ -74,7 +74,7 @@ from tritonaff.version import __version__
 
 STRIDE = 4  # pixels of the image for one of the logits
 MULTIPLE = 32  # images are enlarged to a multiple of this size,
-GRAY = 127  # with what the backbone takes for 0
+GRAY = 127  # with the gray that the backbone takes for 0
 
 # -------------------------------------------------------------------------------------- plan
 
@@ -90,7 +90,7 @@ class Run:
     weight: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()  # of the loss
     learning_rate: float = 1e-2
-    resolution: str = "logits"  # of what the loss compares: or "image"
+    resolution: str = "logits"  # at which the loss compares; or "image"
     finetune: bool = False
     seed: int = 0  # of initial weights and batches
 
@@ -129,12 +129,12 @@ WEIGHTS: dict[str, tuple[float, ...]] = {
 
 PUBLISHED = {"ce+affinity": 1.0, "ce+aaf": 1.0, "ce+ar": 0.1, "ce+dilated": 1.5}
 
-Results = dict[str, dict[str, Any]]  # by a run's name, what its file holds
+Results = dict[str, dict[str, Any]]  # contents of the runs' files, by name
 Plan = dict[str, list[Run]]  # by the table of the report
 
 
 def plan(data: Sequence[str], results: Results, finetune: bool = False) -> Plan:
-    """All runs whose settings are known from the results so far, what matters most first."""
+    """All runs whose settings are known from the results so far, the most important first."""
     tables: Plan = {}
     chosen: dict[str, dict[str, Run]] = {}  # by data set and loss
     for name in data:
@@ -340,8 +340,8 @@ class Data:
 
 
 def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, Batch]]:
-    """Endless inputs of the network with what to compare: every image once, half of them mirrored,
-    then all again in another order. The same for every loss.
+    """Endless pairs of inputs and targets: every image once, half of them mirrored, then all again
+    in another order. The same for every loss.
     """
     rng = np.random.default_rng(run.seed)
     folder, stride, queue = data.folder, run.stride, []
@@ -378,8 +378,8 @@ def images_of(pairs: list[Pair], device: torch.device) -> Tensor:
 def resized(
     image: np.ndarray, labels: np.ndarray, ignore_index: int, rng: np.random.Generator
 ) -> Pair:
-    """0.5 to 2 times as large, and of that a random part as large as before; what is then missing
-    is gray and ignored.
+    """A random part, as large as before, of the image and labels enlarged 0.5 to 2 times. Missing
+    pixels are gray and ignored.
     """
     scale, (height, width) = 2 ** rng.uniform(-1, 1), labels.shape
     size = round(width * scale), round(height * scale)
@@ -464,7 +464,7 @@ class Network(nn.Module):
         self.affinity = None
         if neighbors is not None:
             self.affinity = DilatedAffinityHead(width, neighbors.rates, neighbors)
-        # A frozen one is no part of it: what comes in are its features.
+        # A frozen backbone is no part of the network, whose input are its features.
         self.backbone = copy.deepcopy(backbone) if finetune else None
 
     def forward(self, x: Tensor | list[Tensor]) -> Output:
@@ -510,7 +510,7 @@ def objective(
 
 @cache
 def compiled_objective() -> Callable:
-    """One for all runs: those that differ in seed or weight alone share what was compiled."""
+    """One for all runs: runs that differ in seed or weight alone share the compiled code."""
     torch._dynamo.config.recompile_limit = 100  # kinds of runs
     return torch.compile(objective, fullgraph=True, dynamic=False)
 
@@ -671,7 +671,7 @@ def classes_of(logits: Tensor, folder: ImageFolder) -> Tensor:
 def score(
     run: Run, network: Network, data: Data, device: torch.device, whole: bool
 ) -> dict[str, Any]:
-    """All metrics of the test split; and, of ``whole``, what else the report shows of a loss."""
+    """All metrics of the test split; if ``whole``, also the further figures of the report."""
     plain = Score(data.folder)
     for items, output in outputs(network, data, data.test, device):
         plain.update(classes_of(output.logits, data.folder), items)
@@ -749,7 +749,7 @@ def propagation(network: Network, data: Data, device: torch.device, whole: bool)
 
 
 class Study:
-    """The folder of results, the data sets, and a line that says what is going on."""
+    """The folder of results, the data sets, and a line that shows the progress."""
 
     def __init__(self, options: argparse.Namespace, bars: Progress) -> None:
         self.options, self.bars = options, bars
@@ -915,8 +915,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("train", "train what is not yet trained"),
-        ("score", "score what is trained, and write study.json"),
+        ("train", "train every run that is missing"),
+        ("score", "score every trained run, and write study.json"),
         ("cost", "measure a step with each loss, and write cost.json"),
     ):
         command = commands.add_parser(name, help=text, description=text)

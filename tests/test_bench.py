@@ -1,4 +1,4 @@
-"""The bench: it refuses wrong implementations, and what it prints and writes can be read."""
+"""The bench refuses wrong implementations; its tables and files can be read."""
 
 import importlib
 import json
@@ -152,7 +152,7 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
 
 
 def test_portable_propagation_holds_its_iterates_and_gates():
-    """Those of one large image, whatever the batch."""
+    """Iterates and gates of one large image, whatever the batch."""
     case = CASES["affinity_propagation"]
 
     def peak(inputs):
@@ -165,7 +165,7 @@ def test_portable_propagation_holds_its_iterates_and_gates():
 
     logits, _, affinity = one = case.make_inputs((1, 19, 160, 192))
     assert peak(one) <= 16 * logits.nbytes + 3.5 * affinity.nbytes
-    # What an image more costs is what goes in and out of the operation.
+    # Another image costs no more than its inputs and outputs.
     three = case.make_inputs((3, 19, 160, 192))
     assert peak(three) - peak(one) <= 2 * (5 * logits.nbytes + affinity.nbytes)
 

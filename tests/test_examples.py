@@ -225,7 +225,7 @@ def test_an_interrupted_training_takes_one_line(folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What a shell starts in the background ignores it, and so would this.
+        # A process that a shell starts in the background ignores it, and so would this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == (

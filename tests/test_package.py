@@ -1,4 +1,4 @@
-"""What gets installed, and the map that the top level shows."""
+"""The contents of archives, and the map that the top level shows."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 def test_an_sdist_holds_the_tests_and_passes_them(tmp_path):
-    """All of them are collected; those that run are quick and read what is not in the package."""
+    """All tests are collected; a few run, which are quick and read files outside of the package."""
     shutil.unpack_archive(build("sdist", tmp_path), tmp_path)
     (root,) = (path for path in tmp_path.glob("tritonaff-*") if path.is_dir())
     names = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", ".ci/run"]

@@ -61,7 +61,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 COMMANDS = ("run", "report", "exercise", "compile")
 PARTS = ("correctness", "figures", "tools")
-# What the tiles do, and in how many processes; the other tests do not touch a GPU.
+# Tests that run tiles, and their numbers of processes; the other tests do not touch a GPU.
 TEST_FILES = {
     "test_affinity_field.py": 4,
     "test_affinity_regression.py": 2,
@@ -72,7 +72,7 @@ TEST_FILES = {
     "test_backend.py": 1,
     "nightly/test_offsets.py": 1,
 }
-# It fills the memory of a GPU.
+# Fills the memory of a GPU.
 ALONE = "nightly/test_offsets.py"
 FIELD_SHAPES = ((16, 21, 60, 60), (8, 19, 90, 90), (8, 19, 512, 512), (4, 19, 512, 1024),
                 (4, 150, 512, 512))  # fmt: skip
@@ -81,7 +81,7 @@ QUICK_SHAPE = (2, 5, 16, 20)
 # The eager reference keeps so many times the logits of an affinity field in memory.
 EAGER_FIELD_COPIES = 220
 MINUTES, MINUTES_OF_TESTS, MINUTES_PER_ROW = 9, 5, 4
-# Times are those of the device, as its profiler has them, of so many runs.
+# Runs that the profiler of the device watches for one time.
 PROFILED_RUNS = 10
 
 
@@ -105,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how thoroughly."""
+    """The device, and how thoroughly it is measured."""
 
     device: torch.device
     quick: bool
@@ -142,7 +142,7 @@ class Bench:
     def device_ms(
         self, run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None
     ) -> float | None:
-        """Without what the host does between kernels; None where no profiler sees them."""
+        """Milliseconds of the kernels alone; None where no profiler sees them."""
         try:
             return self.launches(run, prepare)[1]
         except NotHere:
@@ -193,7 +193,7 @@ def fused(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def images_that_fit(shape: Shape, bench: Bench) -> int:
-    """Of the eager reference, in two thirds of what is free."""
+    """Number of images that the eager reference holds in two thirds of the free memory."""
     if bench.device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(bench.device)
@@ -316,7 +316,7 @@ def propagation(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any
 
 
 class Step(torch.nn.Module):
-    """What a training script compiles, with and without the loss."""
+    """The part of a training script that is compiled, with and without the loss."""
 
     def __init__(self, classes: int, with_loss: bool) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ class Step(torch.nn.Module):
 
 
 def compile_seconds(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    """What the loss adds to the first step, in a process that has not compiled its kernels yet."""
+    """Seconds that the loss adds to the first step, in a process that has compiled no kernel."""
     if not measure.compiler_works(bench.device):
         raise NotHere("no compiler")
     command = [sys.executable, __file__, "compile", "--device", str(bench.device)]
@@ -475,7 +475,7 @@ class Record:
         print(f"{row['status']:8} {key}  {_summary(row)}", flush=True)
 
     def start(self, key: str) -> None:
-        """Should the process end with this row, the next one knows."""
+        """Marks a row, so that the next process knows if this one ends with it."""
         self.content["rows"][key] = {"status": "started"}
         self._save()
 
@@ -562,7 +562,7 @@ def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, A
 
 
 def exercise(device: torch.device, height: int) -> None:
-    """Every operation once, forward and backward: what sanitizers and profilers watch."""
+    """Runs every operation once, forward and backward, for sanitizers and profilers."""
     images = height, 2 * height - 4
     for case in CASES.values():
         channels = 32 if case.name == "dilated_affinity" else 19
@@ -585,7 +585,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     path = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
     if path is None:
         raise NotHere(f"{program} is not installed")
-    # torch asks the driver for what this one may not have.
+    # No API errors: torch asks the driver for features that it may not have.
     options, height = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"], 37
     if tool == "ncu":
         options = ["--csv", "--metrics", ",".join(METRICS), "--clock-control", "none"]
@@ -594,7 +594,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
         height = 514  # an image that fills the device
     command = [path, *options, sys.executable, __file__, "exercise"]
     command += ["--height", str(height)]
-    # Every tensor an allocation of its own: else what is beyond one is another one's.
+    # Every tensor an allocation of its own: else an address beyond one tensor is in another.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = run_group([*command, "--device", str(device)], environment)
     if result.returncode != 0:
@@ -609,7 +609,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
 
 
 def run_group(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Should it be cut short, what it has started ends with it."""
+    """Runs a command; if it is cut short, the processes that it has started end with it."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=environment, start_new_session=True,
@@ -624,7 +624,7 @@ def run_group(command: list[str], environment: dict[str, str]) -> subprocess.Com
 
 
 def kernel_names() -> list[str]:
-    """Of our tiles."""
+    """Names of our tiles."""
     folder = Path(tritonaff.__file__).parent / "kernels"
     names = [
         re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.rglob("*.py")
@@ -655,7 +655,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     done = True
     if "correctness" in args.only:
         files = {"test_rates.py": 1} if args.quick else TEST_FILES
-        # Side by side: what takes their time is the compiler, which keeps one core busy.
+        # Side by side: the compiler takes most of their time, and keeps one core busy.
         for alone in (False, True):
             done &= run_test_files(
                 record,
@@ -733,12 +733,12 @@ def run_row(
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether an error of a kernel keeps this process from doing anything more."""
+    """True if an error of a kernel keeps this process from doing anything more."""
     if device.type != "cuda":
         return False
     try:
         torch.cuda.synchronize(device)
-        gc.collect()  # what an error holds
+        gc.collect()  # tensors that an error holds
         torch.cuda.empty_cache()
     except RuntimeError:
         return True

@@ -38,7 +38,7 @@ from tritonaff.testing import make_inputs
 
 @dataclass(frozen=True)
 class Size:
-    """What a loss is computed of. ``parts`` are kernel sizes, grid points per side, rates or
+    """Sizes of a loss's inputs. ``parts`` are kernel sizes, grid points per side, rates or
     iterations, whatever the operation has.
     """
 
@@ -52,11 +52,11 @@ class Size:
 @dataclass(frozen=True)
 class Operation:
     loss: Callable[[Tensor, Tensor, int], Tensor]
-    """Of logits, target and parts."""
+    """Called with logits, target and parts."""
     expected: dict[str, str]
-    """What the time should grow by where this doubles."""
+    """Factor by which the time should grow when the named size doubles."""
     channels: Callable[[Size], int] = lambda size: size.classes
-    """Of the logits."""
+    """Number of channels of the logits."""
 
 
 def _propagated(affinity: Tensor, target: Tensor, parts: int) -> Tensor:
@@ -94,7 +94,7 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """The field names are those of the JSON."""
+    """One row of the table and of the JSON, with the same names."""
 
     op: str
     grows: str
@@ -105,7 +105,7 @@ class Row:
 
     @property
     def growth(self) -> float:
-        """Of the time, by doubling."""
+        """Factor of the time, by doubling."""
         return _growth(self.ms)
 
     @property
@@ -118,7 +118,7 @@ def _growth(values: tuple[float, ...]) -> float:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Of all operations, forward and backward on one thread of the CPU."""
+    """Rows of all operations, forward and backward on one thread of the CPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     base = Size(rows=16, columns=16) if quick else Size()
@@ -142,8 +142,8 @@ def _measure(operation: Operation, size: Size, quick: bool) -> tuple[float, int]
             return torch.autograd.grad(operation.loss(logits, target, size.parts), logits)
 
     run()
-    # Of the processor, on one thread, and the least of several: what else runs on the machine can
-    # hardly add to that.
+    # Time of the processor, on one thread, and the least of several: other programs on the machine
+    # can hardly add to it.
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < (0.02 if quick else 0.5):
         start = time.process_time()

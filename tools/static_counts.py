@@ -49,7 +49,7 @@ KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the time of a kernel follows from."""
+    """Rates of a GPU, from which the time of a kernel follows."""
 
     name: str
     bytes_per_s: float
@@ -59,7 +59,7 @@ class Gpu:
 
     @property
     def instructions_per_s(self) -> float:
-        """Of threads: every multiprocessor has 4 schedulers, which issue to 32 lanes a clock."""
+        """Instructions of threads: a multiprocessor's 4 schedulers issue to 32 lanes a clock."""
         return self.multiprocessors * 4 * 32 * self.clock
 
 
@@ -67,13 +67,13 @@ GPUS = {
     "sm_80": Gpu("A100", 2.0e12, multiprocessors=108, clock=1.41e9),
     "sm_90": Gpu("H200", 4.3e12, multiprocessors=132, clock=1.98e9),
 }
-# What time is implied for: images, rows, columns.
+# Images, rows, columns for which times are implied.
 IMAGES = (8, 512, 512)
 # F.cross_entropy on float32 logits of 19 classes, forward and backward. log_softmax reads and
-# writes, its backward reads two tensors and writes one. That nll_loss's backward fills a tensor
-# with zeros first is left out: the yardstick should not be slower than it is.
+# writes, its backward reads two tensors and writes one. The zeros that nll_loss's backward writes
+# first are left out: the yardstick should not be slower than it is.
 CROSS_ENTROPY_BYTES = 5 * 4
-# Of bfloat16 under autocast: also the conversion to float32 and that of the gradient back.
+# With bfloat16 under autocast also two conversions: to float32, and of the gradient back.
 AUTOCAST_CROSS_ENTROPY_BYTES = CROSS_ENTROPY_BYTES + 2 * (2 + 4)
 
 
@@ -87,7 +87,7 @@ class Tile:
     elements: float
     """Elements, a class of a pixel (or of a point of grids) each, that one program works on."""
     moved: float
-    """Bytes per element that it has to move: what it reads and writes, each once."""
+    """Bytes per element that it reads and writes, each once."""
     trips: float | tuple[float, ...] = 1
     """How often its loops run, on average, from the outermost to the innermost."""
     per_pixel: float = 19
@@ -174,7 +174,7 @@ def pixel_statistics(logit: int) -> float:
 def affinity_field_tiles(
     op: str, *, tables: bool = True, gradient: bool = True, half: bool = False, launches: int = 1
 ) -> tuple[Tile, ...]:
-    """Those of a pass that gives tables, a gradient or both."""
+    """Tiles of a pass that gives tables, a gradient or both."""
     logit = grad = 2 if half else 4
     statistics = pixel_statistics(logit)
     asked = {"TABLES": tables, "GRADIENT": gradient}
@@ -266,7 +266,7 @@ TILES = (
     # Without a gradient, and where the coefficients were not known: not in a training step.
     *affinity_field_tiles("affinity_field", gradient=False, launches=0),
     *affinity_field_tiles("affinity_field_backward", tables=False, launches=0),
-    # Of rows that are not aligned.
+    # For rows that are not aligned.
     *(
         replace(tile, blocks=tile.blocks | {"ALIGNED": False})
         for tile in affinity_field_tiles("affinity_field_unaligned", launches=0)
@@ -278,7 +278,7 @@ TILES = (
         GRIDS | PAIRS,
         19 * min(180, PAIRS["BLOCK"] * PAIRS["STEPS"]),
         moved=LOGIT + LABEL,
-        # Of a symmetric matrix, the blocks on the diagonal and to one side of it.
+        # The blocks on the diagonal of a symmetric matrix, and to one side of it.
         trips=(PAIRS["STEPS"], (PAIRS["STEPS"] + 1) / 2, PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
         per_pixel=POINTS_PER_PIXEL,
     ),
@@ -326,7 +326,7 @@ TILES = (
         "affinity_regression_150_classes",
         affinity_regression.block_gram_kernel,
         MANY_GRAM,
-        # Of two blocks across from each other one program computes both.
+        # One program computes both of two blocks across from each other.
         150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / (MANY_BLOCKS * (MANY_BLOCKS + 1) / 2),
         moved=MANY_LOGIT,
         trips=MANY_GRAM["STEPS"],
@@ -430,7 +430,7 @@ TILES = (
 
 @dataclass(frozen=True)
 class Device:
-    """In place of one: what tiles may ask of the device that they are compiled for."""
+    """Stands for a device: answers the questions that tiles may ask of it."""
 
     target: GPUTarget
 
@@ -439,8 +439,8 @@ class Device:
 
 
 def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
-    """For contiguous float32 logits; or for those whose every size is 1, which Triton takes for a
-    constant.
+    """Compiles for contiguous float32 logits; with ``size_1`` for logits whose every size is 1,
+    which Triton takes for a constant.
     """
     options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS), "enable_fp_fusion": True}
     driver = triton.runtime.driver
@@ -479,7 +479,7 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
 
 
 def implied_times(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the rows of the static table imply for each GPU, a row for a kernel: picoseconds per
+    """Times that the static table implies for each GPU, a row for a kernel: picoseconds per
     element, and milliseconds of all its launches in one forward and backward pass.
     """
     return [
@@ -514,7 +514,7 @@ def _implied(gpu: Gpu, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cross_entropy_ms(gpu: str, *, autocast: bool = False) -> float:
-    """What the yardstick's bytes take for the same images, 19 classes."""
+    """Milliseconds that the yardstick's bytes take for the same images, 19 classes."""
     each_bytes = AUTOCAST_CROSS_ENTROPY_BYTES if autocast else CROSS_ENTROPY_BYTES
     images, height, width = IMAGES
     (bytes_per_s,) = (each.bytes_per_s for each in GPUS.values() if each.name == gpu)
@@ -587,11 +587,11 @@ def _run(*command: str) -> str:
 
 
 def count_instructions(assembly: str, *trips: float) -> dict[str, float]:
-    """Instructions that a thread executes, by kind; those in loops as often as these run, the
+    """Instructions that a thread executes, by kind. ``trips`` says how often loops run, the
     outermost first.
 
-    What the entry does not reach is left out: padding, and subroutines for operands that do not
-    occur. So is the way round for a warp whose lanes have parted.
+    Code that the entry does not reach is left out: padding, and subroutines for operands that do
+    not occur. So is the way round for a warp whose lanes have parted.
     """
     names: list[str] = []
     labels: dict[str, int] = {}
@@ -643,10 +643,10 @@ ENDS = ("EXIT", "RET", "s_endpgm")
 
 
 def loop_depths(successors: dict[int, set[int]], entry: int = 0) -> dict[int, int]:
-    """In how many loops everything that the entry reaches is.
+    """Number of loops around every node that the entry reaches.
 
-    A jump backwards need not close a loop: compilers put what is rarely run at the end, from where
-    it jumps back to where it came from. A loop is a set of nodes that reach each other.
+    A jump backwards need not close a loop: compilers put rarely executed code at the end, from
+    where it jumps back to its origin. A loop is a set of nodes that reach each other.
     """
     depths = dict.fromkeys(_reached(successors, entry) | {entry}, 0)
     reached = {i: _reached(successors, i) for i in depths}
@@ -657,7 +657,7 @@ def loop_depths(successors: dict[int, set[int]], entry: int = 0) -> dict[int, in
             done |= loop
             heads = {k for j in depths if j not in loop for k in successors[j] & loop} or {entry}
             head = min(heads)
-            # Without the way back to its head a loop is open; what then still is one is inside it.
+            # Without the way back to its head a loop is open; any loop that remains is inside it.
             inside = {j: (successors[j] & loop) - {head} for j in loop}
             for j, depth in loop_depths(inside, head).items():
                 depths[j] = depth + 1

@@ -205,7 +205,7 @@ CASES = {
 
 
 class ParityError(AssertionError):
-    """An implementation does not compute what the reference computes."""
+    """The results of an implementation differ from the reference's."""
 
 
 def obstacle(case: Case, shape: Shape) -> str | None:

@@ -1,4 +1,4 @@
-"""The suite of a GPU, tried on a CPU: it loses no row, goes on where it was, and judges."""
+"""The suite of a GPU, on a CPU: no row is lost, a run goes on where it was, the page judges."""
 
 import json
 import threading
@@ -52,7 +52,7 @@ def test_every_row_of_the_table_runs(suite, capsys):
 
 
 def test_times_of_the_kernels_alone(suite, monkeypatch):
-    """Where a profiler sees them."""
+    """With a profiler that sees them."""
     rows = tuple(row for row in gpu_suite.ROWS if row.name in ("grids", "dilated"))
     monkeypatch.setattr(gpu_suite, "ROWS", rows)
     monkeypatch.setattr(gpu_suite.Bench, "launches", lambda *_: (2, 0.5))

@@ -67,7 +67,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture(scope="module")
 def camvid(study, tmp_path_factory):
-    """A folder of scenes of 80x60, some of whose names are those of the dusk clip."""
+    """A folder of scenes of 80x60, some of which are named like the dusk clip."""
     root = tmp_path_factory.mktemp("camvid")
     scenes = importlib.import_module("scenes")
     drawn = iter(scenes.make_scenes(9, seed=5))
@@ -544,7 +544,7 @@ def report_label(mask):
 
 
 def split_scores(miou):
-    """Of two classes with this IoU each."""
+    """Scores of two classes with this IoU each."""
     hits = round(2000 * miou / (1 + miou))
     wrong = 1000 - hits
     half = wrong // 2

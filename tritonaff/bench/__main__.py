@@ -75,7 +75,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-MOST_ELEMENTS = 2**50  # petabytes; the bytes of what is computed from them still fit 64 bits
+MOST_ELEMENTS = 2**50  # petabytes; bytes of results still fit 64 bits
 
 
 def _shape(text: str) -> Shape:
