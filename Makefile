@@ -5,12 +5,12 @@ TORCH :=
 BIN := $(VENV)/bin
 
 # The tiles as a GPU runs them, on a machine without one.
-TILE_TESTS := ptx backend affinity_field affinity_propagation affinity_regression dilated_affinity compile
+TILE_TESTS := backend affinity_field affinity_propagation affinity_regression dilated_affinity compile
 
 .PHONY: demo test test-version test-ptx test-nightly bench lint format wheel clean
 
 demo: $(VENV)/examples.stamp
-	$(BIN)/python examples/train_segmentation.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python examples/train.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
@@ -20,16 +20,17 @@ test: $(VENV)/test.stamp
 test-version: $(VENV)/test.stamp
 	$(BIN)/python -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', torch.__version__)"
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS) \
-		-k "not (triton or tiles or ptx or static) or every_op" \
-		--ignore tritonaff/bench/static.py
-	$(BIN)/python examples/train_segmentation.py --no-compile --steps 20 \
+		-k "not (triton or tiles) or every_op"
+	$(BIN)/python examples/train.py --no-compile --steps 20 \
 		--loss ce ce+aaf ce+ar ce+dilated
 
 test-ptx: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" $(TILE_TESTS:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" tests/nightly/test_ptx.py $(TILE_TESTS:%=tests/test_%.py) $(ARGS)
 
+# Deliberate faults, tests of tools, demo and study, then thousands of random examples per property.
 test-nightly: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests/nightly $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/nightly $(ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal -m hypothesis $(ARGS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m tritonaff.bench run $(ARGS)

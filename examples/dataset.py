@@ -15,6 +15,7 @@ from torch import Tensor
 from tritonaff.files import read_label
 
 T = TypeVar("T")
+SUFFIXES = ".jpg", ".jpeg", ".png"  # of images, in lower case
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) and labels (H, W), both uint8
 
 
@@ -27,11 +28,11 @@ class Dataset(NamedTuple):
 
 
 class DataError(Exception):
-    """What is wrong with a data set, in one line."""
+    """A fault of a data set, in one line."""
 
 
 def load_folder(folder: Path, ignore_index: int) -> Dataset:
-    """All of a data set, see the help of --data, into memory."""
+    """Reads a whole data set, laid out as the help of --data says, into memory."""
     path = folder / "classes.txt"
     if not path.is_file():
         raise DataError(f"there is no {path}: one class name per line")
@@ -43,7 +44,7 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
 
     def split(name: str) -> list[Pair]:
         paths = (folder / "images" / name).glob("*")
-        images = [path for path in paths if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        images = [path for path in paths if path.suffix.lower() in SUFFIXES]
         if not images:
             raise DataError(f"there is no .jpg, .jpeg or .png in {folder / 'images' / name}")
         labels = folder / "labels" / name
@@ -77,11 +78,11 @@ def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index
 def read(reader: Callable[[Path], T], path: Path) -> T:
     try:
         return reader(path)
-    except Exception as error:  # of almost any kind, for a broken file
+    except Exception as error:  # a broken file raises almost any
         raise DataError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
 
 
-MODES_OF_8_BITS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # as many or fewer, stretched
+MODES_OF_8_BITS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # Pillow stretches fewer bits to 8
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -110,7 +111,7 @@ def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tup
             x = rng.integers(max(label.shape[1] - width, 0) + 1)
             window = np.s_[y : y + height, x : x + width]
             mirror = np.s_[:, :: rng.choice((1, -1))]
-            # What is smaller than the crop stays in its corner; the rest is ignored.
+            # An image smaller than the crop fills a corner of it; the rest is ignored.
             corner = np.s_[k, : label.shape[0], : label.shape[1]]
             images[corner] = image[window][mirror]
             labels[corner] = label[window][mirror]

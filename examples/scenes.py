@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 CLASSES = ("sky", "building", "tree", "road", "fence", "pole", "bicycle", "person")
 HEIGHT, WIDTH = 96, 128
 
-# Much alike on purpose; and each object draws its own colour around that of its class.
+# Much alike on purpose. Each object draws a colour of its own around the colour of its class.
 COLOURS = {
     "sky": (170, 185, 200),
     "building": (145, 130, 120),
@@ -53,7 +53,7 @@ class Scene:
         self.pen.rectangle((0, self.horizon, WIDTH, HEIGHT), self.new_object("road"))
         things = [self.fence] * self.between(1, 2) + [self.pole] * self.between(3, 6)
         things += [self.bicycle] * self.between(1, 3) + [self.person] * self.between(1, 4)
-        # What stands lower in the image is nearer: larger, and in front.
+        # A thing whose foot is lower in the image is nearer: larger, and in front.
         feet = np.sort(rng.integers(self.horizon + 2, HEIGHT - 2, len(things)))
         for i, foot in zip(rng.permutation(len(things)), feet, strict=True):
             things[i](self.between(0, WIDTH), int(foot))

@@ -15,9 +15,6 @@ torch.set_num_threads(1)
 # Convolutions in full precision: networks are compared with themselves.
 torch.backends.cudnn.allow_tf32 = False
 
-# Tools, not tests: they need a Triton that the oldest torch does not bring.
-collect_ignore = ["far_offsets.py", "ptx.py"]
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ptx", action="store_true", help="no GPU: tiles are compiled and emulated")

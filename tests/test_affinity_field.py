@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, laid_out
 
 import tritonaff
-from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
 from tritonaff.functional import AffinityFieldTerms
+from tritonaff.testing import CASES, Case, check_parity, evaluate, make_inputs
 
 VARIANTS = ("paper", "authors")
 BACKENDS = ("portable", "triton")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, laid_out
 
 import tritonaff
-from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_propagation_inputs
 from tritonaff.checks import check_rates
+from tritonaff.testing import CASES, Case, check_parity, evaluate, make_propagation_inputs
 
 RATES = (1, (2, 3))
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from layouts import BACKENDS, LAYOUTS, laid_out
 
 import tritonaff
-from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
 from tritonaff.bench.measure import peak_bytes
 from tritonaff.functional import AffinityRegressionTerms
+from tritonaff.testing import CASES, Case, check_parity, evaluate, make_inputs
 
 GRIDS = ((12, 6), (1,), (3, 5), None)
 

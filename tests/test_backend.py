@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import CASES, evaluate, make_inputs
 from tritonaff.ops import backend as backends
+from tritonaff.testing import CASES, evaluate, make_inputs
 
 
 def test_unknown_backend():

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tritonaff
-from tritonaff.bench.cases import CASES
+from tritonaff.testing import CASES
 
 
 def not_in_torch_2_6(reason):

@@ -1,22 +1,20 @@
-"""The bench: it refuses wrong implementations, and what it prints and writes can be read."""
+"""The bench refuses wrong implementations; its tables and files can be read."""
 
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench import __main__, measure
+from tritonaff.bench import __main__, machine, measure
 from tritonaff.bench.__main__ import main
-from tritonaff.bench.cases import (
+from tritonaff.bench.tables import to_json, write_json
+from tritonaff.testing import (
     CASES,
     ParityError,
     check_parity,
@@ -24,6 +22,7 @@ from tritonaff.bench.cases import (
     make_inputs,
 )
 
+RESULTS = Path(__file__).parent.parent / "docs/results"
 QUICK_ALL = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"]
 QUICK = [*QUICK_ALL, "--op", "affinity_field"]
 
@@ -153,7 +152,7 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
 
 
 def test_portable_propagation_holds_its_iterates_and_gates():
-    """Those of one large image, whatever the batch."""
+    """Iterates and gates of one large image, whatever the batch."""
     case = CASES["affinity_propagation"]
 
     def peak(inputs):
@@ -166,7 +165,7 @@ def test_portable_propagation_holds_its_iterates_and_gates():
 
     logits, _, affinity = one = case.make_inputs((1, 19, 160, 192))
     assert peak(one) <= 16 * logits.nbytes + 3.5 * affinity.nbytes
-    # What an image more costs is what goes in and out of the operation.
+    # Another image costs no more than its inputs and outputs.
     three = case.make_inputs((3, 19, 160, 192))
     assert peak(three) - peak(one) <= 2 * (5 * logits.nbytes + affinity.nbytes)
 
@@ -214,17 +213,16 @@ def test_shapes_beyond_memory_are_named_and_left_out(capsys, tmp_path, monkeypat
         main([*arguments, "1,3,5,6"])
 
 
-@pytest.mark.parametrize("command", ["run", "static", "scaling"])
 @pytest.mark.parametrize("place", ["", "file/rows.json"])
 def test_where_json_cannot_go_is_said_before_anything_is_measured(
-    capsys, tmp_path, monkeypatch, command, place
+    capsys, tmp_path, monkeypatch, place
 ):
     def measured(args):
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr(__main__, f"_{command}", measured)
+    monkeypatch.setattr(__main__, "_run", measured)
     (tmp_path / "file").write_text("")
-    assert main([command, "--json", str(tmp_path / place)]) == 1
+    assert main(["run", "--json", str(tmp_path / place)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"tritonaff-bench: \[Errno \d+\] .*" + re.escape(str(tmp_path)), line)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -259,251 +257,6 @@ def test_bad_arguments(arguments):
         main(["run", *arguments])
 
 
-COMMITTED = json.loads((Path(__file__).parent.parent / "docs/results/static.json").read_text())
-
-
-def without_interpreter():
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-
-
-@pytest.fixture(scope="module")
-def static_table(tmp_path_factory):
-    """Every tile compiled for three GPUs, without one, in a process of its own: no interpreter."""
-    pytest.importorskip("triton", minversion="3.6")
-    path = tmp_path_factory.mktemp("static") / "static.json"
-    command = [sys.executable, "-m", "tritonaff.bench", "static", "--json", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=without_interpreter())
-    assert result.returncode == 0, result.stderr
-    assert max(map(len, result.stdout.splitlines())) <= 80
-    return json.loads(path.read_text())
-
-
-def kernel_of(row):
-    return row["op"], row["kernel"], row["target"]
-
-
-def test_static(static_table):
-    assert set(static_table) == set(COMMITTED)
-    assert [kernel_of(row) for row in static_table["kernels"]] == [
-        kernel_of(row) for row in COMMITTED["kernels"]
-    ]
-    for row in static_table["kernels"]:
-        assert row["registers"] > 0
-        assert row["instructions_per_element"]["memory"] > 0
-        assert row["bytes_per_element"] > 0
-
-
-def test_every_kernel_is_in_the_static_table():
-    static = {(row["op"], row["kernel"]) for row in COMMITTED["kernels"]}
-    static = {(OPS_OF_VARIANTS.get(op, op), kernel) for op, kernel in static}
-    source = Path(tritonaff.__file__).parent / "kernels"
-    kernels = {
-        (file.stem, name)
-        for file in source.glob("*.py")
-        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
-    }
-    assert static == kernels
-
-
-OPS_OF_VARIANTS = {
-    "affinity_field_cross_entropy": "affinity_field",
-    "affinity_field_cross_entropy_bfloat16": "affinity_field",
-    "affinity_field_backward": "affinity_field",
-    "affinity_field_unaligned": "affinity_field",
-    "affinity_regression_every_pixel": "affinity_regression",
-    "affinity_regression_150_classes": "affinity_regression",
-    "square_root_affinity": "affinity_regression",
-}
-
-
-def test_no_kernel_spills(static_table):
-    """But for a word or two outside of the loops, for which the assembler keeps to 128 registers:
-    more warps fit, it costs nothing, and every version does it elsewhere. A tile that is too large
-    spills hundreds.
-    """
-    version = static_table["versions"]["triton"]
-    if version.startswith("3.6."):
-        pytest.skip("Triton 3.6 puts lanes along classes, of which affinity regression has all")
-    pinned = version == COMMITTED["versions"]["triton"]
-    spilled = {kernel_of(row): row["spills"] for row in static_table["kernels"] if row["spills"]}
-    assert all(words <= (2 if pinned else 16) for words in spilled.values()), spilled
-
-
-def test_no_kernel_has_grown(static_table):
-    """Instructions per element, within 10 % of docs/results/static.json. Where more are wanted,
-    `tritonaff-bench static --json docs/results/static.json` with the Triton it names commits them.
-    """
-    if static_table["versions"]["triton"] != COMMITTED["versions"]["triton"]:
-        pytest.skip(f"counts hold for Triton {COMMITTED['versions']['triton']}")
-    committed = {kernel_of(row): row for row in COMMITTED["kernels"]}
-    grown = {
-        kernel_of(row): (row["instructions_per_element"]["all"], before)
-        for row in static_table["kernels"]
-        for before in [committed[kernel_of(row)]["instructions_per_element"]["all"]]
-        if row["instructions_per_element"]["all"] > 1.1 * before
-    }
-    assert not grown
-
-
-def test_ci_installs_the_triton_of_the_committed_table():
-    """Else nothing would notice that a kernel has grown."""
-    constraints = (Path(__file__).parent.parent / ".ci/constraints.txt").read_text()
-    assert f"triton=={COMMITTED['versions']['triton']}" in constraints.splitlines()
-
-
-def test_implied_times():
-    """A kernel of 43 bytes and 33 instructions per element on an H200, 19 elements a pixel."""
-    pytest.importorskip("triton", minversion="3.6")
-    script = """
-from tritonaff.bench import static
-row = dict(op="o", kernel="k", target="sm_90", launches=2, elements_per_pixel=19,
-           bytes_per_element=43.0, instructions_per_element=dict(all=33.0),
-           instructions_per_thread=1000)
-pixels = 8 * 512 * 512
-(implied,) = static.implied_times([row])
-assert implied["gpu"] == "H200" and implied["bound"] == "bytes", implied
-assert implied["ps_per_element"] == 10 and implied["percent_of_copy"] == 100, implied
-assert abs(implied["ms"] - 2 * 1e-8 * 19 * pixels) < 1e-4, implied
-(implied,) = static.implied_times([{**row, "instructions_per_element": dict(all=3345.4)}])
-assert implied["bound"] == "instructions" and implied["percent_of_copy"] == 10, implied
-assert abs(implied["ps_per_element"] - 100) < 0.1, implied
-(implied,) = static.implied_times([{**row, "instructions_per_thread": 1.98e9}])
-assert implied["bound"] == "one program" and implied["ms"] == 2000, implied
-assert abs(static.cross_entropy_ms("H200") - 20 * 19 * pixels / 4.3e9) < 1e-6
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
-
-
-def test_tiles_compile_for_sizes_of_1_and_multiply_in_full_precision():
-    """Neither can be seen in the interpreter: Triton takes an argument of 1 for a constant, and
-    products of float32 have 10 bits on tensor cores.
-    """
-    pytest.importorskip("triton", minversion="3.6")
-    script = """
-from tritonaff.bench import static
-for tile in static.TILES:
-    static.compile_tile(tile, "sm_90", size_1=True)
-    assert "tf32" not in static.compile_tile(tile, "sm_90").asm["ptx"], tile.kernel
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
-
-
-def test_tiles_compile_for_sizes_that_no_strip_reaches():
-    """The other side of every switch of the affinity field's tiles."""
-    pytest.importorskip("triton", minversion="3.6")
-    script = """
-import itertools
-from dataclasses import replace
-from tritonaff.bench import static
-_, far = static.affinity_field.passes([3, 13, 65])
-assert far["RADII"] == (6, 32)
-for tile, aligned in itertools.product(static.TILES, (False, True)):
-    switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "ALIGNED": aligned}
-    if "REACH" in tile.blocks and "sm_90" in tile.targets:
-        other = {name: switches.get(name, size) for name, size in tile.blocks.items()}
-        registers, spills, _ = static._nvidia(
-            static.compile_tile(replace(tile, blocks=other), "sm_90").asm["cubin"]
-        )
-        assert spills == 0, (tile.kernel, spills)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
-
-
-def test_instructions_in_a_loop_count_as_often_as_it_runs():
-    pytest.importorskip("triton", minversion="3.6")
-    script = """
-from tritonaff.bench.static import count_instructions
-nvidia = '''
-        /*0000*/                   LDG.E R2, [R2] ;
-.L_x_0:
-        /*0010*/                   MUFU.EX2 R4, R2 ;
-        /*0020*/              @!P0 FADD R4, R4, R2 ;
-        /*0030*/               @P0 BRA `(.L_x_0) ;
-        /*0040*/                   EXIT ;
-.L_x_1:
-        /*0050*/                   BRA `(.L_x_1);
-        /*0060*/                   NOP;
-'''
-assert count_instructions(nvidia, 8) == dict(memory=1, special=8, arithmetic=8, control=8 + 1)
-amd = '''
-\\tglobal_load_dword v1, v0, s[0:1]
-.LBB0_1:                                ; the loop
-\\tv_exp_f32_e32 v1, v1
-\\tv_add_f32_e32 v1, v1, v2
-\\ts_cbranch_scc1 .LBB0_1
-\\ts_endpgm
-'''
-assert count_instructions(amd, 4) == dict(memory=1, special=4, arithmetic=4, control=4 + 1)
-# Two loops in one another, and code at the end that jumps back without closing a loop.
-nested = '''
-        /*0000*/               @P3 BRA `(.L_x_9) ;
-.L_x_8:
-        /*0010*/                   IADD R1, R1, R2 ;
-.L_x_1:
-        /*0020*/                   MUFU.RCP R4, R2 ;
-.L_x_2:
-        /*0030*/                   LDG.E R2, [R2] ;
-        /*0040*/               @P0 BRA `(.L_x_2) ;
-        /*0050*/               @P1 BRA `(.L_x_1) ;
-        /*0060*/                   EXIT ;
-.L_x_9:
-        /*0070*/                   IADD R1, R1, R3 ;
-        /*0080*/                   BRA `(.L_x_8) ;
-'''
-assert count_instructions(nested, 2, 5) == dict(
-    arithmetic=2, special=2, memory=2 * 5, control=1 + 2 * 5 + 2 + 1 + 1
-)
-assert count_instructions(nested, 2, 5) == count_instructions(nested, 2, 1, 5)
-try:
-    count_instructions(nested, 2)
-except ValueError as error:
-    assert "2 loops in one another" in str(error)
-else:
-    raise AssertionError("one trip count was enough for two loops")
-# A call of a label far away ends a loop as a jump does; subroutines are left out.
-far = '''
-.L_x_0:
-        /*0000*/                   MUFU.RCP R4, R2 ;
-        /*0010*/               @P4 CALL.REL.NOINC `(.L_x_1) ;
-        /*0020*/                   BRA `(.L_x_0) ;
-.L_x_1:
-        /*0030*/                   IADD R1, R1, R3 ;
-        /*0040*/          BRA.DIV UR4, `(.L_x_3) ;
-        /*0050*/                   EXIT ;
-$__internal_0_$__cuda_sm20_div_s64:
-        /*0060*/                   IADD R1, R1, R3 ;
-        /*0070*/                   RET.REL.NODEC R30 `(gram_kernel) ;
-.L_x_3:
-        /*0080*/                   IADD R1, R1, R3 ;
-'''
-assert count_instructions(far, 3) == dict(special=3, arithmetic=1, control=3 * 2 + 2)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env=without_interpreter())
-
-
-def test_scaling(capsys, tmp_path):
-    path = tmp_path / "scaling.json"
-    assert main(["scaling", "--quick", "--json", str(path)]) == 0
-    printed = capsys.readouterr().out
-    content = json.loads(path.read_text())
-    assert set(content) == {"device", "versions", "all_reduce_ms", "rows"}
-    assert 0 < content["all_reduce_ms"] < 1000
-    rows = {(row["op"], row["grows"]): row for row in content["rows"]}
-    assert {op for op, _ in rows} == set(CASES)
-    for (op, grows), row in rows.items():
-        assert all(ms > 0 for ms in row["ms"])
-        lines = [line.rstrip() for line in printed.splitlines()]
-        of_op = lines[lines.index(op.removeprefix("affinity_")) + 1 :]
-        values = " ".join(map(str, row["values"]))
-        indented = takewhile(lambda line: line.startswith("  "), of_op)
-        assert any(line.startswith(f"  {grows} {values} ") for line in indented)
-        ratios = [large / small for small, large in pairwise(row["values"])]
-        assert set(ratios) == {2}
-        if grows in ("images", "rows") and op != "affinity_regression":
-            # Sums of several buffers, of which some are of a fixed size.
-            assert 3 < row["peak_bytes"][2] / row["peak_bytes"][0] < 5
-
-
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_that_of_what_is_measured(tmp_path, monkeypatch):
     def git(*arguments):
@@ -516,10 +269,28 @@ def test_the_commit_is_that_of_what_is_measured(tmp_path, monkeypatch):
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "--message", "first")
-    monkeypatch.setattr(__main__, "__file__", str(tmp_path / "package/code.py"))
-    commit = __main__.versions()["commit"]
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "package/code.py"))
+    commit = machine.versions()["commit"]
     assert re.fullmatch("[0-9a-f]{7,}", commit)
     (tmp_path / "docs/results/gpu.json").write_text("2")
-    assert __main__.versions()["commit"] == commit
+    assert machine.versions()["commit"] == commit
     (tmp_path / "tests/test.py").write_text("2")
-    assert __main__.versions()["commit"] == f"{commit}-dirty"
+    assert machine.versions()["commit"] == f"{commit}-dirty"
+
+
+def test_json_has_a_line_for_each_row(tmp_path):
+    rows = [{"shape": [1, 2], "ms": 0.5}, {"shape": [], "ms": None}]
+    content = {"device": "CPU", "versions": {"torch": "2"}, "rows": rows, "none": [], "by_name": {}}
+    content["by_name"] = {"one": {"values": [[1.0], [2.0]]}, "two": [3]}
+    path = tmp_path / "rows.json"
+    write_json(path, content)
+    assert json.loads(path.read_text()) == content
+    lines = path.read_text().splitlines()
+    assert lines[3:6] == ['"rows": [', f" {json.dumps(rows[0])},", f" {json.dumps(rows[1])}"]
+    assert ' "one": {"values": [[1.0], [2.0]]},' in lines
+    assert len(lines) == 4 + 2 * (2 + 2) + 1
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_have_a_line_for_each_row(path):
+    assert to_json(json.loads(path.read_text())) == path.read_text()

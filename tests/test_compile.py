@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import make_inputs
 from tritonaff.bench.measure import compiler_works
+from tritonaff.testing import make_inputs
 
 
 class Step(torch.nn.Module):

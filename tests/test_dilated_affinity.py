@@ -13,7 +13,6 @@ from layouts import LAYOUTS, laid_out
 from torch.nn import functional as F
 
 import tritonaff
-from tritonaff.bench.cases import CASES, Case, check_parity, evaluate
 from tritonaff.functional import (
     WEIGHTINGS,
     DilatedAffinityTerms,
@@ -21,6 +20,7 @@ from tritonaff.functional import (
     signal_weight,
 )
 from tritonaff.rates import DIRECTIONS
+from tritonaff.testing import CASES, Case, check_parity, evaluate
 
 CASE = CASES["dilated_affinity"]
 

@@ -4,7 +4,7 @@ every version of torch and Triton.
 
 import pytest
 
-from tritonaff.bench.cases import CASES, check_parity
+from tritonaff.testing import CASES, check_parity
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -1,6 +1,7 @@
 """The training example as its users run it, small."""
 
 import contextlib
+import csv
 import importlib
 import os
 import random
@@ -12,12 +13,10 @@ import subprocess
 import sys
 import time
 import zlib
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import tritonaff
@@ -27,20 +26,12 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-SCRIPT = Path(__file__).parent.parent / "examples/train_segmentation.py"
+SCRIPT = Path(__file__).parent.parent / "examples/train.py"
 LOSSES = ["ce", "ce+aaf", "ce+ar", "ce+dilated"]
 TITLES = ["cross-entropy" + suffix for suffix in ("", " + AAF", " + AR", " + dilated")]
-SMALL = ["--steps", "2", "--batch-size", "2", "--size", "32", "48"]
-
-
-def run(*arguments, torchrun=0, **environment):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-    return subprocess.run(
-        [sys.executable, *(launcher if torchrun else ()), str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80", **environment},
-    )
+SMALL = ["--no-compile", "--steps", "3", "--batch-size", "2", "--size", "31", "45"]
+# On the CPU, as users run it, without the interpreter of the other tests.
+AS_USERS = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
 @pytest.fixture
@@ -65,72 +56,51 @@ def folder(tmp_path):
 def script(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    return importlib.import_module("train_segmentation")
+    return importlib.import_module("train")
 
 
-def check_output(result, output, name, other="cross-entropy + AAF"):
+@pytest.fixture
+def main(script, monkeypatch):
+    """Runs the script in this process, on torch operations; its exit status."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with tritonaff.use_backend("portable"):
+            return script.main()
+
+    return run
+
+
+def test_a_data_set_in_a_folder(folder, tmp_path):
+    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--loss", *LOSSES]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **AS_USERS},
+    )
     assert result.returncode == 0, result.stderr
-    for title in ("cross-entropy", other):
+    for title in TITLES:
         cells = re.escape(title), r"0\.\d+", r"0\.\d+", r"\d+\.\d"
         row = re.search(r"\|\s*" + r"\s*\|\s*".join(cells) + r"\s*\|", result.stdout)
         assert row, result.stdout
     table = [line for line in result.stdout.splitlines() if line.startswith(("|", "+"))]
     assert max(map(len, table)) <= 80
-    picture = output / f"{name}.png"
-    assert f"picture: {picture}" in result.stdout
-    assert Image.open(picture).size[0] > 500
-
-
-def test_drawn_scenes(tmp_path):
-    result = run(*SMALL, "--no-compile", "--output", tmp_path)
-    check_output(result, tmp_path, "scenes")
-    assert "cross-entropy + AR" not in result.stdout  # only where it is asked for
-
-
-def test_a_data_set_in_a_folder(folder, tmp_path):
-    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path]
-    result = run(*SMALL, "--no-compile", *arguments)
-    check_output(result, tmp_path, "data")
-
-
-def test_without_a_compiler_it_says_so_and_trains(folder, tmp_path):
-    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path]
-    cache = tmp_path / "cache"
-    result = run(*SMALL, *arguments, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(cache))
-    check_output(result, tmp_path, "data")
-    assert len(re.findall("training in eager mode", result.stdout)) == 1
-
-
-def test_affinity_regression_and_its_heat_maps(folder, tmp_path):
-    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--no-compile"]
-    result = run(*SMALL, *arguments, "--steps", 3, "--learning-rate", 0.1, "--loss", "ce", "ce+ar")
-    check_output(result, tmp_path, "data", "cross-entropy + AR")
-    line = (
-        r"affinity regression on the test split: "
-        r"(0\.\d{4}) before, (0\.\d{4}) after, (0\.\d{4}) cross-entropy\n"
-    )
-    ((before, after, without),) = re.findall(line, result.stdout)
-    assert len({before, after, without}) == 3
-    heat_maps = tmp_path / "data-affinity.png"
-    assert f"heat maps: {heat_maps}" in result.stdout
-    picture = np.asarray(Image.open(heat_maps).convert("RGB")).astype(int)
-    assert picture.shape[1] > 2 * picture.shape[0] > 1000
-    # The void pixel is a point of both grids: gray lines in each of the three.
-    void = (np.ptp(picture, axis=-1) == 0) & (picture[..., 0] > 100) & (picture[..., 0] < 200)
-    columns = np.flatnonzero(void.sum(axis=0) > picture.shape[0] / 2)
-    assert len(np.flatnonzero(np.diff(columns, prepend=-9) > 1)) == 3 * 2
-
-
-def test_fewer_steps_than_affinity_regression_needs(folder, tmp_path):
-    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--no-compile"]
-    result = run(*SMALL, *arguments, "--loss", "ce", "ce+ar")
-    check_output(result, tmp_path, "data", "cross-entropy + AR")
-    assert "heat maps" not in result.stdout
+    assert f"picture: {tmp_path}/data.png\nlosses: {tmp_path}/data-losses.csv\n" in result.stdout
+    assert Image.open(tmp_path / "data.png").size[0] > 500
+    with (tmp_path / "data-losses.csv").open(newline="") as file:
+        heading, *rows = csv.reader(file)
+    assert heading == ["step", *LOSSES]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    ce, aaf, ar, dilated = zip(*(map(float, row[1:]) for row in rows), strict=True)
+    assert ce[:2] == ar[:2]  # the same weights and batches, and no other loss before the last third
+    assert ce[2] < ar[2]
+    assert ce[0] < min(aaf[0], dilated[0])
 
 
 def test_affinity_regression_joins_in_the_last_third(script):
     data = script.Dataset("", ["road", "pole", "sky"], [], [], [])
-    criterion = script.CrossEntropyAR(data, Namespace(ignore_index=255))
+    criterion = script.CrossEntropyAR(data, 255)
     logits, target = torch.randn(2, 3, 24, 24), torch.randint(0, 3, (2, 24, 24))
     target[:, :5] = 255
     before = F.cross_entropy(logits, target, ignore_index=255)
@@ -145,38 +115,6 @@ def test_affinity_regression_joins_in_the_last_third(script):
         torch.testing.assert_close(loss, before if step < 6 else after)
 
 
-def table_rows(text):
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
-    return {title.strip(): [cell.strip() for cell in cells] for title, *cells in lines}
-
-
-@pytest.mark.parametrize("place", ["labels", "head"])
-def test_dilated_affinity_its_propagation_and_what_they_cost(folder, tmp_path, place):
-    for kind in ("images", "labels"):  # one more, of an odd size
-        image = np.asarray(Image.open(folder / kind / "test/one.png"))[:37, :51]
-        Image.fromarray(image).save(folder / kind / "test/two.png")
-    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path, "--no-compile"]
-    arguments += ["--size", 31, 45, "--loss", "ce", "ce+dilated", "--affinity-at", place]
-    result = run(*SMALL, *arguments)
-    check_output(result, tmp_path, "data", "cross-entropy + dilated")
-    rows = table_rows(result.stdout)
-    assert rows["test mIoU after iterations"] == ["0", "1", "3", "6", "10"]
-    for name in ("predicted affinity", "ground-truth affinity"):
-        assert rows[name][0] == rows["cross-entropy + dilated"][0]
-        assert all(re.fullmatch(r"0\.\d{3}", cell) for cell in rows[name])
-    assert rows["predicted affinity"] != rows["ground-truth affinity"]
-
-    assert rows["cost of an image, 40x56"] == ["parameters", "MFLOP", "time (ms)"]
-    parameters, flops, times = zip(*list(rows.values())[-3:], strict=True)
-    assert list(rows)[-3:] == ["network", "affinity head", "10 iterations"]
-    assert parameters == ("292179", str(33 * 16), "0")
-    # A product and a sum: 32 features, 16 logits, half the size; 10 times 3 classes, 16 neighbours.
-    head, propagation = 2 * 32 * 16 * 20 * 28, 2 * 10 * 3 * 17 * 40 * 56
-    assert flops[1:] == (f"{head / 1e6:.1f}", f"{propagation / 1e6:.1f}")
-    assert float(flops[0]) > 50 * float(flops[1])
-    assert all(float(ms) > 0 for ms in times)
-
-
 @pytest.fixture
 def blocks():
     """Images and labels of an odd size, three classes in blocks, a few pixels ignored."""
@@ -189,10 +127,9 @@ def blocks():
     return pairs
 
 
-@pytest.mark.parametrize("place", ["labels", "head"])
-def test_dilated_affinity_beside_cross_entropy(script, blocks, place):
+def test_dilated_affinity_beside_cross_entropy(script, blocks):
     data = script.Dataset("", ["road", "pole", "sky"], blocks, [], [])
-    criterion = script.CrossEntropyDilated(data, Namespace(ignore_index=255, affinity_at=place))
+    criterion = script.CrossEntropyDilated(data, 255)
     images, labels = (torch.from_numpy(np.stack(x)) for x in zip(*blocks, strict=True))
     images, target = script.to_input(images, "cpu"), labels.long()
     torch.manual_seed(0)
@@ -202,20 +139,18 @@ def test_dilated_affinity_beside_cross_entropy(script, blocks, place):
     for name, weight in bare.state_dict().items():
         assert torch.equal(weight, network.state_dict()[name])
 
-    rates, compared = ((4, 8), target) if place == "labels" else ((2, 4), target[:, ::2, ::2])
+    rates = (4, 8)
     statistics = tritonaff.NeighborStatistics(rates)
-    statistics.update(compared)
+    statistics.update(target)
     frequency = network.affinity.bias.sigmoid().view(2, 8)
     expected = statistics.positive_frequency().float()[:, None].expand(-1, 8)
     torch.testing.assert_close(frequency, expected, atol=1e-3, rtol=0)
 
     output = network(images)
     assert output.affinity.shape == (3, 16, 13, 18)
-    affinity = output.affinity
-    if place == "labels":
-        affinity = F.interpolate(affinity, (25, 35), mode="bilinear", align_corners=False)
+    affinity = F.interpolate(output.affinity, (25, 35), mode="bilinear", align_corners=False)
     dilated = tritonaff.dilated_affinity_loss(
-        affinity, compared, rates, statistics=statistics, beta=0.15
+        affinity, target, rates, statistics=statistics, beta=0.15
     )
     expected = F.cross_entropy(output.logits, target, ignore_index=255) + dilated
 
@@ -231,170 +166,22 @@ def test_dilated_affinity_beside_cross_entropy(script, blocks, place):
     assert all(parameter.grad.abs().sum() > 0 for parameter in network.affinity.parameters())
 
 
-def test_every_column_of_the_propagation_is_one_long_call(script, blocks):
-    class Noise(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.anchor = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x):
-            torch.manual_seed(int(x.sum()))
-            return script.Output(torch.randn(1, 3, *x.shape[2:]), 3 * torch.randn(1, 16, 13, 18))
-
-    network = Noise()
-    table = script.refinement(network, blocks, num_classes=3, ignore_index=255)
-    assert table.shape == (2, 5)
-    for k, iterations in enumerate((0, 1, 3, 6, 10)):
-        confusion = np.zeros((2, 3, 3), int)
-        for image, labels in blocks:
-            logits, affinity = script.infer(network, image)
-            target = torch.from_numpy(labels)[None]
-            predicted = F.interpolate(affinity, target.shape[1:], mode="bilinear")
-            truth = tritonaff.dilated_affinity_target(target, (4, 8))
-            truth = truth.masked_fill(truth == 255, 0).float()
-            for row, source in enumerate((predicted, truth)):
-                classes = tritonaff.affinity_propagation(
-                    logits.softmax(dim=1),
-                    source,
-                    (4, 8),
-                    iterations=iterations,
-                    from_logits=row == 0,
-                )[0].argmax(dim=0)
-                counted = labels != 255
-                np.add.at(confusion[row], (labels[counted], classes.numpy()[counted]), 1)
-        for row in range(2):
-            hits = np.diag(confusion[row])
-            iou = hits / (confusion[row].sum(0) + confusion[row].sum(1) - hits)
-            assert table[row, k].item() == pytest.approx(iou.mean(), abs=1e-6)
-    assert len(set(table.flatten().tolist())) == 9  # but for what is before any iteration
+def test_equal_runs_are_equal_and_another_seed_is_not(folder, tmp_path, main):
+    arguments = [*SMALL, "--data", folder, "--ignore-index", 11, "--loss", "ce"]
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        assert main(*arguments, "--seed", seed, "--output", tmp_path / name) == 0
+    one, two, three = (tmp_path / name / "data-losses.csv" for name in ("one", "two", "three"))
+    assert one.read_text() == two.read_text() != three.read_text()
 
 
-# ----------------------------------------------------------------- several processes, checkpoints
-
-
-def write_pairs(folder):
-    """More images, of blocks, with unequal numbers of void pixels."""
-    rng = np.random.default_rng(1)
-    for split in ("train", "val", "test"):
-        for k in range(3):
-            image = rng.integers(0, 256, (40, 56, 3)).astype(np.uint8)
-            Image.fromarray(image).save(folder / "images" / split / f"{k}.png")
-            labels = rng.integers(0, 3, (10, 14)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
-            labels[: 15 * k] = 11
-            Image.fromarray(labels).save(folder / "labels" / split / f"{k}.png")
-
-
-def read_losses(path):
-    heading, *rows = [line.split(",") for line in path.read_text().splitlines()]
-    return {name: [float(row[k]) for row in rows] for k, name in enumerate(heading)}
-
-
-# On the CPU, as users run it, without the interpreter of the other tests.
-AS_USERS = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-
-
-def test_several_processes_compute_what_one_does(folder, tmp_path):
-    write_pairs(folder)
-    arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 3]
-    arguments += ["--batch-size", 5, "--size", 32, 48, "--loss"]
-    result = run(*arguments, *LOSSES, "--output", tmp_path / "1", **AS_USERS)
-    assert result.returncode == 0, result.stderr
-    expected, table = read_losses(tmp_path / "1/data-losses.csv"), table_rows(result.stdout)
-    assert list(expected) == ["step", *LOSSES]
-    assert len(set(expected["ce+ar"])) == 3
-    # Of five images 2, 2 and 1.
-    output = tmp_path / "3"
-    result = run(*arguments, *LOSSES, "--output", output, torchrun=3, **AS_USERS)
-    assert result.returncode == 0, result.stderr
-    assert "on cpu, 3 processes" in result.stdout
-    losses = read_losses(output / "data-losses.csv")
-    scores = table_rows(result.stdout)
-    for name, title in zip(LOSSES, TITLES, strict=True):
-        assert losses[name] == pytest.approx(expected[name], rel=2e-4), name
-        for value, by_one in zip(scores[title][:2], table[title][:2], strict=True):
-            assert float(value) == pytest.approx(float(by_one), abs=0.01)
-
-
-def test_a_batch_that_is_too_small_for_the_processes(script, monkeypatch, capsys):
-    monkeypatch.setattr(script.ranks, "size", lambda: 3)
-    monkeypatch.setattr(sys, "argv", ["train_segmentation.py", "--batch-size", "2"])
-    assert script.main() == 2
-    assert capsys.readouterr() == ("", "error: a batch of 2 is too small for 3 processes\n")
-
-
-def test_a_killed_training_goes_on_to_the_same_losses(
-    script, folder, tmp_path, monkeypatch, capsys
-):
-    write_pairs(folder)
-    arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 12]
-    arguments += ["--batch-size", 2, "--size", 32, 48, "--loss", "ce+ar", "--save-every", 1]
-    killed = [*arguments, "--output", tmp_path / "killed"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, killed)],
-        env={**os.environ, **AS_USERS},
-        stdout=subprocess.DEVNULL,
-    )
-    checkpoint = tmp_path / "killed/data-ce+ar.pt"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.2))  # any moment will do
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    done = len(torch.load(checkpoint)["losses"])
-    assert 1 <= done <= 12
-
-    whole = [*arguments, "--resume", "--output", tmp_path / "whole"]
-    results = [
-        run(*killed, "--resume", **AS_USERS),
-        run(*whole, **AS_USERS),
-        run(*whole, **AS_USERS),  # of a training that is done already
-    ]
-    for result in results:
-        assert result.returncode == 0, result.stderr
-    assert "goes on after step 12/12" in results[2].stdout
-    assert f"cross-entropy + AR: goes on after step {done}/12" in results[0].stdout
-    assert "goes on" not in results[1].stdout
-    losses, expected = (
-        read_losses(tmp_path / name / "data-losses.csv") for name in ("killed", "whole")
-    )
-    assert losses == expected
-    heat_maps = [result.stdout.split("test split: ")[1].splitlines()[0] for result in results]
-    assert heat_maps[0] == heat_maps[1] == heat_maps[2]
-
-    other = [str(SCRIPT), *map(str, killed), "--resume", "--seed", "1"]
-    monkeypatch.setattr(sys, "argv", other)
-    assert script.main() == 2
-    errors = capsys.readouterr().err
-    assert re.fullmatch("error: .*is of a training with seed 0, not 1: .*\n", errors)
-
-
-def test_a_checkpoint_is_whole_or_not_there(script, tmp_path, monkeypatch):
-    checkpoints = importlib.import_module("checkpoints")
-    path = tmp_path / "new/one.pt"
-    training = {"seed": 3}
-    assert checkpoints.load(path, training) is None
-    checkpoints.save(path, {"training": training, "step": 1})
-
-    def fail(content, file):
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(path, {"training": training, "step": 2})
-    assert checkpoints.load(path, training)["step"] == 1
-    checkpoints.save(path, {"training": training, "step": 3})
-    assert checkpoints.load(path, training)["step"] == 3
-    with pytest.raises(checkpoints.CheckpointError, match="with seed 3, not 4"):
-        checkpoints.load(path, {"seed": 4})
-    with full_disk(1000), pytest.raises(OSError, match=r"File too large: '.*one.pt'"):
-        checkpoints.save(path, {"training": training, "step": torch.arange(1000)})
-    assert checkpoints.load(path, training)["step"] == 3
-    assert os.listdir(path.parent) == ["one.pt"]
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(checkpoints.CheckpointError, match=r"cannot read .*one.pt"):
-        checkpoints.load(path, training)
+def test_crops_without_a_label_have_no_loss(script):
+    data = script.Dataset("", ["road", "pole", "sky"], [], [], [])
+    logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    target = torch.full((2, 8, 8), 255)
+    loss = script.CrossEntropy(data, 255)(script.Output(logits, None), target, torch.tensor(0.0))
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
 
 
 @contextlib.contextmanager
@@ -409,68 +196,62 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_takes_one_line_and_leaves_no_part(
-    script, folder, tmp_path, monkeypatch, capsys
-):
-    arguments = ["--data", folder, "--ignore-index", 11, "--output", tmp_path / "runs"]
-    arguments = [*SMALL, *map(str, arguments), "--no-compile", "--loss", "ce"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+def test_a_full_disk_takes_one_line_and_leaves_no_part(folder, tmp_path, main, capsys):
+    output = tmp_path / "runs"
+    arguments = [*SMALL, "--data", folder, "--ignore-index", 11, "--output", output, "--loss", "ce"]
+    error = f"error: [Errno 27] File too large: '{output}/data.png'\n"
     with full_disk(1000):
-        assert script.main() == 2
-    error = f"error: [Errno 27] File too large: '{tmp_path}/runs/data-ce.pt'\n"
+        assert main(*arguments) == 2
     assert capsys.readouterr().err == error
-    assert os.listdir(tmp_path / "runs") == []
-    # The checkpoint and the losses are there, the picture does not fit.
-    assert script.main() == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
-    monkeypatch.setattr(script.checkpoints, "save", lambda *args: None)
+    assert os.listdir(output) == ["data-losses.csv"]
+    # Files that are there already stay as they are.
+    assert main(*arguments) == 0
+    files = {path: path.read_bytes() for path in output.iterdir()}
+    assert len(files) == 2
     capsys.readouterr()
-    with full_disk(1000):
-        assert script.main() == 2
-    error = f"error: [Errno 27] File too large: '{tmp_path}/runs/data.png'\n"
-    assert capsys.readouterr().err == error
-    assert set(files) == set((tmp_path / "runs").iterdir())
-    assert files[tmp_path / "runs/data.png"] == (tmp_path / "runs/data.png").read_bytes()
+    for size, name in ((1000, "data.png"), (10, "data-losses.csv")):
+        with full_disk(size):
+            assert main(*arguments) == 2
+        assert capsys.readouterr().err == error.replace("data.png", name)
+        assert files == {path: path.read_bytes() for path in output.iterdir()}
 
 
-def test_an_interrupted_training_says_how_to_go_on(folder, tmp_path):
-    arguments = ["--data", folder, "--ignore-index", 11, "--no-compile", "--steps", 10_000]
-    arguments += ["--batch-size", 2, "--size", 32, 48, "--loss", "ce", "--save-every", 1]
+def test_an_interrupted_training_takes_one_line(folder, tmp_path):
+    arguments = ["--data", folder, "--ignore-index", 11, *SMALL, "--steps", 10_000]
     output = tmp_path / "runs"
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments), "--output", str(output)],
         env={**os.environ, **AS_USERS},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What a shell starts in the background ignores it, and so would this.
+        # A process that a shell starts in the background ignores it, and so would this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (output / "data-ce.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.2))  # any moment will do
+    assert process.stdout.readline() == (
+        "data: 3 classes, 1 training, 1 validation and 1 test images; on cpu\n"
+    )
+    time.sleep(random.uniform(0, 1))  # any moment will do
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    how = f"with --resume, the same command goes on from the checkpoints in {output}"
-    assert errors == f"interrupted: {how}\n"
+    assert errors == "interrupted: the next run starts anew\n"
     assert process.returncode == 130
-    assert os.listdir(output) == ["data-ce.pt"]
-    done = len(torch.load(output / "data-ce.pt")["losses"])
-    assert 1 <= done < 10_000
+    assert os.listdir(output) == []
 
 
 def test_names_of_classes_are_no_mathematics(script, folder, tmp_path, monkeypatch):
     names = [r"$\x$", "$x^2$", "_sky"]
     (folder / "classes.txt").write_text("\n".join(names))
     figures = []
-    save = script.Figure.savefig
+    evaluation = sys.modules["evaluation"]
+    save = evaluation.Figure.savefig
 
     def keep(figure, *args, **options):
         figures.append(figure)
         save(figure, *args, **options)
 
-    monkeypatch.setattr(script.Figure, "savefig", keep)
-    script.draw(tmp_path / "one.png", script.load_folder(folder, 11), [])
+    monkeypatch.setattr(evaluation.Figure, "savefig", keep)
+    script.draw(tmp_path / "one.png", script.load_folder(folder, 11), {})
     assert Image.open(tmp_path / "one.png").format == "PNG"
     texts = figures[0].legends[0].get_texts()
     assert [text.get_text() for text in texts] == names
@@ -641,12 +422,12 @@ def void_labels(folder):
         (no_folder, "there is no .*classes.txt"),
     ],
 )
-def test_a_broken_folder_is_named_in_one_line(script, folder, monkeypatch, capsys, damage, message):
+def test_a_broken_folder_is_named_in_one_line(
+    script, main, folder, monkeypatch, capsys, damage, message
+):
     damage(folder)
-    arguments = ["train_segmentation.py", "--data", str(folder), "--ignore-index", "11"]
-    monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(script, "train", lambda *args: pytest.fail("it trained"))
-    assert script.main() == 2
+    assert main("--data", folder, "--ignore-index", 11) == 2
     output, errors = capsys.readouterr()
     assert re.fullmatch(f"error: .*{message}.*\n", errors)
     assert output == ""
@@ -661,23 +442,29 @@ def test_a_broken_folder_is_named_in_one_line(script, folder, monkeypatch, capsy
     ],
 )
 def test_outputs_and_sizes_are_refused_before_training(
-    script, folder, tmp_path, monkeypatch, capsys, arguments, message
+    script, main, folder, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     Path("runs/data.png").mkdir(parents=True)
-    command = [str(SCRIPT), "--data", str(folder), "--ignore-index", "11"]
-    monkeypatch.setattr(sys, "argv", [*command, *arguments])
     monkeypatch.setattr(script, "train", lambda *args: pytest.fail("it trained"))
-    assert script.main() == 2
+    assert main("--data", folder, "--ignore-index", 11, *arguments) == 2
     output, errors = capsys.readouterr()
     assert re.fullmatch(f"error: {message}.*\n", errors)
     assert output == ""
 
 
-@pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
-def test_seeds_that_no_generator_takes(script, monkeypatch, capsys, seed):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"--seed={seed}"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(("seed", value, "is not a whole number from 0 to") for value in (-1, 2**63, "x")),
+        ("ignore-index", 256, "'256' is not a whole number from 0 to 255"),
+        ("steps", 0, "'0' is not a whole number from 1 to"),
+        *(("learning-rate", value, "invalid rate value") for value in ("nan", "inf", -1, "x")),
+        ("loss", "mse", "invalid choice: 'mse'"),
+    ],
+)
+def test_options_that_are_refused(main, capsys, option, value, message):
     with pytest.raises(SystemExit):
-        script.main()
-    assert f"{seed!r} is not a whole number from 0 to" in capsys.readouterr().err
+        main(f"--{option}={value}")
+    assert message in capsys.readouterr().err

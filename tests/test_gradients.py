@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import make_dilated_affinity_inputs, make_inputs, make_propagation_inputs
 from tritonaff.ops import (
     affinity_field,
     affinity_propagation,
@@ -12,6 +11,7 @@ from tritonaff.ops import (
     definition,
     dilated_affinity,
 )
+from tritonaff.testing import make_dilated_affinity_inputs, make_inputs, make_propagation_inputs
 
 MODULES = affinity_field, affinity_propagation, affinity_regression, dilated_affinity
 OPS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import make_inputs
+from tritonaff.testing import make_inputs
 
 
 def test_the_plain_module_is_the_function():

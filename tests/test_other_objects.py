@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import CASES, evaluate
+from tritonaff.testing import CASES, evaluate
 
 
 class Strict(torch.Tensor):

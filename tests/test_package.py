@@ -1,5 +1,6 @@
-"""What gets installed, and the map that the top level shows."""
+"""The contents of archives, and the map that the top level shows."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import tritonaff
 
 ROOT = Path(__file__).parent.parent
 HOME = "https://github.com/tritonaff/tritonaff"
+COMMITTED = json.loads((ROOT / "docs/results/static.json").read_text())
 
 
 def build(kind, folder):
@@ -33,7 +35,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"tritonaff", f"tritonaff-{tritonaff.__version__}.dist-info"}
     assert "tritonaff/py.typed" in names
-    for package in ("functional", "ops", "kernels", "portable", "reference", "bench"):
+    for package in ("functional", "ops", "kernels", "portable", "reference", "bench", "testing"):
         assert any(name.startswith(f"tritonaff/{package}") for name in names)
     metadata = zipfile.ZipFile(wheel).read(f"tritonaff-{tritonaff.__version__}.dist-info/METADATA")
     required = re.findall(r"^Requires-Dist: (.*)$", metadata.decode(), re.MULTILINE)
@@ -44,11 +46,12 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 def test_an_sdist_holds_the_tests_and_passes_them(tmp_path):
-    """All of them are collected; those that run are quick and read what is not in the package."""
+    """All tests are collected; a few run, which are quick and read files outside of the package."""
     shutil.unpack_archive(build("sdist", tmp_path), tmp_path)
     (root,) = (path for path in tmp_path.glob("tritonaff-*") if path.is_dir())
     names = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", ".ci/run"]
-    names += ["tests/processes.py", "examples/study.py", "docs/demo.png", "kernels/shared.py"]
+    names += ["tests/processes.py", "tests/nightly/test_ptx.py", "tools/ptx.py", "study/study.py"]
+    names += ["examples/train.py", "docs/demo.png", "kernels/shared.py"]
     assert [name for name in names if not (root / name).exists()] == []
     assert not list(root.rglob("*.pyc"))
     quick = "test_rates or changelog or top_level or same_file or readme or ci_installs"
@@ -82,13 +85,44 @@ def test_the_top_level_links_to_the_packages():
 
 
 def test_the_same_file_name_is_the_same_operation():
-    files = {path.name for path in (ROOT / "tritonaff/ops").glob("*.py")}
-    operations = files - {"__init__.py", "backend.py", "definition.py"}
-    assert {"affinity_field.py", "affinity_regression.py"} <= operations
+    """A module in every room, or a package."""
+    files = (ROOT / "tritonaff/reference").glob("[a-z]*.py")
+    operations = {path.stem for path in files}
+    assert {"affinity_field", "affinity_regression"} <= operations
     for name in operations:
-        for room in ("kernels", "portable", "reference"):
-            assert (ROOT / "tritonaff" / room / name).exists()
-        assert (ROOT / "tests" / f"test_{name}").exists()
+        for room in ("ops", "kernels", "portable"):
+            folder = ROOT / "tritonaff" / room
+            assert (folder / f"{name}.py").exists() or (folder / name).is_dir()
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
+
+
+def test_every_kernel_is_in_the_static_table():
+    static = {(row["op"], row["kernel"]) for row in COMMITTED["kernels"]}
+    static = {(OPS_OF_VARIANTS.get(op, op), kernel) for op, kernel in static}
+    source = ROOT / "tritonaff/kernels"
+    kernels = {
+        (file.relative_to(source).parts[0].removesuffix(".py"), name)
+        for file in source.rglob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
+    assert static == kernels
+
+
+OPS_OF_VARIANTS = {
+    "affinity_field_cross_entropy": "affinity_field",
+    "affinity_field_cross_entropy_bfloat16": "affinity_field",
+    "affinity_field_backward": "affinity_field",
+    "affinity_field_unaligned": "affinity_field",
+    "affinity_regression_every_pixel": "affinity_regression",
+    "affinity_regression_150_classes": "affinity_regression",
+    "square_root_affinity": "affinity_regression",
+}
+
+
+def test_ci_installs_the_triton_of_the_committed_table():
+    """Else nothing would notice that a kernel has grown."""
+    constraints = (ROOT / ".ci/constraints.txt").read_text()
+    assert f"triton=={COMMITTED['versions']['triton']}" in constraints.splitlines()
 
 
 def test_the_changelog_knows_the_version():

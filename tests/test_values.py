@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import tritonaff
-from tritonaff.bench.cases import CASES, evaluate, make_dilated_affinity_inputs, make_inputs
+from tritonaff.testing import CASES, evaluate, make_dilated_affinity_inputs, make_inputs
 
 FILE = Path(__file__).parent / "data" / "values.pt"
 

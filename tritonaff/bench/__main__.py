@@ -4,56 +4,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
-import importlib.util
-import json
-import platform
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tritonaff.bench import measure
-from tritonaff.bench.cases import (
+from tritonaff.bench.machine import DTYPES, describe, one_line, usable_device, versions
+from tritonaff.bench.tables import print_table, progress, run_command, write_json
+from tritonaff.testing import (
     CASES,
     Case,
-    ParityError,
     Shape,
     check_agreement,
     check_parity,
     obstacle,
 )
-from tritonaff.files import check_writable, replacing
-from tritonaff.version import __version__
 
 IMPLS = ("reference", "compiled", "portable", "triton")
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 1 where an implementation computes something else."""
     args = _parser().parse_args(argv)
-    try:
-        if getattr(args, "json", None):
-            check_writable(args.json)
-        command: Callable[[argparse.Namespace], int] = args.command
-        return command(args)
-    except (OSError, ParityError, ValueError) as error:
-        print(f"tritonaff-bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tritonaff-bench: interrupted", file=sys.stderr)
-        return 130
+    return run_command("tritonaff-bench", args.command, args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,14 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="operations, implementations and default shapes")
     listing.set_defaults(command=_list)
 
-    static = commands.add_parser("static", help="compile every tile for three GPUs, without one")
-    static.set_defaults(command=_static)
-    static.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
-
-    scaling = commands.add_parser("scaling", help="how time and memory grow, on the CPU")
-    scaling.set_defaults(command=_scaling)
-    scaling.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
-    scaling.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
     return parser
 
 
@@ -107,7 +75,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-MOST_ELEMENTS = 2**50  # petabytes; the bytes of what is computed from them still fit 64 bits
+MOST_ELEMENTS = 2**50  # petabytes; bytes of results still fit 64 bits
 
 
 def _shape(text: str) -> Shape:
@@ -146,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
         copy_gb_per_s = head["copy_gb_per_s"] = round(measure.copy_gb_per_s(device), 1)
     rows: list[measure.Row] = []
     left_out: list[dict[str, Any]] = []
-    with _progress(len(jobs) * (len(impls) + 1)) as step:
+    with progress(len(jobs) * (len(impls) + 1)) as step:
         for case, dtype, shape in jobs:
             reason = obstacle(case, shape)
             unable = [impl for impl in impls if reason and impl in ("reference", "compiled")]
@@ -168,9 +136,9 @@ def _run(args: argparse.Namespace) -> int:
     ]
     if not rows:
         raise ValueError("; ".join(not_run))
-    print(f"{head['device']}, {_one_line(versions())}")
+    print(f"{head['device']}, {one_line(versions())}")
     for op in args.op:
-        _print(op, *_run_table([row for row in rows if row.op == op], copy_gb_per_s))
+        print_table(op, *_run_table([row for row in rows if row.op == op], copy_gb_per_s))
     for line in not_run:
         print(line)
     if left_out:
@@ -178,15 +146,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {**head, "rows": [dataclasses.asdict(row) for row in rows]})
     return 0
-
-
-def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a meta tensor has nothing to read back
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _beyond_memory(error: Exception) -> bool:
@@ -287,236 +246,6 @@ def _run_table(
             line += [f"{row.gb_per_s:.0f}", f"{100 * row.gb_per_s / copy_gb_per_s:.0f}"]
         lines.append(line)
     return columns, lines
-
-
-def _static(args: argparse.Namespace) -> int:
-    try:
-        from tritonaff.bench import static
-    except ImportError as error:
-        raise ValueError(f"static compiles the tiles and needs triton: {error}") from error
-    from triton import knobs
-
-    if knobs.runtime.interpret:
-        raise ValueError("static needs the compiler: unset TRITON_INTERPRET")
-    kernels = []
-    with _progress(sum(len(tile.targets) for tile in static.TILES)) as step:
-        for tile in static.TILES:
-            for target in tile.targets:
-                step(f"{tile.kernel.__name__} {target}")
-                kernels.append(static.analyse(tile, target))
-    print(f"instructions per element (class of a pixel), triton {versions()['triton']}")
-    columns = ["kernel", "target", "regs", "spill", "shared", *SHORT_KINDS, "all"]
-    for op in dict.fromkeys(row["op"] for row in kernels):
-        lines = [
-            [
-                _short(row["kernel"]),
-                row["target"],
-                *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
-                *(
-                    f"{row['instructions_per_element'][kind]:.0f}"
-                    for kind in (*static.KINDS, "all")
-                ),
-            ]
-            for row in kernels
-            if row["op"] == op
-        ]
-        _print(op, columns, lines)
-    implied = static.implied_times(kernels)
-    print(
-        "\nleast time, by bytes / bandwidth or instructions / rate, forward and backward:\n"
-        f"{' x '.join(map(str, static.IMAGES))}, 19 classes, {static.NUM_OFFSETS} neighbours, "
-        f"{static.ITERATIONS} iterations, float32"
-    )
-    columns = ["", "runs", "bytes", "ps", "bound", "%copy", "ms", "x CE"]
-    for gpu in static.GPUS.values():
-        _print(gpu.name, columns, _implied_lines(implied, gpu.name))
-    if args.json:
-        head = {"device": "none: compiled", "versions": versions()}
-        yardsticks = {gpu.name: static.cross_entropy_ms(gpu.name) for gpu in static.GPUS.values()}
-        content = {
-            "kernels": kernels,
-            "implied": implied,
-            "cross_entropy_ms": yardsticks,
-            "autocast_cross_entropy_ms": {
-                gpu: static.cross_entropy_ms(gpu, autocast=True) for gpu in yardsticks
-            },
-        }
-        write_json(args.json, {**head, **content})
-    return 0
-
-
-def _scaling(args: argparse.Namespace) -> int:
-    from tritonaff.bench import scaling
-
-    rows = []
-    with _progress(sum(len(x.expected) for x in scaling.OPERATIONS.values())) as step:
-        for row in scaling.rows(args.quick):
-            step(f"{row.op} {row.grows}")
-            rows.append(row)
-    all_reduce_ms = scaling.all_reduce_ms()
-    device = f"CPU {_cpu_name()}, 1 thread"
-    print(f"{device}, {_one_line(versions())}")
-    columns = ["", "ms", "x time", "expected", "x memory", "MB"]
-    lines = []
-    for op in dict.fromkeys(row.op for row in rows):
-        lines.append([op.removeprefix("affinity_"), *[""] * 5])
-        lines += [
-            [
-                " ".join((f"  {row.grows}", *map(str, row.values))),
-                " ".join(f"{ms:.1f}" for ms in row.ms),
-                f"{row.growth:.2f}",
-                row.expected,
-                f"{row.memory_growth:.2f}",
-                f"{row.peak_bytes[-1] / 1e6:.1f}",
-            ]
-            for row in rows
-            if row.op == op
-        ]
-    _print("by doubling, forward and backward", columns, lines)
-    print(f"one all-reduce of a loss's tables, two gloo processes: {all_reduce_ms:.2f} ms")
-    if args.json:
-        content = {"device": device, "versions": versions(), "all_reduce_ms": all_reduce_ms}
-        write_json(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
-    return 0
-
-
-def _implied_lines(implied: list[dict[str, Any]], gpu: str) -> list[list[str]]:
-    """A line for every operation, with its ratio to cross-entropy, and one for each kernel."""
-    from tritonaff.bench import static
-
-    float32, half = (static.cross_entropy_ms(gpu, autocast=half) for half in (False, True))
-    lines = [["cross_entropy (CE)", "", "", "", "bytes", "", f"{float32:.2f}", "1.0"]]
-    lines += [["  of bfloat16, autocast", "", "", "", "bytes", "", f"{half:.2f}", "1.0"]]
-    for op in dict.fromkeys(row["op"] for row in implied):
-        rows = [row for row in implied if (row["op"], row["gpu"]) == (op, gpu)]
-        yardstick = half if op.endswith("bfloat16") else float32
-        total = sum(row["ms"] for row in rows)
-        name = op.replace("cross_entropy", "CE")
-        lines.append([name, *[""] * 5, f"{total:.2f}", f"{total / yardstick:.1f}"])
-        for row in rows:
-            numbers = [f"{row['bytes_per_element']:.0f}", f"{row['ps_per_element']:.0f}"]
-            share = f"{row['percent_of_copy']}"
-            bound = row["bound"].removeprefix("one ").replace("instructions", "instr.")
-            line = [f"  {_short(row['kernel'])}", str(row["launches"]), *numbers, bound]
-            lines.append([*line, share, f"{row['ms']:.2f}", ""])
-    return lines
-
-
-SHORT_KINDS = ("mem", "shfl", "spec", "arith", "ctrl")
-
-
-def _short(kernel: str) -> str:
-    return kernel.removesuffix("_kernel").replace("backward", "bwd")
-
-
-def describe(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cpu":
-        return f"CPU {_cpu_name()}, {torch.get_num_threads()} threads"
-    return str(torch.get_device_module(device).get_device_name(device))
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Everything a figure depends on."""
-    result = {
-        "tritonaff": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    try:
-        result["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        result["triton"] = "none"
-    git = ["git", "-C", str(Path(__file__).parent)]
-    # Results, and the page about them, change while it is measured.
-    status = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs"]
-    try:
-        commit, changes = (
-            subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout.strip()
-            for what in (["describe", "--always"], status)
-        )
-        result["commit"] = commit + ("-dirty" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        code = (path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
-        result["commit"] = f"unknown, files {hashlib.sha256(b''.join(code)).hexdigest()[:7]}"
-    return result
-
-
-def _one_line(names: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in names.items())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The whole of it or, should that fail, what was there before."""
-    with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty() or not _has_rich():
-        yield lambda what: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        started = False
-
-        def step(what: str) -> None:
-            nonlocal started
-            progress.update(task, advance=1 if started else 0, description=what)
-            started = True
-
-        yield step
-
-
-def _print(title: str, columns: list[str], lines: list[list[str]]) -> None:
-    """A table: rich on a terminal, plain text elsewhere."""
-    if sys.stdout.isatty() and _has_rich():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(
-            title=title, title_justify="left", title_style="dim", box=None, pad_edge=False
-        )
-        for i, column in enumerate(columns):
-            table.add_column(
-                column, justify="right" if _numeric(lines, i) else "left", no_wrap=True
-            )
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
-        return
-    print(title)
-    widths = [max(len(line[i]) for line in (columns, *lines)) for i in range(len(columns))]
-    for line in (columns, *lines):
-        cells = [
-            cell.rjust(width) if _numeric(lines, i) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def _numeric(lines: list[list[str]], column: int) -> bool:
-    cells = (line[column].replace(".", "", 1) for line in lines)
-    return all(cell.isdigit() or cell in ("-", "") for cell in cells)
-
-
-def _has_rich() -> bool:
-    return importlib.util.find_spec("rich") is not None
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from tritonaff.bench.cases import Case, differentiable
 from tritonaff.ops.backend import use_backend
+from tritonaff.testing import Case, differentiable
 
 try:
     from torch._inductor.utils import fresh_cache as fresh_cache
@@ -30,7 +30,7 @@ YARDSTICK = "cross_entropy"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the bench; the field names are those of its JSON."""
+    """One row of the table and of the JSON, with the same names."""
 
     op: str
     impl: str
@@ -66,8 +66,8 @@ def measure(
 ) -> Measured:
     """Runs one implementation: its result, and time and memory by mode.
 
-    Compile seconds are those of torch.compile's first call, forward and backward, with nothing in
-    its caches: of the reference for "compiled", of the opaque op for our own.
+    Compile seconds are the time of torch.compile's first call, forward and backward, with nothing
+    in its caches: for "compiled" on the reference, for our own on the opaque op.
     """
     backend = {YARDSTICK: "auto", "compiled": "reference"}.get(impl, impl)
     loss = case.loss
@@ -99,7 +99,7 @@ def measure(
         if impl != "compiled":
             run_loss = loss
 
-    # What is timed, and what has to happen before every time.
+    # The function that is timed, and the preparation before every time.
     stages: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
         "fwd": (forward, lambda: None),
         "bwd": (backward, forward),
@@ -116,7 +116,7 @@ def measure(
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Whether Inductor finds what it compiles with."""
+    """True if Inductor finds the compiler that it needs."""
     if device.type != "cpu":
         return True
     try:
@@ -138,7 +138,7 @@ def median_ms(
 ) -> float:
     """Median of runs for about a second, at least 5 (2 if quick), after two to warm up.
 
-    What ``prepare`` returns goes into ``run``; only ``run`` is timed.
+    ``run`` takes the result of ``prepare``; only ``run`` is timed.
     """
     seconds: list[float] = []
     for _ in range(2):
@@ -179,7 +179,7 @@ def peak_bytes(
 
 
 def copy_gb_per_s(device: torch.device, quick: bool = False) -> float:
-    """Bandwidth of copying 1 GiB (16 MiB if quick), read plus write: what a kernel can hope for."""
+    """Bandwidth of copying 1 GiB (16 MiB if quick), read plus write: an upper bound for kernels."""
     source = torch.empty(1 << (22 if quick else 28), dtype=torch.float32, device=device)
     sink = torch.empty_like(source)
     ms = median_ms(lambda _: sink.copy_(source), device, quick)

@@ -15,12 +15,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from losses import TITLES
 from matplotlib.figure import Figure
-from study_losses import TITLES
 
 from tritonaff.plotting import plot_affinity
 
-Scores = dict[str, Any]  # what study.py says about one split
+Scores = dict[str, Any]  # metrics of one split, from study.py
 Rows = dict[str, list[Scores]]  # by loss, a value for each seed
 
 THIN = "pole", "sign_symbol", "fence", "pedestrian", "bicyclist", "membrane"
@@ -75,7 +75,7 @@ def class_metrics(classes: Sequence[str], chosen: Sequence[str]) -> dict[str, Me
 
 
 def differs(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the mean difference of the seeds exceeds the spread over seeds: the larger of the two
+    """True if the mean difference of the seeds exceeds the spread over seeds: the larger of the two
     ranges. One seed has no spread: nothing is then called a difference.
     """
     if min(len(values), len(others)) < 2:
@@ -91,7 +91,7 @@ def value_cell(values: Sequence[float]) -> str:
 
 
 def difference_cell(values: Sequence[float], others: Sequence[float]) -> str:
-    """Mean of the paired differences, bold where it is called one, and those of the seeds."""
+    """Mean of the paired differences, bold where it counts as one, and each seed's difference."""
     each = [value - other for value, other in zip(values, others, strict=True)]
     text = f"{np.mean(each):+.1f}"
     text = f"**{text}**" if differs(values, others) else text
@@ -114,7 +114,7 @@ def value_table(rows: Rows, metrics: dict[str, Metric]) -> str:
 
 
 def short_cell(values: Sequence[float], others: Sequence[float]) -> str:
-    """The difference without those of the seeds."""
+    """Mean difference alone."""
     return difference_cell(values, others).split(" ")[0]
 
 
@@ -141,12 +141,12 @@ def difference_table(
 
 
 def verdict(rows: Rows, loss: str, metrics: dict[str, Metric], base: str = "ce") -> str:
-    """What is called a difference, in words."""
+    """Names, in words, the metrics in which a loss differs."""
     found: dict[str, list[str]] = {"raises": [], "lowers": []}
     for title, metric in metrics.items():
         values, others = ([metric(scores) for scores in rows[name]] for name in (loss, base))
         change = np.mean(values) - np.mean(others)
-        # What is 0.0 in the tables is not worth a word.
+        # A difference of 0.0 in the tables is not worth a word.
         if differs(values, others) and abs(change) >= 0.05:
             word = "raises" if change > 0 else "lowers"
             found[word].append(f"{title} by {abs(change):.1f}")
@@ -191,7 +191,7 @@ class Report:
         return path
 
     def say(self, *parts: str) -> None:
-        """Adds paragraphs; those of one line are wrapped."""
+        """Adds paragraphs; a paragraph of one line is wrapped."""
         for part in parts:
             wrap = "\n" not in part and not part.startswith(("#", "!", "|"))
             self.parts.append(fill(part, 100, break_on_hyphens=False) if wrap else part)
@@ -202,7 +202,7 @@ class Report:
         return [run for run in runs if "scores" in run]
 
     def rows(self, name: str, label: Callable[[dict[str, Any]], str] | None = None) -> Rows:
-        """By loss, or by what ``label`` calls a run, and only with the seeds that all have."""
+        """Scores by loss, or by the ``label`` of a run, only with the seeds that all have."""
         rows: dict[str, dict[int, Scores]] = {}
         for result in self.named(name):
             run, scores = result["run"], result["scores"]
@@ -230,7 +230,7 @@ class Report:
             "The same small network, trained on real images with each loss: the same initial "
             "weights, the same batches in the same order, the same number of steps, with "
             f"{seeds} seeds. Everything on this page, words on what helps included, is written by "
-            "`examples/study.py report` from [its results](results/study/study.json).",
+            "`study/study.py report` from [its results](results/study/study.json).",
             "**How to read it.** Numbers are percent, of the test split if nothing else is said: "
             "the mean over seeds and, in brackets, the smallest and the largest. A difference is "
             "that to cross-entropy with the same seed: the mean and, in brackets, each seed's. It "
@@ -290,7 +290,7 @@ class Report:
         self.choices(data)
 
     def choices(self, data: str) -> None:
-        """Which weights there were, and what they gave on the validation split."""
+        """The candidates for the weights, and their results on the validation split."""
         runs = [
             self.study["runs"][name] for name in self.study["tables"].get(f"{data} weights", ())
         ]
@@ -572,7 +572,7 @@ class Report:
 
 
 def option(run: dict[str, Any], name: str, default: Any) -> Any:
-    """What a loss was told."""
+    """An option of a run's loss."""
     return dict(map(tuple, run["options"])).get(name, default)
 
 

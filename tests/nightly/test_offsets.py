@@ -11,20 +11,23 @@ import torch
 
 import tritonaff
 from tritonaff import affinity_propagation
-from tritonaff.bench.cases import AFFINITY_RATES, CASES, differentiable
+from tritonaff.testing import AFFINITY_RATES, CASES, differentiable
 
-FAR_OFFSETS = Path(__file__).parent / "far_offsets.py"
+TOOLS = Path(__file__).parent.parent.parent / "tools"
 
 
 @pytest.fixture(scope="module")
 def results():
-    """Of every case, in processes of their own: a wrong offset may be a segmentation fault."""
+    """Results of every case, each in a process: a wrong offset may be a segmentation fault."""
     pytest.importorskip("triton", minversion="3.6")
     if torch.cuda.is_available():
         pytest.skip("a GPU runs the tiles itself")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, str(FAR_OFFSETS)], capture_output=True, text=True, env=environment
+        [sys.executable, str(TOOLS / "far_offsets.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -41,11 +44,11 @@ def test_the_tiles_interpreted(results, op, far):
 
 
 def test_tables_of_many_programs():
-    """Where a program stores its part of a table is its number times a size: not in 32 bits."""
+    """A program stores its part of a table at its number times a size, not computed in 32 bits."""
     pytest.importorskip("triton", minversion="3.6")
     script = """
 import re
-from tritonaff.bench import static
+import static_counts as static
 for tile in static.TILES:
     ir = static.compile_tile(tile, "sm_90").asm["ttir"]
     for name in re.findall(r"(%\\S+) = tt.get_(?:program_id|num_programs) x", ir):
@@ -53,11 +56,11 @@ for tile in static.TILES:
         assert not products, (tile.kernel.__name__, products)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=TOOLS)
 
 
 def gradient_with_tables(logits, target):
-    """What carries the gradient that the affinity field's losses have ready; times 3."""
+    """A result that carries the gradient which the affinity field's losses have ready; times 3."""
     ops = torch.ops.tritonaff
     sizes, ones = (3, 5, 7), torch.ones(2, logits.shape[1], 3, device=logits.device)
     _, _, *pixels = ops.affinity_field_statistics(
@@ -76,7 +79,7 @@ def test_more_elements_than_2_to_the_31(op):
     case = CASES[op]
     n, c, height, width = 2, 32 if op == "dilated_affinity" else 19, 256, 512
     images = (1 << 31) // (c * height * width) + 2
-    # Inputs, gradients and what lies between them; propagation holds iterates and gates in float32.
+    # Inputs, gradients and tensors between them; propagation holds iterates and gates in float32.
     needed = images * c * height * width * (48 if op == "affinity_propagation" else 24)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()

@@ -1,14 +1,15 @@
-"""The figures that the project aims at, measured on one device: ``python -m
-tritonaff.bench.gpu_suite``.
+"""Measures the figures that the project aims at on one device.
+
+    python tools/gpu_suite.py           # on a machine with a GPU; --device cpu --quick tries it
+    python tools/gpu_suite.py report    # writes docs/performance.md from docs/results/
 
 Correctness first (the tests), then every row of :data:`ROWS` with its rivals in the same run, then
-what profilers and sanitizers say. Every row is saved when it is done, with its commit, to
+profilers and sanitizers. Every row is saved when it is done, with its commit, to
 docs/results/DEVICE.json, and is not measured again: a run that is cut short, or told ``--minutes``,
 goes on where it was. A row that fails is recorded as failed, and is tried again with ``--retry``.
-What the tests print is in DEVICE.log. The exit status is 1 where anything failed, 2 where something
-is left to do, and 3 where an error has left this process without its device: the next one goes on.
-``report`` writes docs/performance.md from these files; figures whose tests are not green, or are of
-another commit, count for nothing there.
+The output of the tests is in DEVICE.log. The exit status is 1 where anything failed, 2 where
+something is left to do, and 3 where an error has left this process without its device: the next run
+goes on. In the report, figures whose tests are not green, or are of another commit, do not count.
 """
 
 from __future__ import annotations
@@ -39,27 +40,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from performance_page import write_page
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.nn import functional as F
 
 import tritonaff
 from tritonaff.bench import measure
-from tritonaff.bench.__main__ import DTYPES, describe, usable_device, versions, write_json
-from tritonaff.bench.cases import (
+from tritonaff.bench.machine import DTYPES, describe, usable_device, versions
+from tritonaff.bench.tables import write_json
+from tritonaff.testing import (
     AFFINITY_FIELD_SIZES,
     CASES,
     Shape,
     differentiable,
     make_inputs,
 )
-from tritonaff.bench.performance_page import write_page
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 COMMANDS = ("run", "report", "exercise", "compile")
 PARTS = ("correctness", "figures", "tools")
-# What the tiles do, and in how many processes; the other tests do not touch a GPU.
+# Tests that run tiles, and their numbers of processes; the other tests do not touch a GPU.
 TEST_FILES = {
     "test_affinity_field.py": 4,
     "test_affinity_regression.py": 2,
@@ -68,10 +70,10 @@ TEST_FILES = {
     "test_cuda_graphs.py": 1,
     "test_compile.py": 1,
     "test_backend.py": 1,
-    "test_offsets.py": 1,
+    "nightly/test_offsets.py": 1,
 }
-# It fills the memory of a GPU.
-ALONE = "test_offsets.py"
+# Fills the memory of a GPU.
+ALONE = "nightly/test_offsets.py"
 FIELD_SHAPES = ((16, 21, 60, 60), (8, 19, 90, 90), (8, 19, 512, 512), (4, 19, 512, 1024),
                 (4, 150, 512, 512))  # fmt: skip
 SMALL = FIELD_SHAPES[0]
@@ -79,7 +81,7 @@ QUICK_SHAPE = (2, 5, 16, 20)
 # The eager reference keeps so many times the logits of an affinity field in memory.
 EAGER_FIELD_COPIES = 220
 MINUTES, MINUTES_OF_TESTS, MINUTES_PER_ROW = 9, 5, 4
-# Times are those of the device, as its profiler has them, of so many runs.
+# Runs that the profiler of the device watches for one time.
 PROFILED_RUNS = 10
 
 
@@ -103,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how thoroughly."""
+    """The device, and how thoroughly it is measured."""
 
     device: torch.device
     quick: bool
@@ -140,7 +142,7 @@ class Bench:
     def device_ms(
         self, run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None
     ) -> float | None:
-        """Without what the host does between kernels; None where no profiler sees them."""
+        """Milliseconds of the kernels alone; None where no profiler sees them."""
         try:
             return self.launches(run, prepare)[1]
         except NotHere:
@@ -191,7 +193,7 @@ def fused(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def images_that_fit(shape: Shape, bench: Bench) -> int:
-    """Of the eager reference, in two thirds of what is free."""
+    """Number of images that the eager reference holds in two thirds of the free memory."""
     if bench.device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(bench.device)
@@ -314,7 +316,7 @@ def propagation(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any
 
 
 class Step(torch.nn.Module):
-    """What a training script compiles, with and without the loss."""
+    """The part of a training script that is compiled, with and without the loss."""
 
     def __init__(self, classes: int, with_loss: bool) -> None:
         super().__init__()
@@ -328,10 +330,10 @@ class Step(torch.nn.Module):
 
 
 def compile_seconds(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    """What the loss adds to the first step, in a process that has not compiled its kernels yet."""
+    """Seconds that the loss adds to the first step, in a process that has compiled no kernel."""
     if not measure.compiler_works(bench.device):
         raise NotHere("no compiler")
-    command = [sys.executable, "-m", __spec__.name, "compile", "--device", str(bench.device)]
+    command = [sys.executable, __file__, "compile", "--device", str(bench.device)]
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if output.returncode != 0:
         raise RuntimeError(output.stderr[-2000:])
@@ -473,7 +475,7 @@ class Record:
         print(f"{row['status']:8} {key}  {_summary(row)}", flush=True)
 
     def start(self, key: str) -> None:
-        """Should the process end with this row, the next one knows."""
+        """Marks a row, so that the next process knows if this one ends with it."""
         self.content["rows"][key] = {"status": "started"}
         self._save()
 
@@ -560,7 +562,7 @@ def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, A
 
 
 def exercise(device: torch.device, height: int) -> None:
-    """Every operation once, forward and backward: what sanitizers and profilers watch."""
+    """Runs every operation once, forward and backward, for sanitizers and profilers."""
     images = height, 2 * height - 4
     for case in CASES.values():
         channels = 32 if case.name == "dilated_affinity" else 19
@@ -583,16 +585,16 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
     path = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
     if path is None:
         raise NotHere(f"{program} is not installed")
-    # torch asks the driver for what this one may not have.
+    # No API errors: torch asks the driver for features that it may not have.
     options, height = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"], 37
     if tool == "ncu":
         options = ["--csv", "--metrics", ",".join(METRICS), "--clock-control", "none"]
         options += ["--print-units", "base"]
         options += ["--kernel-name", f"regex:^({'|'.join(kernel_names())})$"]
         height = 514  # an image that fills the device
-    command = [path, *options, sys.executable, "-m", __spec__.name, "exercise"]
+    command = [path, *options, sys.executable, __file__, "exercise"]
     command += ["--height", str(height)]
-    # Every tensor an allocation of its own: else what is beyond one is another one's.
+    # Every tensor an allocation of its own: else an address beyond one tensor is in another.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = run_group([*command, "--device", str(device)], environment)
     if result.returncode != 0:
@@ -607,7 +609,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
 
 
 def run_group(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Should it be cut short, what it has started ends with it."""
+    """Runs a command; if it is cut short, the processes that it has started end with it."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=environment, start_new_session=True,
@@ -622,10 +624,10 @@ def run_group(command: list[str], environment: dict[str, str]) -> subprocess.Com
 
 
 def kernel_names() -> list[str]:
-    """Of our tiles."""
+    """Names of our tiles."""
     folder = Path(tritonaff.__file__).parent / "kernels"
     names = [
-        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.glob("*.py")
+        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.rglob("*.py")
     ]
     return sorted({name for each in names for name in each})
 
@@ -653,7 +655,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     done = True
     if "correctness" in args.only:
         files = {"test_rates.py": 1} if args.quick else TEST_FILES
-        # Side by side: what takes their time is the compiler, which keeps one core busy.
+        # Side by side: the compiler takes most of their time, and keeps one core busy.
         for alone in (False, True):
             done &= run_test_files(
                 record,
@@ -731,12 +733,12 @@ def run_row(
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether an error of a kernel keeps this process from doing anything more."""
+    """True if an error of a kernel keeps this process from doing anything more."""
     if device.type != "cuda":
         return False
     try:
         torch.cuda.synchronize(device)
-        gc.collect()  # what an error holds
+        gc.collect()  # tensors that an error holds
         torch.cuda.empty_cache()
     except RuntimeError:
         return True
@@ -744,7 +746,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tritonaff.bench.gpu_suite", description=__doc__)
+    parser = argparse.ArgumentParser(description="Measure the figures that the project aims at.")
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="run")
     parser.add_argument("--device", default="cuda", help="cuda unless given")
     parser.add_argument(

@@ -1,12 +1,12 @@
 """Does a structured loss help? The same network trained with each, on real images, several seeds.
 
-    python examples/study.py train --camvid FOLDER --isbi FOLDER   # what is not there yet
-    python examples/study.py score --camvid FOLDER --isbi FOLDER   # metrics of what was trained
-    python examples/study.py report                                # docs/study.md and its plots
-    python examples/study.py cost --camvid FOLDER                  # time and memory of a step
+    python study/study.py train --camvid FOLDER --isbi FOLDER   # trains every run that is missing
+    python study/study.py score --camvid FOLDER --isbi FOLDER   # metrics of the trained networks
+    python study/study.py report                                # docs/study.md and its plots
+    python study/study.py cost --camvid FOLDER                  # time and memory of a step
 
-A ``train`` or ``score`` that was killed goes on where it was: a run takes a minute, and every one
-that is done is a file. What is trained stands in ``plan``; docs/study.md says what came out.
+A ``train`` or ``score`` that was killed goes on where it was: a run takes a minute, and every
+finished run is a file. ``plan`` lists the runs; docs/study.md has the results.
 
 The backbone, an EfficientNet-Lite0 with ImageNet weights, comes through the package index:
 
@@ -33,16 +33,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see train_segmentation.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see examples/train.py
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import numpy as np
 import torch
-from dataset import DataError, Pair, load_folder
-from PIL import Image
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from scipy import ndimage
-from study_losses import (
+from dataset import SUFFIXES, DataError, Pair, load_folder
+from evaluation import confusion, mean_iou
+from losses import (
     LOSSES,
     REGRESSION_FROM,
     Batch,
@@ -51,10 +49,13 @@ from study_losses import (
     Output,
     boundary_distance,
 )
-from study_report import TITLE, Report
+from PIL import Image
+from report import TITLE, Report
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_segmentation import ITERATIONS, confusion, mean_iou
 
 from tritonaff import (
     DilatedAffinityHead,
@@ -65,14 +66,15 @@ from tritonaff import (
     label_affinity,
     square_root_affinity,
 )
-from tritonaff.bench.__main__ import describe
+from tritonaff.bench.machine import describe
 from tritonaff.bench.measure import peak_bytes
+from tritonaff.bench.tables import write_json
 from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU
 from tritonaff.version import __version__
 
 STRIDE = 4  # pixels of the image for one of the logits
 MULTIPLE = 32  # images are enlarged to a multiple of this size,
-GRAY = 127  # with what the backbone takes for 0
+GRAY = 127  # with the gray that the backbone takes for 0
 
 # -------------------------------------------------------------------------------------- plan
 
@@ -88,13 +90,13 @@ class Run:
     weight: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()  # of the loss
     learning_rate: float = 1e-2
-    resolution: str = "logits"  # of what the loss compares: or "image"
+    resolution: str = "logits"  # at which the loss compares; or "image"
     finetune: bool = False
     seed: int = 0  # of initial weights and batches
 
     @property
     def stride(self) -> int:
-        """Of what the loss compares, in pixels of the image."""
+        """Pixels of the image for one of the labels that the loss compares."""
         return STRIDE if self.resolution == "logits" else 1
 
     @property
@@ -115,7 +117,7 @@ FULL = {
 }
 SHORT = {"camvid": 150, "isbi": 60}  # steps
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
-# What the weight of each loss is chosen from: beta of "ce+dilated", w0 of "unet".
+# Candidates for the weight of each loss: beta of "ce+dilated", w0 of "unet".
 WEIGHTS: dict[str, tuple[float, ...]] = {
     "ce+affinity": (0.3, 1.0, 3.0),
     "ce+aaf": (0.3, 1.0, 3.0),
@@ -127,12 +129,12 @@ WEIGHTS: dict[str, tuple[float, ...]] = {
 
 PUBLISHED = {"ce+affinity": 1.0, "ce+aaf": 1.0, "ce+ar": 0.1, "ce+dilated": 1.5}
 
-Results = dict[str, dict[str, Any]]  # by a run's name, what its file holds
+Results = dict[str, dict[str, Any]]  # contents of the runs' files, by name
 Plan = dict[str, list[Run]]  # by the table of the report
 
 
 def plan(data: Sequence[str], results: Results, finetune: bool = False) -> Plan:
-    """All runs whose settings are known from the results so far, what matters most first."""
+    """All runs whose settings are known from the results so far, the most important first."""
     tables: Plan = {}
     chosen: dict[str, dict[str, Run]] = {}  # by data set and loss
     for name in data:
@@ -228,7 +230,7 @@ class ImageFolder:
             split: sorted(
                 path.stem
                 for path in (folder / "images" / split).iterdir()
-                if path.suffix.lower() in (".jpg", ".png")
+                if path.suffix.lower() in SUFFIXES
             )
             for split in self.pairs
         }
@@ -322,7 +324,7 @@ class ImageFolder:
 
 
 class Data:
-    """What one comparison trains on and is scored on."""
+    """The images of one comparison: for training, for validation and for scores."""
 
     def __init__(self, name: str, folder: ImageFolder) -> None:
         self.folder = folder
@@ -338,8 +340,8 @@ class Data:
 
 
 def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, Batch]]:
-    """Endless inputs of the network with what to compare: every image once, half of them mirrored,
-    then all again in another order. The same for every loss.
+    """Endless pairs of inputs and targets: every image once, half of them mirrored, then all again
+    in another order. The same for every loss.
     """
     rng = np.random.default_rng(run.seed)
     folder, stride, queue = data.folder, run.stride, []
@@ -365,7 +367,7 @@ def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, B
 
 
 def sampled(labels: np.ndarray, stride: int) -> np.ndarray:
-    """Those nearest to the centres of stride x stride pixels."""
+    """Labels nearest to the centres of stride x stride pixels."""
     return labels[stride // 2 :: stride, stride // 2 :: stride]
 
 
@@ -376,8 +378,8 @@ def images_of(pairs: list[Pair], device: torch.device) -> Tensor:
 def resized(
     image: np.ndarray, labels: np.ndarray, ignore_index: int, rng: np.random.Generator
 ) -> Pair:
-    """0.5 to 2 times as large, and of that a random part as large as before; what is then missing
-    is gray and ignored.
+    """A random part, as large as before, of the image and labels enlarged 0.5 to 2 times. Missing
+    pixels are gray and ignored.
     """
     scale, (height, width) = 2 ** rng.uniform(-1, 1), labels.shape
     size = round(width * scale), round(height * scale)
@@ -420,7 +422,7 @@ class EfficientNetLite0(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Of images (N, H, W, 3) of bytes, H and W multiples of 32."""
+        """Features of images (N, H, W, 3) of bytes, H and W multiples of 32."""
         x = self.stem((images.permute(0, 3, 1, 2).float() - 127) / 128)
         found = []
         for k, block in enumerate(self.blocks):
@@ -462,7 +464,7 @@ class Network(nn.Module):
         self.affinity = None
         if neighbors is not None:
             self.affinity = DilatedAffinityHead(width, neighbors.rates, neighbors)
-        # A frozen one is no part of it: what comes in are its features.
+        # A frozen backbone is no part of the network, whose input are its features.
         self.backbone = copy.deepcopy(backbone) if finetune else None
 
     def forward(self, x: Tensor | list[Tensor]) -> Output:
@@ -508,7 +510,7 @@ def objective(
 
 @cache
 def compiled_objective() -> Callable:
-    """One for all runs: those that differ in seed or weight alone share what was compiled."""
+    """One for all runs: runs that differ in seed or weight alone share the compiled code."""
     torch._dynamo.config.recompile_limit = 100  # kinds of runs
     return torch.compile(objective, fullgraph=True, dynamic=False)
 
@@ -531,7 +533,7 @@ def train(
     compiled: bool,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], Network]:
-    """What the run's file will hold, and the network."""
+    """Trains a network: the content of the run's file, and the network."""
     network, criterion = make(run, data, backbone, device)
     optimizer = make_optimizer(network, criterion, run)
     poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 - k / run.steps) ** 0.9)
@@ -600,7 +602,7 @@ def rounded(values: Tensor, digits: int = 4) -> Any:
 def outputs(
     network: Network, data: Data, items: list[Item], device: torch.device
 ) -> Iterator[tuple[list[Item], Output]]:
-    """What the network says about images, some at a time."""
+    """Outputs of the network for images, eight at a time."""
     network.eval()
     for some in chunks(items, 8):
         views = [(item, False) for item in some]
@@ -669,7 +671,7 @@ def classes_of(logits: Tensor, folder: ImageFolder) -> Tensor:
 def score(
     run: Run, network: Network, data: Data, device: torch.device, whole: bool
 ) -> dict[str, Any]:
-    """All metrics of the test split; and, of ``whole``, what else the report shows of a loss."""
+    """All metrics of the test split; if ``whole``, also the further figures of the report."""
     plain = Score(data.folder)
     for items, output in outputs(network, data, data.test, device):
         plain.update(classes_of(output.logits, data.folder), items)
@@ -681,11 +683,14 @@ def score(
     return result
 
 
+ITERATIONS = 0, 1, 3, 6, 10  # of propagation
 GRID = 6  # of the points in the heat maps of affinity regression
 
 
 def mean_affinity(network: Network, data: Data, device: torch.device) -> dict[str, Any]:
-    """Of the network and of the labels, over the test images in which both points count."""
+    """Affinity (36, 36) of the network and of the labels, each a mean over the test images in which
+    both points count.
+    """
     folder, points = data.folder, GRID**2
     sums, counts = torch.zeros(2, points, points), torch.zeros(points, points)
     for items, output in outputs(network, data, data.test, device):
@@ -703,8 +708,8 @@ def mean_affinity(network: Network, data: Data, device: torch.device) -> dict[st
 
 
 def propagation(network: Network, data: Data, device: torch.device, whole: bool) -> dict[str, Any]:
-    """Of the test split: all metrics after the last of ITERATIONS along the predicted affinity, and
-    how much of it is right. If ``whole``, mean IoU after each, also along the true affinity.
+    """Metrics of the test split after the last of ITERATIONS along the predicted affinity, and the
+    accuracy of this affinity. If ``whole``, mean IoU after each, also along the true affinity.
     """
     folder, num_classes, rates = data.folder, len(data.folder.classes), network.affinity.rates
     last, accuracy = Score(folder), AffinityAccuracy(rates, folder.ignore_index)
@@ -744,7 +749,7 @@ def propagation(network: Network, data: Data, device: torch.device, whole: bool)
 
 
 class Study:
-    """The folder of results, the data sets, and a line that says what is going on."""
+    """The folder of results, the data sets, and a line that shows the progress."""
 
     def __init__(self, options: argparse.Namespace, bars: Progress) -> None:
         self.options, self.bars = options, bars
@@ -794,13 +799,14 @@ class Study:
                 self.say,
             )
             torch.save(network.state_dict(), self.output / f"{run.name}.pt")
-            write(self.output / f"{run.name}.json", result)  # the last: it says that all is there
+            # Last: this file says that the run is complete.
+            write_json(self.output / f"{run.name}.json", result)
             if not self.bars.console.is_terminal:
                 line = f"{run.name}: {result['seconds']} s, val mIoU {result['val'][-1]['miou']}"
                 self.bars.console.print(line, highlight=False, soft_wrap=True)
 
     def score(self) -> None:
-        """What is trained and not yet scored; then all that the report needs, in one file."""
+        """Scores every trained run that has no scores; then writes one file for the report."""
         tables, results = self.tables(), self.results()
         runs = [run for name, runs in tables.items() if not is_choice(name) for run in runs]
         runs = [run for run in dict.fromkeys(runs) if run.name in results]
@@ -813,9 +819,9 @@ class Study:
                 weights = self.output / f"{run.name}.pt"
                 network.load_state_dict(torch.load(weights, map_location=self.device))
                 whole = any(run in tables.get(name, ()) for name in FULL)
-                write(path, score(run, network, data, self.device, whole))
+                write_json(path, score(run, network, data, self.device, whole))
             results[run.name]["scores"] = json.loads(path.read_text())
-        write(
+        write_json(
             self.output / "study.json",
             {
                 "tolerance": TOLERANCE,
@@ -836,15 +842,8 @@ class Study:
 
 
 def is_choice(table: str) -> bool:
-    """Whether its runs choose a setting, on the validation split alone."""
+    """True if the runs of this table choose a setting, on the validation split alone."""
     return table.endswith(("learning rate", "weights"))
-
-
-def write(path: Path, content: Any) -> None:
-    """All of it or nothing."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    part.replace(path)
 
 
 def cost(study: Study) -> None:
@@ -885,7 +884,7 @@ def cost(study: Study) -> None:
     }
     facts = {"data": name, "batch_size": base.batch_size}
     facts |= {"machine": machine(device, study.options.compile), "losses": losses}
-    write(study.output / "cost.json", facts)
+    write_json(study.output / "cost.json", facts)
 
 
 def main() -> int:
@@ -916,8 +915,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("train", "train what is not yet trained"),
-        ("score", "score what is trained, and write study.json"),
+        ("train", "train every run that is missing"),
+        ("score", "score every trained run, and write study.json"),
         ("cost", "measure a step with each loss, and write cost.json"),
     ):
         command = commands.add_parser(name, help=text, description=text)

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Criterion:
-    """A figure aimed at: what it is, the rows and the value it is judged by."""
+    """A figure aimed at: its title, and the rows and the value that it is judged by."""
 
     title: str
     row: str
@@ -19,7 +19,7 @@ class Criterion:
     least: float
     aim: float
     dtype: str | None = None
-    """Of the rows that count; all, if none is given."""
+    """Only rows of this dtype count; all, if none is given."""
 
     @property
     def more_is_better(self) -> bool:
@@ -27,7 +27,7 @@ class Criterion:
 
     @property
     def tests(self) -> str:
-        """What must have passed on the device before a figure counts."""
+        """The tests that must have passed on the device before a figure counts."""
         return f"test_{TESTS[self.row.partition('_')[0]]}.py"
 
     def holds(self, value: float) -> str:
@@ -41,7 +41,7 @@ class Criterion:
         return f"{'≥' if self.more_is_better else '≤'} {value:g}"
 
 
-# By what the names of rows begin with.
+# Test files by the first word of a row's name.
 TESTS = {
     "field": "affinity_field",
     "grids": "affinity_regression",
@@ -73,9 +73,9 @@ CRITERIA = (
 
 HEAD = """# Performance
 
-Written from `docs/results/` by `python -m tritonaff.bench.gpu_suite report`: not by hand.
+Written from `docs/results/` by `python tools/gpu_suite.py report`: not by hand.
 
-What is aimed at, at five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
+The aims hold at five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
 4 x 19 x 512 x 1024, 4 x 150 x 512 x 512), float32 and bfloat16, forward and backward. The yardstick
 is `F.cross_entropy` on the same logits in the same run. "holds" says whether every row reaches the
 least ("yes") or the aim; the figure is the worst of the rows.
@@ -92,7 +92,7 @@ def write_page(results: Path, page: Path) -> None:
         lines += [*_measured(name, suite), ""]
     if not any(_is_gpu(suite) for suite in suites.values()):
         lines += [
-            "No GPU has been measured yet: `python -m tritonaff.bench.gpu_suite` does it.",
+            "No GPU has been measured yet: `python tools/gpu_suite.py` does it.",
             "",
         ]
     if "static.json" in content:
@@ -166,7 +166,7 @@ def _values(row: dict[str, Any]) -> list[str]:
             if isinstance(value, (int, float)) and name != "took_s"]  # fmt: skip
 
 
-# What the static table implies of a criterion: the operation and kernels it is read from.
+# Operations and kernels of the static table from which a criterion is read.
 IMPLIED = {
     "field_fused bfloat16": ("affinity_field_cross_entropy_bfloat16", None),
     "field_fused": ("affinity_field_cross_entropy", None),

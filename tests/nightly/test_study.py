@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+STUDY = Path(__file__).parent.parent.parent / "study"
 CPU = torch.device("cpu")
 
 
@@ -36,18 +36,18 @@ def portable():
 def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
-        patch.syspath_prepend(EXAMPLES)
+        patch.syspath_prepend(STUDY)
         yield importlib.import_module("study")
 
 
 @pytest.fixture(scope="module")
 def losses(study):
-    return sys.modules["study_losses"]
+    return sys.modules["losses"]
 
 
 @pytest.fixture(scope="module")
 def report(study):
-    return sys.modules["study_report"]
+    return sys.modules["report"]
 
 
 class Backbone(nn.Module):
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture(scope="module")
 def camvid(study, tmp_path_factory):
-    """A folder of scenes of 80x60, some of whose names are those of the dusk clip."""
+    """A folder of scenes of 80x60, some of which are named like the dusk clip."""
     root = tmp_path_factory.mktemp("camvid")
     scenes = importlib.import_module("scenes")
     drawn = iter(scenes.make_scenes(9, seed=5))
@@ -479,7 +479,7 @@ def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
         assert pixels == 3 * (60 * 80 - 15)  # all but those ignored
         assert ("propagated" in scores) == ("dilated" in name)
     costs = json.loads((tmp_path / "runs/cost.json").read_text())["losses"]
-    assert costs.keys() == set(sys.modules["study_losses"].LOSSES)
+    assert costs.keys() == set(sys.modules["losses"].LOSSES)
     assert costs["ce+aaf"]["peak_bytes"] > costs["ce"]["peak_bytes"] > 0
 
     arguments = ["study.py", "report", "--results", str(tmp_path / "runs")]
@@ -544,7 +544,7 @@ def report_label(mask):
 
 
 def split_scores(miou):
-    """Of two classes with this IoU each."""
+    """Scores of two classes with this IoU each."""
     hits = round(2000 * miou / (1 + miou))
     wrong = 1000 - hits
     half = wrong // 2

@@ -1,4 +1,4 @@
-"""The emulator of a GPU: Triton's language against PyTorch, and what it is to find.
+"""The emulator of a GPU: Triton's language against PyTorch, and faults that it has to find.
 
 ``make test-ptx`` runs it, with the tests of the tiles.
 """
@@ -48,7 +48,7 @@ def test_numbers(warps):
         torch.where(x < y, x, -y), x.bfloat16().float(), x.half().float(), x.trunc(), x.cumsum(0),
         x.sum().expand(SIZE), x.flip(0),
     ]  # fmt: skip
-    # 2^-22, what a GPU's approximations may be off by, and sums in another order.
+    # 2^-22, the error of a GPU's approximations, and sums in another order.
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-6, atol=2e-5)
 
 

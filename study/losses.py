@@ -1,7 +1,7 @@
 """The losses that the study compares: each is cross-entropy and something beside it or inside it.
 
-A loss is called with what the network says, the batch and the progress in [0, 1), a 0-d tensor. Its
-weight, and what else it can be told, come from the study's plan.
+A loss is called with the network's output, the batch and the progress in [0, 1), a 0-d tensor. Its
+weight and its other options come from the study's plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tritonaff import (
 
 class Output(NamedTuple):
     logits: Tensor  # (N, C, H, W)
-    features: Tensor  # (N, D, H, W), what the classifier reads
+    features: Tensor  # (N, D, H, W), the input of the classifier
     affinity: Tensor | None  # (N, 8 R, H, W), logits of the head for dilated affinity
 
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a loss has to know of a data set."""
+    """Facts about a data set that losses need."""
 
     num_classes: int
     ignore_index: int
@@ -46,7 +46,7 @@ class Facts(NamedTuple):
 
 
 class CrossEntropy(nn.Module):
-    neighbors: NeighborStatistics | None = None  # what a head for affinity starts from: no head
+    neighbors: NeighborStatistics | None = None  # for an affinity head, if there is one
     needs_distance = False  # in its batches
 
     def __init__(self, facts: Facts, weight: float = 1.0) -> None:
@@ -59,7 +59,7 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(output.logits, batch.target, ignore_index=self.ignore_index)
 
     def optimizer_groups(self, lr: float) -> list[dict]:
-        """What the loss itself learns."""
+        """Groups of the parameters that the loss itself learns."""
         return []
 
 
@@ -148,12 +148,12 @@ class Contrastive(CrossEntropy):
 def contrastive_loss(
     features: Tensor, target: Tensor, ignore_index: int, margin: float = 0.2
 ) -> Tensor:
-    """With f the features (N, D, H, W) of length 1 and d = |f_i - f_j|^2, over all pairs of a pixel
-    and one of its 8 neighbours: the mean of d where the labels (N, H, W) are equal, and that of
-    max(0, margin - d) where they differ. Ignored pixels are in no pair.
+    """Mean of d over the pairs with equal labels (N, H, W), plus mean of max(0, margin - d) over
+    the pairs with different labels. A pair is a pixel and one of its 8 neighbours, neither ignored;
+    d = |f_i - f_j|^2, f the features (N, D, H, W) of length 1.
 
-    The paper says "over the feature map" and leaves the pairs open: these are those of its affinity
-    field with the size 3, and the two kinds are averaged apart as there.
+    The paper says "over the feature map" and leaves the pairs open: here they are the pairs of its
+    affinity field with the size 3, and the two kinds are averaged apart as there.
     """
     f = F.normalize(features, dim=1)
     counted = target != ignore_index
@@ -200,8 +200,8 @@ class BoundaryWeights(CrossEntropy):
 
 
 def boundary_distance(labels: np.ndarray, ignore_index: int) -> np.ndarray:
-    """(H, W) float32: how far each pixel's centre is from that of the nearest pixel which counts
-    and has another label. Infinite where there is none, 0 where the pixel itself is ignored.
+    """Distances (H, W) float32 of each pixel's centre to the centre of the nearest pixel that
+    counts and has another label. Infinite where there is none, 0 where the pixel itself is ignored.
     """
     distance = np.zeros(labels.shape, np.float32)
     for label in np.unique(labels[labels != ignore_index]):

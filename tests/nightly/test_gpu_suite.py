@@ -1,19 +1,21 @@
-"""The suite of a GPU, tried on a CPU: it loses no row, goes on where it was, and judges."""
+"""The suite of a GPU, on a CPU: no row is lost, a run goes on where it was, the page judges."""
 
 import json
 import threading
 import time
 from pathlib import Path
 
+import gpu_suite
+import performance_page
 import pytest
 import torch
+from gpu_suite import NotHere, OutOfTime, Row, main
+from performance_page import CRITERIA, Criterion, write_page
 
-from tritonaff.bench import gpu_suite, measure, performance_page
-from tritonaff.bench.cases import CASES
-from tritonaff.bench.gpu_suite import NotHere, OutOfTime, Row, main
-from tritonaff.bench.performance_page import CRITERIA, Criterion, write_page
+from tritonaff.bench import measure
+from tritonaff.testing import CASES
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_every_row_of_the_table_runs(suite, capsys):
 
 
 def test_times_of_the_kernels_alone(suite, monkeypatch):
-    """Where a profiler sees them."""
+    """With a profiler that sees them."""
     rows = tuple(row for row in gpu_suite.ROWS if row.name in ("grids", "dilated"))
     monkeypatch.setattr(gpu_suite, "ROWS", rows)
     monkeypatch.setattr(gpu_suite.Bench, "launches", lambda *_: (2, 0.5))
@@ -253,7 +255,7 @@ def test_ncu_is_read():
 
 
 def test_ncu_is_told_every_kernel():
-    static = pytest.importorskip("tritonaff.bench.static")
+    static = pytest.importorskip("static_counts")
     assert {tile.kernel.__name__ for tile in static.TILES} <= set(gpu_suite.kernel_names())
 
 
@@ -348,7 +350,7 @@ def test_a_run_that_only_tried_the_suite_is_no_evidence(tmp_path):
 
 
 def test_the_page_is_that_of_the_results(tmp_path):
-    """docs/performance.md is written by `python -m tritonaff.bench.gpu_suite report`."""
+    """docs/performance.md is written by `python tools/gpu_suite.py report`."""
     write_page(DOCS / "results", tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == (DOCS / "performance.md").read_text()
     assert performance_page.IMPLIED.keys() <= {

@@ -1,7 +1,6 @@
-"""Runs what Triton's compiler makes of the tiles on a machine without a GPU: a small emulator of
-PTX in NumPy.
+"""Runs tiles, compiled by Triton, on a machine without a GPU: a small emulator of PTX in NumPy.
 
-The interpreter executes Triton's language, not what becomes of it: layouts, shuffles within a warp,
+The interpreter executes Triton's language, not the compiled code: layouts, shuffles within a warp,
 shared memory, vectors of four numbers, bfloat16, the hardware's approximations. Here a launch
 compiles for a GPU, and its PTX runs on tensors of the CPU:
 
@@ -9,8 +8,8 @@ compiles for a GPU, and its PTX runs on tensors of the CPU:
         tritonaff.affinity_field_loss(logits, target)
 
 A warp of many programs at once is an array (programs, lanes). The warps of a program run one after
-another from barrier to barrier, in a shuffled order: what a forgotten barrier would leave to chance
-is likely to go wrong here. An address that is not aligned, or in no storage of the launch's
+another from barrier to barrier, in a shuffled order: a race that a forgotten barrier leaves to
+chance is likely to go wrong here. An address that is not aligned, or in no storage of the launch's
 tensors, is an error. So is an instruction that our kernels have not used so far. Not checked:
 ptxas, and time.
 """
@@ -41,7 +40,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 LANES = 32
 # Programs that run side by side. More are not faster, and need more memory.
 TOGETHER = 128
-# What a register holds before anything is written to it, by its size.
+# Contents of a register before anything is written to it, by its size.
 POISON = {1: False, 16: 0x7FC1, 32: 0x7FC0DEAD, 64: 0x7FF8DEADDEADDEAD}
 END = 1 << 30
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -160,7 +159,7 @@ class Warp:
     def copy_async(
         self, to: Array, source: Array, size: int, given: Array, mask: Array | None, what: str
     ) -> None:
-        """At once; what is not given is 0."""
+        """Copies at once; bytes that are not given are 0."""
         if ((given > 0) & (given < size)).any():
             raise NotImplementedError(what)
         zeros = [self.zero] * (size // 4)
@@ -260,7 +259,7 @@ def from_bfloat16(value: Array) -> Array:
 
 
 def to_int(value: Array, dtype: Any) -> Array:
-    """Towards 0, clamped. What is not a number is 0, and of 64 bits the highest one."""
+    """Rounds towards 0 and clamps. NaN becomes 0, and with 64 bits the highest number."""
     info, value = np.iinfo(dtype), np.trunc(value.astype(np.float64))
     inside = (value > float(info.min)) & (value < float(info.max))
     clamped = np.where(value > 0, dtype(info.max), dtype(info.min))
@@ -336,7 +335,7 @@ COMPARE = {
     "leu": "~({0} > {1})", "gtu": "~({0} <= {1})", "geu": "~({0} < {1})",
     "num": "({0} == {0}) & ({1} == {1})", "nan": "({0} != {0}) | ({1} != {1})",
 }  # fmt: skip
-# What an instruction gives of its operands, by its name without type and modes; {type} is NumPy's.
+# Results of instructions, by the name without type and modes; {type} is NumPy's.
 # Approximations are off by the largest errors that NVIDIA's PTX ISA allows.
 RESULTS = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.lo": "{0} * {1}",
@@ -367,7 +366,7 @@ RESULTS = {
     "shfl.up": "W.shuffle('up', {0}, {1}, {2})",
     "shfl.idx": "W.shuffle('idx', {0}, {1}, {2})",
 }  # fmt: skip
-# What changes nothing here, or is seen to for all alike.
+# Modes that change nothing here, or are handled for all instructions alike.
 MODES = {"rn", "ftz", "sync", "wrap"}
 
 
@@ -391,7 +390,7 @@ class Kernel:
             names = [f"{name}{i}" for i in range(int(many))] if many else [name]
             self.bits |= dict.fromkeys(names, 1 if kind == "pred" else int(kind[1:]))
         self.index = {name: i for i, name in enumerate(self.bits)}
-        self.scope = dict(globals())  # what the functions find: ours, and constants
+        self.scope = dict(globals())  # names that the functions find: ours, and constants
         body = re.sub(r"\.reg[^;]*;|^\s*[{}]\s*$", "", body, flags=re.M)  # and braces around them
         pieces: list[list[str]] = [[]]
         labels: dict[str, int] = {}
@@ -453,7 +452,7 @@ class Kernel:
         return name
 
     def operand(self, text: str, kind: str) -> str:
-        """An expression for what an instruction of this type reads."""
+        """An expression for the operand that an instruction of this type reads."""
         if special := re.fullmatch(r"%(tid|ctaid|nctaid)\.([xyz])", text):
             return f"W.{special[1]}[{'xyz'.index(special[2])}]"
         name = text.removeprefix("%")
@@ -544,7 +543,7 @@ class Kernel:
         return self.assign(o[0], f"flush({value})" if "ftz" in parts else value)
 
     def move(self, o: list[str], kind: str) -> list[str]:
-        """Of which some take a register apart or put one together."""
+        """Moves, some of which take a register apart or put one together."""
         if o[0][0] != "{" and o[1][0] != "{":
             return self.assign(o[0], self.operand(o[1], kind))
         size = 8 * np.dtype(TYPES[kind]).itemsize
@@ -591,7 +590,7 @@ class Kernel:
             to, source = self.address(o[0]), self.address(o[1])
             return [f"W.copy_async({to}, {source}, {int(o[2], 0)}, {given}, {mask}, {what})"]
         if head in ("red", "atom"):
-            # What an atomic addition returns is right as long as lanes have an address each.
+            # The result of an atomic addition is right as long as lanes have an address each.
             address, value = self.address(o[-2]), self.operand(o[-1], kind)
             add = f"W.add({address}, {value}, {mask}, {what})"
             old = f"W.load('global', {address}, {mask}, {numpy_type(kind)}, [W.zero64], {what})[0]"
@@ -651,7 +650,7 @@ class Kernel:
         return [np.full((1, 1), POISON[bits], dtypes[bits]) for bits in self.bits.values()]
 
     def run_to_barrier(self, warp: Warp, parameters: list[Array]) -> None:
-        """Of the threads in different places those behind go first: loops wait for them."""
+        """The threads that are behind go first: loops wait for them."""
         waiting = warp.place == END
         while not waiting.all():
             number = int(warp.place[~waiting].min())
@@ -685,7 +684,7 @@ def as_unsigned(value: Array, dtype: Any) -> Array:
 
 
 class Driver:
-    """What Triton asks of a device before it compiles."""
+    """Answers the questions that Triton asks of a device before it compiles."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
@@ -716,7 +715,7 @@ def launch(function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **op
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, tiles take tensors of the CPU, and what is compiled of them runs here."""
+    """Inside, tiles take tensors of the CPU, and their compiled code runs here."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: Triton has chosen its interpreter")
     with (

@@ -1,5 +1,23 @@
-"""Every operation's inputs and yardstick of correctness, declared once for the tests and the
-bench.
+"""Inputs and a yardstick of correctness for every operation, for tests, the bench, and fuzzing of
+kernels of your own against the reference.
+
+A :class:`Case` makes inputs for an operation and knows its tables and its loss.
+:func:`check_parity` compares an implementation with the float64 reference and raises
+:class:`ParityError` where it is further off than eager mode may be:
+
+>>> from dataclasses import replace
+>>> from tritonaff.testing import CASES, check_parity
+>>> case = CASES["affinity_field"]
+>>> for seed in range(2):  # N x C x H x W = 2 x 5 x 12 x 17
+...     inputs = case.make_inputs((2, 5, 12, 17), confidence=3 * seed, seed=seed)
+...     check_parity(case, "portable", *inputs)
+
+An implementation is a backend of this library, or your own functions in a copy of the case:
+
+>>> mine = replace(case, loss=lambda logits, target: 1.01 * case.loss(logits, target))
+>>> check_parity(case, mine, *inputs)  # doctest: +ELLIPSIS
+Traceback (most recent call last):
+tritonaff.testing.ParityError: affinity_field replaced: loss is off by ...
 """
 
 from __future__ import annotations
@@ -61,7 +79,9 @@ def make_propagation_inputs(
     confidence: float = 2.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of :func:`make_inputs`, and affinity logits that know the target as well as they do."""
+    """Logits (N, C, H, W) and a target (N, H, W) as :func:`make_inputs` gives them, and affinity
+    logits (N, 8 R, H, W) of R = 4 rates that know the target as well as the logits do.
+    """
     logits, target = make_inputs(shape, dtype, "cpu", confidence=confidence, seed=seed)
     affinity = _affinity_logits(target, confidence, seed + 1)
     return logits.to(device), target.to(device), affinity.to(device, dtype)
@@ -75,8 +95,8 @@ def make_dilated_affinity_inputs(
     confidence: float = 2.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Affinity logits (N, 8 R, H, W) and the target (N, H, W) of 21 classes that they know as well
-    as those of :func:`make_inputs` do.
+    """Affinity logits (N, 8 R, H, W) of R = 4 rates and a target (N, H, W) of 21 classes, which
+    they know as well as the logits of :func:`make_inputs` do. The C of ``shape`` is ignored.
     """
     n, _, height, width = shape
     _, target = make_inputs((n, 21, height, width), confidence=confidence, seed=seed)
@@ -99,22 +119,25 @@ def _affinity_logits(target: Tensor, confidence: float, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation: how to make inputs for it, what to time, and what to compare."""
+    """One operation: its inputs, its loss, which is timed, and its tables, which are compared."""
 
     name: str
     shapes: tuple[Shape, ...]
+    """N, C, H, W of the bench, whose ``--quick`` takes ``quick_shapes``."""
     quick_shapes: tuple[Shape, ...]
     loss: Callable[..., Tensor]
-    """The inputs to the scalar that is timed and differentiated."""
+    """Computes from the inputs a scalar, which is timed and differentiated."""
     tables: Callable[..., tuple[Tensor, ...]]
-    """The inputs to what the operation returns, for comparison."""
+    """Computes from the inputs the operation's own results; a NamedTuple names them."""
     largest_term: float
-    """Of its sums and of their derivative: its rounding is what a term is off by at most."""
+    """Largest size of a term of the sums and of their derivatives. A term is off by at most the
+    rounding of this number.
+    """
     rounds_pixels: bool = False
-    """Whether that is a derivative with respect to a pixel, all channels together: a norm."""
+    """True if ``largest_term`` bounds the norm of a pixel's derivatives, all channels together."""
     make_inputs: Callable[..., tuple[Tensor, ...]] = make_inputs
-    """Logits and a target, and what else the operation takes. Floating-point ones have
-    gradients.
+    """Called with (N, C, H, W), a dtype, a device, ``confidence`` and ``seed``: makes logits, a
+    target and any further inputs. Inputs in floating point have gradients.
     """
     loss_of_tables: Callable[..., Tensor] | None = None
     """The tables to the loss, where it has no computation of its own."""
@@ -136,7 +159,9 @@ class Case:
 
 
 def propagation_loss(logits: Tensor, target: Tensor, affinity: Tensor) -> Tensor:
-    """Minus the mean probability of the true class, in the result's dtype: it has its rounding."""
+    """Minus the mean probability of the true class, in the dtype of the probabilities, so that
+    their rounding shows.
+    """
     (refined,) = propagation_tables(logits, target, affinity)
     at_least_float32 = torch.promote_types(refined.dtype, torch.float32)
     loss = F.nll_loss(refined.to(at_least_float32), target, ignore_index=255)
@@ -197,12 +222,12 @@ CASES = {
 
 
 class ParityError(AssertionError):
-    """An implementation does not compute what the reference computes."""
+    """The results of an implementation differ from the reference's."""
 
 
 def obstacle(case: Case, shape: Shape) -> str | None:
-    """Why the reference cannot run at this shape, compiled or not: it builds what no memory
-    holds.
+    """Reason why the reference cannot run at this shape, compiled or not: its matrices exceed any
+    memory. None where it can.
     """
     n, c, height, width = shape
     inputs = (
@@ -218,7 +243,9 @@ def obstacle(case: Case, shape: Shape) -> str | None:
 
 
 def evaluate(case: Case, backend: str, *inputs: Tensor) -> dict[str, Tensor]:
-    """The tables, the loss and its gradients, by name: "gradient" is that of the logits."""
+    """Tables, "loss" and gradients by name. "gradient" is the gradient of the first input, the
+    logits, and "gradient 1" of the second one that has any; each has the shape of its input.
+    """
     inputs = tuple(
         x.detach().requires_grad_(x.is_floating_point())  # strides and all
         for x in inputs
@@ -237,15 +264,17 @@ def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x for x in inputs if x.is_floating_point())
 
 
-def check_parity(case: Case, backend: str, *inputs: Tensor) -> None:
-    """ParityError unless ``backend`` is about as close to the float64 reference as eager mode is.
+def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> None:
+    """ParityError unless an implementation is about as close to the float64 reference as eager mode
+    is. ``implementation`` is the name of a backend, "portable" or "triton", or a copy of the case
+    with another ``loss`` and ``tables``. ``inputs`` are of any strides, on any device.
 
     Counts must be equal. Any other result, as a whole tensor so that borders count, may be off by
     twice the sum of
 
     - the error of the eager reference in the logits' dtype,
-    - what the exact result changes by when its inputs are off by a few float32 roundings (where
-      the exact result is nearly 0, eager mode may be right by luck),
+    - the change of the exact result when its inputs are off by a few float32 roundings (where the
+      exact result is nearly 0, eager mode may be right by luck),
 
     plus a few roundings of the result's own dtype, plus the rounding of one term per counted entry
     of a sum, which may come from a subtraction and is then off by its terms' rounding even where it
@@ -257,17 +286,20 @@ def check_parity(case: Case, backend: str, *inputs: Tensor) -> None:
     exact = evaluate(case, "reference", *(_double(x) for x in inputs))
     eager = evaluate(case, "reference", *inputs)
     nearby = evaluate(case, "reference", *(_a_few_roundings_off(x) for x in inputs))
-    ours = evaluate(case, backend, *inputs)
+    if isinstance(implementation, Case):
+        ours, name_of_ours = evaluate(implementation, "auto", *inputs), "replaced"
+    else:
+        ours, name_of_ours = evaluate(case, implementation, *inputs), implementation
     entries = sum(int(table.sum()) for table in exact.values() if not table.is_floating_point())
     for name, result in ours.items():
         if result.dtype != eager[name].dtype or result.shape != eager[name].shape:
             raise ParityError(
-                f"{case.name} {backend}: {name} is {result.dtype} {tuple(result.shape)}, "
+                f"{case.name} {name_of_ours}: {name} is {result.dtype} {tuple(result.shape)}, "
                 f"expected {eager[name].dtype} {tuple(eager[name].shape)}"
             )
         if not result.is_floating_point():
             if not torch.equal(result, exact[name]):
-                raise ParityError(f"{case.name} {backend}: {name} differs from the reference")
+                raise ParityError(f"{case.name} {name_of_ours}: {name} differs from the reference")
             continue
         error = _distance(result, exact[name])
         budget = 2 * (_distance(eager[name], exact[name]) + _distance(nearby[name], exact[name]))
@@ -279,7 +311,7 @@ def check_parity(case: Case, backend: str, *inputs: Tensor) -> None:
         budget += rounding * case.largest_term * scale
         if not error <= budget:
             raise ParityError(
-                f"{case.name} {backend}: {name} is off by {error:.1e} from float64, "
+                f"{case.name} {name_of_ours}: {name} is off by {error:.1e} from float64, "
                 f"allowed are {budget:.1e} of {float(exact[name].norm()):.1e}"
             )
 
@@ -287,7 +319,7 @@ def check_parity(case: Case, backend: str, *inputs: Tensor) -> None:
 def check_agreement(what: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """ParityError unless loss and gradients are the same to the digits that both should have.
 
-    Coarser than :func:`check_parity`, for inputs too large for float64: what it finds is blocks
+    Coarser than :func:`check_parity`, for inputs too large for float64: it finds blocks that are
     left out or counted twice. Confident float32 gradients are themselves 1e-3 off.
     """
     for i, (ours, theirs) in enumerate(zip(result, expected, strict=True)):

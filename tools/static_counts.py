@@ -1,5 +1,8 @@
-"""What the compiler makes of every tile, for three GPUs, without a GPU: exact, repeatable
-figures, and the time that they imply.
+"""Registers and instructions of every tile, compiled for three GPUs without having one: exact,
+repeatable counts, and the time that they imply.
+
+    python tools/static_counts.py
+    python tools/static_counts.py --json docs/results/static.json
 
 A kernel takes at least as long as its bytes take at the GPU's bandwidth, and as long as its
 instructions take to issue. The larger of the two is the time implied: a bound from below that
@@ -8,11 +11,14 @@ assumes a GPU full of programs and caches that serve every second read.
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tritonaff.bench.machine import versions
+from tritonaff.bench.tables import print_table, progress, run_command, write_json
 from tritonaff.kernels import (
     affinity_field,
     affinity_propagation,
@@ -41,7 +49,7 @@ KINDS = ("memory", "shuffle", "special", "arithmetic", "control")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the time of a kernel follows from."""
+    """Rates of a GPU, from which the time of a kernel follows."""
 
     name: str
     bytes_per_s: float
@@ -51,7 +59,7 @@ class Gpu:
 
     @property
     def instructions_per_s(self) -> float:
-        """Of threads: every multiprocessor has 4 schedulers, which issue to 32 lanes a clock."""
+        """Instructions of threads: a multiprocessor's 4 schedulers issue to 32 lanes a clock."""
         return self.multiprocessors * 4 * 32 * self.clock
 
 
@@ -59,13 +67,13 @@ GPUS = {
     "sm_80": Gpu("A100", 2.0e12, multiprocessors=108, clock=1.41e9),
     "sm_90": Gpu("H200", 4.3e12, multiprocessors=132, clock=1.98e9),
 }
-# What time is implied for: images, rows, columns.
+# Images, rows, columns for which times are implied.
 IMAGES = (8, 512, 512)
 # F.cross_entropy on float32 logits of 19 classes, forward and backward. log_softmax reads and
-# writes, its backward reads two tensors and writes one. That nll_loss's backward fills a tensor
-# with zeros first is left out: the yardstick should not be slower than it is.
+# writes, its backward reads two tensors and writes one. The zeros that nll_loss's backward writes
+# first are left out: the yardstick should not be slower than it is.
 CROSS_ENTROPY_BYTES = 5 * 4
-# Of bfloat16 under autocast: also the conversion to float32 and that of the gradient back.
+# With bfloat16 under autocast also two conversions: to float32, and of the gradient back.
 AUTOCAST_CROSS_ENTROPY_BYTES = CROSS_ENTROPY_BYTES + 2 * (2 + 4)
 
 
@@ -79,7 +87,7 @@ class Tile:
     elements: float
     """Elements, a class of a pixel (or of a point of grids) each, that one program works on."""
     moved: float
-    """Bytes per element that it has to move: what it reads and writes, each once."""
+    """Bytes per element that it reads and writes, each once."""
     trips: float | tuple[float, ...] = 1
     """How often its loops run, on average, from the outermost to the innermost."""
     per_pixel: float = 19
@@ -166,7 +174,7 @@ def pixel_statistics(logit: int) -> float:
 def affinity_field_tiles(
     op: str, *, tables: bool = True, gradient: bool = True, half: bool = False, launches: int = 1
 ) -> tuple[Tile, ...]:
-    """Those of a pass that gives tables, a gradient or both."""
+    """Tiles of a pass that gives tables, a gradient or both."""
     logit = grad = 2 if half else 4
     statistics = pixel_statistics(logit)
     asked = {"TABLES": tables, "GRADIENT": gradient}
@@ -258,7 +266,7 @@ TILES = (
     # Without a gradient, and where the coefficients were not known: not in a training step.
     *affinity_field_tiles("affinity_field", gradient=False, launches=0),
     *affinity_field_tiles("affinity_field_backward", tables=False, launches=0),
-    # Of rows that are not aligned.
+    # For rows that are not aligned.
     *(
         replace(tile, blocks=tile.blocks | {"ALIGNED": False})
         for tile in affinity_field_tiles("affinity_field_unaligned", launches=0)
@@ -270,7 +278,7 @@ TILES = (
         GRIDS | PAIRS,
         19 * min(180, PAIRS["BLOCK"] * PAIRS["STEPS"]),
         moved=LOGIT + LABEL,
-        # Of a symmetric matrix, the blocks on the diagonal and to one side of it.
+        # The blocks on the diagonal of a symmetric matrix, and to one side of it.
         trips=(PAIRS["STEPS"], (PAIRS["STEPS"] + 1) / 2, PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
         per_pixel=POINTS_PER_PIXEL,
     ),
@@ -318,7 +326,7 @@ TILES = (
         "affinity_regression_150_classes",
         affinity_regression.block_gram_kernel,
         MANY_GRAM,
-        # Of two blocks across from each other one program computes both.
+        # One program computes both of two blocks across from each other.
         150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / (MANY_BLOCKS * (MANY_BLOCKS + 1) / 2),
         moved=MANY_LOGIT,
         trips=MANY_GRAM["STEPS"],
@@ -422,7 +430,7 @@ TILES = (
 
 @dataclass(frozen=True)
 class Device:
-    """In place of one: what tiles may ask of the device that they are compiled for."""
+    """Stands for a device: answers the questions that tiles may ask of it."""
 
     target: GPUTarget
 
@@ -431,8 +439,8 @@ class Device:
 
 
 def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
-    """For contiguous float32 logits; or for those whose every size is 1, which Triton takes for a
-    constant.
+    """Compiles for contiguous float32 logits; with ``size_1`` for logits whose every size is 1,
+    which Triton takes for a constant.
     """
     options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS), "enable_fp_fusion": True}
     driver = triton.runtime.driver
@@ -471,7 +479,7 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
 
 
 def implied_times(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the rows of the static table imply for each GPU, a row for a kernel: picoseconds per
+    """Times that the static table implies for each GPU, a row for a kernel: picoseconds per
     element, and milliseconds of all its launches in one forward and backward pass.
     """
     return [
@@ -506,7 +514,7 @@ def _implied(gpu: Gpu, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cross_entropy_ms(gpu: str, *, autocast: bool = False) -> float:
-    """What the yardstick's bytes take for the same images, 19 classes."""
+    """Milliseconds that the yardstick's bytes take for the same images, 19 classes."""
     each_bytes = AUTOCAST_CROSS_ENTROPY_BYTES if autocast else CROSS_ENTROPY_BYTES
     images, height, width = IMAGES
     (bytes_per_s,) = (each.bytes_per_s for each in GPUS.values() if each.name == gpu)
@@ -579,11 +587,11 @@ def _run(*command: str) -> str:
 
 
 def count_instructions(assembly: str, *trips: float) -> dict[str, float]:
-    """Instructions that a thread executes, by kind; those in loops as often as these run, the
+    """Instructions that a thread executes, by kind. ``trips`` says how often loops run, the
     outermost first.
 
-    What the entry does not reach is left out: padding, and subroutines for operands that do not
-    occur. So is the way round for a warp whose lanes have parted.
+    Code that the entry does not reach is left out: padding, and subroutines for operands that do
+    not occur. So is the way round for a warp whose lanes have parted.
     """
     names: list[str] = []
     labels: dict[str, int] = {}
@@ -635,10 +643,10 @@ ENDS = ("EXIT", "RET", "s_endpgm")
 
 
 def loop_depths(successors: dict[int, set[int]], entry: int = 0) -> dict[int, int]:
-    """In how many loops everything that the entry reaches is.
+    """Number of loops around every node that the entry reaches.
 
-    A jump backwards need not close a loop: compilers put what is rarely run at the end, from where
-    it jumps back to where it came from. A loop is a set of nodes that reach each other.
+    A jump backwards need not close a loop: compilers put rarely executed code at the end, from
+    where it jumps back to its origin. A loop is a set of nodes that reach each other.
     """
     depths = dict.fromkeys(_reached(successors, entry) | {entry}, 0)
     reached = {i: _reached(successors, i) for i in depths}
@@ -649,7 +657,7 @@ def loop_depths(successors: dict[int, set[int]], entry: int = 0) -> dict[int, in
             done |= loop
             heads = {k for j in depths if j not in loop for k in successors[j] & loop} or {entry}
             head = min(heads)
-            # Without the way back to its head a loop is open; what then still is one is inside it.
+            # Without the way back to its head a loop is open; any loop that remains is inside it.
             inside = {j: (successors[j] & loop) - {head} for j in loop}
             for j, depth in loop_depths(inside, head).items():
                 depths[j] = depth + 1
@@ -679,3 +687,89 @@ def kind_of(name: str) -> str:
     ):
         return "control"
     return "arithmetic"
+
+
+# ------------------------------------------------------------------------------- command line
+
+SHORT_KINDS = ("mem", "shfl", "spec", "arith", "ctrl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile every tile for three GPUs, without one.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    return run_command("static_counts.py", print_counts, parser.parse_args(argv))
+
+
+def print_counts(args: argparse.Namespace) -> int:
+    if triton.knobs.runtime.interpret:
+        raise ValueError("the counts need the compiler: unset TRITON_INTERPRET")
+    kernels = []
+    with progress(sum(len(tile.targets) for tile in TILES)) as step:
+        for tile in TILES:
+            for target in tile.targets:
+                step(f"{tile.kernel.__name__} {target}")
+                kernels.append(analyse(tile, target))
+    print(f"instructions per element (class of a pixel), triton {versions()['triton']}")
+    columns = ["kernel", "target", "regs", "spill", "shared", *SHORT_KINDS, "all"]
+    for op in dict.fromkeys(row["op"] for row in kernels):
+        lines = [
+            [
+                _short(row["kernel"]),
+                row["target"],
+                *(str(row[name]) for name in ("registers", "spills", "shared_bytes")),
+                *(f"{row['instructions_per_element'][kind]:.0f}" for kind in (*KINDS, "all")),
+            ]
+            for row in kernels
+            if row["op"] == op
+        ]
+        print_table(op, columns, lines)
+    implied = implied_times(kernels)
+    print(
+        "\nleast time, by bytes / bandwidth or instructions / rate, forward and backward:\n"
+        f"{' x '.join(map(str, IMAGES))}, 19 classes, {NUM_OFFSETS} neighbours, "
+        f"{ITERATIONS} iterations, float32"
+    )
+    columns = ["", "runs", "bytes", "ps", "bound", "%copy", "ms", "x CE"]
+    for gpu in GPUS.values():
+        print_table(gpu.name, columns, _implied_lines(implied, gpu.name))
+    if args.json:
+        head = {"device": "none: compiled", "versions": versions()}
+        yardsticks = {gpu.name: cross_entropy_ms(gpu.name) for gpu in GPUS.values()}
+        content = {
+            "kernels": kernels,
+            "implied": implied,
+            "cross_entropy_ms": yardsticks,
+            "autocast_cross_entropy_ms": {
+                gpu: cross_entropy_ms(gpu, autocast=True) for gpu in yardsticks
+            },
+        }
+        write_json(args.json, {**head, **content})
+    return 0
+
+
+def _implied_lines(implied: list[dict[str, Any]], gpu: str) -> list[list[str]]:
+    """A line for every operation, with its ratio to cross-entropy, and one for each kernel."""
+    float32, half = (cross_entropy_ms(gpu, autocast=half) for half in (False, True))
+    lines = [["cross_entropy (CE)", "", "", "", "bytes", "", f"{float32:.2f}", "1.0"]]
+    lines += [["  of bfloat16, autocast", "", "", "", "bytes", "", f"{half:.2f}", "1.0"]]
+    for op in dict.fromkeys(row["op"] for row in implied):
+        rows = [row for row in implied if (row["op"], row["gpu"]) == (op, gpu)]
+        yardstick = half if op.endswith("bfloat16") else float32
+        total = sum(row["ms"] for row in rows)
+        name = op.replace("cross_entropy", "CE")
+        lines.append([name, *[""] * 5, f"{total:.2f}", f"{total / yardstick:.1f}"])
+        for row in rows:
+            numbers = [f"{row['bytes_per_element']:.0f}", f"{row['ps_per_element']:.0f}"]
+            share = f"{row['percent_of_copy']}"
+            bound = row["bound"].removeprefix("one ").replace("instructions", "instr.")
+            line = [f"  {_short(row['kernel'])}", str(row["launches"]), *numbers, bound]
+            lines.append([*line, share, f"{row['ms']:.2f}", ""])
+    return lines
+
+
+def _short(kernel: str) -> str:
+    return kernel.removesuffix("_kernel").replace("backward", "bwd")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

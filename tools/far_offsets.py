@@ -1,8 +1,10 @@
-"""Tensors whose elements are more than 2^31 apart, for tests/test_offsets.py, which runs this file:
+"""Runs every operation on tensors whose elements are more than 2^31 apart, in Triton's interpreter:
 an offset that overflows 32 bits ends in a segmentation fault or in another result.
 
-The address space is reserved, the pages are not: only those that are touched take memory. Every
-case runs in a process of its own. What each of them came to goes to the standard output, as JSON.
+    TRITON_INTERPRET=1 python tools/far_offsets.py      # tests/nightly/test_offsets.py does it
+
+The address space is reserved, the pages are not: only touched pages take memory. Every case runs in
+a process of its own. The results go to the standard output, as JSON.
 """
 
 import json
@@ -45,8 +47,8 @@ def far_apart(tensor):
 
 
 def allocate_sparsely():
-    """What the launchers allocate has the layout of what it is like, is 0, and takes memory only
-    where it is written.
+    """Lets launchers allocate zeros that have the layout of their model and take memory only where
+    they are written.
     """
 
     empty_like = torch.empty_like
@@ -92,7 +94,7 @@ def interpret_the_last_program_alone():
 
 
 def affinity_field(logits, target):
-    """Its tables and that of cross-entropy, with their gradient, and counts."""
+    """Tables of the affinity field and of cross-entropy, with their gradient, and counts."""
     op, ones = torch.ops.tritonaff, torch.ones(2, 3, 2)
     totals, counts, *pixels = op.affinity_field_statistics(
         logits.detach(), target, (3, 5), 255, "paper", "triton"
@@ -109,7 +111,7 @@ def tables(terms):
 
 
 RATES = ((1, 1), (2, 1))
-# Every operation: its channels, whether it takes a target, and what it computes.
+# Every operation: its channels, whether it takes a target, and a function of its results.
 OPS = {
     "affinity_field": (3, affinity_field),
     "affinity_regression": (
@@ -156,7 +158,7 @@ def inputs(op, n, height, width):
 
 
 def evaluate(op, arguments):
-    """What the operation returns, and its gradients."""
+    """Results of the operation, and its gradients."""
     _, function = OPS[op]
     leaves = [x.requires_grad_() for x in arguments.values() if x.is_floating_point()]
     results = function(*arguments.values())
@@ -168,7 +170,7 @@ def evaluate(op, arguments):
 
 def far_strides(op):
     near = inputs(op, 3, 5, 6)
-    # Where pixels do not follow one another, these tiles see a copy.
+    # These tiles see a copy of pixels that do not follow one another.
     planes = op == "affinity_field" or op.startswith("affinity_regression_")
     far = {name: stretched(tensor, planes) for name, tensor in near.items()}
     expected = evaluate(op, near)
@@ -226,7 +228,7 @@ def cases():
 
 
 def in_a_process_of_its_own(function, op):
-    """ "right", or what went wrong."""
+    """ "right", or the fault."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -249,7 +251,7 @@ def main(wanted):
     torch.set_num_threads(1)
     with tritonaff.use_backend("triton"):
         for op in wanted or OPS:
-            evaluate(op, inputs(op, 1, 2, 2))  # what Python loads on first use
+            evaluate(op, inputs(op, 1, 2, 2))  # for modules that Python loads on first use
         results = {
             name: in_a_process_of_its_own(function, op)
             for name, function, op in cases()

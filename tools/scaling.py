@@ -1,15 +1,20 @@
-"""How time and memory grow when one thing doubles, and doubles again; docs/scaling.md has the
-formulas beside it.
+"""Growth of time and memory on a CPU when one size doubles, and doubles again; docs/scaling.md has
+the formulas beside it.
+
+    python tools/scaling.py
+    python tools/scaling.py --json docs/results/scaling.json
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,9 @@ import torch
 from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
-from tritonaff.bench.cases import make_inputs
+from tritonaff.bench.machine import cpu_name, one_line, versions
 from tritonaff.bench.measure import peak_bytes
+from tritonaff.bench.tables import print_table, progress, run_command, write_json
 from tritonaff.distributed import all_reduce
 from tritonaff.functional import (
     affinity_field_loss,
@@ -27,11 +33,12 @@ from tritonaff.functional import (
     dilated_affinity_loss,
 )
 from tritonaff.ops.backend import use_backend
+from tritonaff.testing import make_inputs
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a loss is computed of. ``parts`` are kernel sizes, grid points per side, rates or
+    """Sizes of a loss's inputs. ``parts`` are kernel sizes, grid points per side, rates or
     iterations, whatever the operation has.
     """
 
@@ -45,11 +52,11 @@ class Size:
 @dataclass(frozen=True)
 class Operation:
     loss: Callable[[Tensor, Tensor, int], Tensor]
-    """Of logits, target and parts."""
+    """Called with logits, target and parts."""
     expected: dict[str, str]
-    """What the time should grow by where this doubles."""
+    """Factor by which the time should grow when the named size doubles."""
     channels: Callable[[Size], int] = lambda size: size.classes
-    """Of the logits."""
+    """Number of channels of the logits."""
 
 
 def _propagated(affinity: Tensor, target: Tensor, parts: int) -> Tensor:
@@ -87,7 +94,7 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """The field names are those of the JSON."""
+    """One row of the table and of the JSON, with the same names."""
 
     op: str
     grows: str
@@ -98,7 +105,7 @@ class Row:
 
     @property
     def growth(self) -> float:
-        """Of the time, by doubling."""
+        """Factor of the time, by doubling."""
         return _growth(self.ms)
 
     @property
@@ -111,7 +118,7 @@ def _growth(values: tuple[float, ...]) -> float:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Of all operations, forward and backward on one thread of the CPU."""
+    """Rows of all operations, forward and backward on one thread of the CPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     base = Size(rows=16, columns=16) if quick else Size()
@@ -135,8 +142,8 @@ def _measure(operation: Operation, size: Size, quick: bool) -> tuple[float, int]
             return torch.autograd.grad(operation.loss(logits, target, size.parts), logits)
 
     run()
-    # Of the processor, on one thread, and the least of several: what else runs on the machine can
-    # hardly add to that.
+    # Time of the processor, on one thread, and the least of several: other programs on the machine
+    # can hardly add to it.
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < (0.02 if quick else 0.5):
         start = time.process_time()
@@ -168,3 +175,47 @@ def _all_reduce(rank: int, folder: str) -> None:
         (Path(folder) / "ms").write_text(f"{1000 * statistics.median(seconds):.3f}")
     dist.barrier()
     os._exit(0)  # an ordinary exit now and then aborts in gloo's threads
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="How time and memory grow, on the CPU.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
+    return run_command("scaling.py", print_growth, parser.parse_args(argv))
+
+
+def print_growth(args: argparse.Namespace) -> int:
+    measured = []
+    with progress(sum(len(x.expected) for x in OPERATIONS.values())) as step:
+        for row in rows(args.quick):
+            step(f"{row.op} {row.grows}")
+            measured.append(row)
+    latency_ms = all_reduce_ms()
+    device = f"CPU {cpu_name()}, 1 thread"
+    print(f"{device}, {one_line(versions())}")
+    columns = ["", "ms", "x time", "expected", "x memory", "MB"]
+    lines = []
+    for op in dict.fromkeys(row.op for row in measured):
+        lines.append([op.removeprefix("affinity_"), *[""] * 5])
+        lines += [
+            [
+                " ".join((f"  {row.grows}", *map(str, row.values))),
+                " ".join(f"{ms:.1f}" for ms in row.ms),
+                f"{row.growth:.2f}",
+                row.expected,
+                f"{row.memory_growth:.2f}",
+                f"{row.peak_bytes[-1] / 1e6:.1f}",
+            ]
+            for row in measured
+            if row.op == op
+        ]
+    print_table("by doubling, forward and backward", columns, lines)
+    print(f"one all-reduce of a loss's tables, two gloo processes: {latency_ms:.2f} ms")
+    if args.json:
+        content = {"device": device, "versions": versions(), "all_reduce_ms": latency_ms}
+        write_json(args.json, {**content, "rows": [asdict(row) for row in measured]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
