@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
 
 import tritonaff
@@ -92,39 +91,27 @@ def case_with(rates, softmax=False, **options):
     return Case.of_tables("affinity_propagation", tables, loss, largest_term=1.0)
 
 
-@st.composite
-def inputs(draw, dtypes, max_rates=3):
-    n, c = draw(st.integers(0, 2)), draw(st.integers(2, 6))
-    height, width = draw(st.integers(1, 16)), draw(st.integers(1, 24))
-    rates = draw(
-        st.lists(
-            st.sampled_from([1, 2, 5, (1, 2), (4, 1), (3, 11), 64]),
-            min_size=1,
-            max_size=max_rates,
-            unique=True,
-        )
-    )
+@maker
+def inputs(pick, dtypes, max_rates=3):
+    n, c = pick([1, 2]), pick(range(2, 7))
+    height, width = pick(range(1, 17)), pick(range(1, 25))
+    rates = subset(pick, [1, 2, 5, (1, 2), (4, 1), (3, 11), 64], max_rates)
     options = {
         "rates": rates,
-        "softmax": draw(st.booleans()),
-        "iterations": draw(st.integers(0, 3)),
-        "self_weight": draw(st.sampled_from([0.1, 1.0, 6.0])),
-        "steepness": draw(st.sampled_from([1.5, 7.0])),
-        "from_logits": draw(st.booleans()),
+        "softmax": pick([False, True]),
+        "iterations": pick(range(0, 4)),
+        "self_weight": pick([0.1, 1.0, 6.0]),
+        "steepness": pick([1.5, 7.0]),
+        "from_logits": pick([False, True]),
     }
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    x = draw(st.sampled_from([0.1, 1.0, 15.0])) * torch.randn(n, c, height, width)
-    affinity = draw(st.sampled_from([0.1, 1.0, 15.0])) * torch.randn(
-        n, 8 * len(rates), height, width
-    )
+    torch.manual_seed(pick(range(2**16)))
+    x = pick([0.1, 1.0, 15.0]) * torch.randn(n, c, height, width)
+    affinity = pick([0.1, 1.0, 15.0]) * torch.randn(n, 8 * len(rates), height, width)
     if not options["softmax"]:
-        x = x.softmax(dim=1) if draw(st.booleans()) else torch.rand_like(x) + 0.05
+        x = x.softmax(dim=1) if pick([False, True]) else torch.rand_like(x) + 0.05
     if not options["from_logits"]:
-        affinity = affinity.sigmoid() if draw(st.booleans()) else (affinity > 0).to(x.dtype)
-    x, affinity = (
-        laid_out(t.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS)))
-        for t in (x, affinity)
-    )
+        affinity = affinity.sigmoid() if pick([False, True]) else (affinity > 0).to(x.dtype)
+    x, affinity = (laid_out(t.to(pick(dtypes)), pick(LAYOUTS)) for t in (x, affinity))
     return case_with(**options), x, affinity
 
 
@@ -137,7 +124,7 @@ def test_portable_matches_the_reference(values):
     check_parity(case, "portable", x, affinity)
 
 
-@given(inputs(HALF_AND_SINGLE, max_rates=1))
+@given(inputs(HALF_AND_SINGLE, max_rates=1), rows=8)
 def test_triton_matches_the_reference(values):
     pytest.importorskip("triton", minversion="3.6")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -331,10 +318,12 @@ def test_meta_tensors_and_export():
 
 # --- Properties ----------------------------------------------------------------------------------
 
-shapes = st.tuples(st.integers(1, 2), st.integers(2, 5), st.integers(1, 9), st.integers(1, 11))
+
+def shapes(pick):
+    return pick([1, 2]), pick(range(2, 6)), pick(range(1, 10)), pick(range(1, 12))
 
 
-@given(shapes, st.integers(0, 2**16))
+@given(shapes, range(2**16))
 def test_the_classes_of_a_pixel_sum_to_1(shape, seed):
     torch.manual_seed(seed)
     probs, affinity = torch.rand(shape) + 0.01, torch.randn(shape[0], 16, *shape[2:])
@@ -342,7 +331,7 @@ def test_the_classes_of_a_pixel_sum_to_1(shape, seed):
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
-@given(shapes, st.integers(0, 2**16))
+@given(shapes, range(2**16))
 def test_the_order_of_the_classes_does_not_matter(shape, seed):
     probs, affinity = make(shape, dtype=torch.float64, seed=seed)
     order = torch.randperm(shape[1])
@@ -351,7 +340,7 @@ def test_the_order_of_the_classes_does_not_matter(shape, seed):
     torch.testing.assert_close(result, expected)
 
 
-@given(shapes, st.integers(0, 2**16))
+@given(shapes, range(2**16))
 def test_a_flipped_image_with_flipped_neighbors_is_flipped(shape, seed):
     probs, affinity = make(shape, dtype=torch.float64, seed=seed)
     flipped = affinity.unflatten(1, (2, 8)).flip(2).flatten(1, 2).flip(2, 3)
@@ -360,7 +349,7 @@ def test_a_flipped_image_with_flipped_neighbors_is_flipped(shape, seed):
     torch.testing.assert_close(result, expected)
 
 
-@given(shapes, st.integers(0, 2**16))
+@given(shapes, range(2**16))
 def test_one_distribution_everywhere_stays(shape, seed):
     probs, affinity = make(shape, dtype=torch.float64, seed=seed)
     probs = probs[:, :, :1, :1].expand(shape)
