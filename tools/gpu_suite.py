@@ -204,14 +204,21 @@ def images_that_fit(shape: Shape, bench: Bench) -> int:
     return min(shape[0], fit)
 
 
+def against_eager(
+    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], bench: Bench
+) -> dict[str, Any]:
+    ours, rival = (bench.ms(step(loss, *inputs, backend=x)) for x in ("auto", "reference"))
+    return {"ms": ours, "rival_ms": rival, "ratio": rival / ours}
+
+
 def field_against_eager(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     shape = (images_that_fit(shape, bench), *shape[1:])
-    inputs = bench.inputs(shape, dtype)
-    ours, rival = (
-        bench.ms(step(field, *inputs)),
-        bench.ms(step(field, *inputs, backend="reference")),
-    )
-    return {"ms": ours, "rival_ms": rival, "ratio": rival / ours, "images": shape[0]}
+    return {**against_eager(field, bench.inputs(shape, dtype), bench), "images": shape[0]}
+
+
+def propagation(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
+    case = CASES["affinity_propagation"]
+    return against_eager(case.loss, case.make_inputs(shape, dtype, bench.device), bench)
 
 
 def field_against_compiled(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
@@ -231,9 +238,10 @@ def field_against_compiled(shape: Shape, dtype: torch.dtype, bench: Bench) -> di
 
 
 def against_cross_entropy(
-    loss: Callable[..., Tensor], logits: Tensor, target: Tensor, bench: Bench
+    loss: Callable[..., Tensor], shape: Shape, dtype: torch.dtype, bench: Bench
 ) -> dict[str, Any]:
-    ours, rival = (step(each, logits, target) for each in (loss, cross_entropy))
+    inputs = bench.inputs(shape, dtype)
+    ours, rival = (step(each, *inputs) for each in (loss, cross_entropy))
     values = {"ms": bench.ms(ours), "rival_ms": bench.ms(rival)}
     values["ratio"] = values["ms"] / values["rival_ms"]
     of_kernels, of_rival = (bench.device_ms(ignoring(run)) for run in (ours, rival))
@@ -241,14 +249,6 @@ def against_cross_entropy(
         ratio = of_kernels / of_rival
         values |= {"device_ms": of_kernels, "rival_device_ms": of_rival, "device_ratio": ratio}
     return values
-
-
-def field_alone(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    return against_cross_entropy(field, *bench.inputs(shape, dtype), bench)
-
-
-def field_fused(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    return against_cross_entropy(fused, *bench.inputs(shape, dtype), bench)
 
 
 def field_memory(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
@@ -269,16 +269,6 @@ def launches(
         run = step(each, *inputs)
         values[name], values[f"{name}_ms"] = bench.launches(ignoring(run))
     return values
-
-
-def grids(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    logits, target = bench.inputs(shape, dtype)
-    return against_cross_entropy(tritonaff.affinity_regression_loss, logits, target, bench)
-
-
-def every_pixel(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    case = CASES["affinity_regression_every_pixel"]
-    return against_cross_entropy(case.loss, *bench.inputs(shape, dtype), bench)
 
 
 def dilated(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
@@ -305,14 +295,6 @@ def dilated(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
         values |= {f"{mode}_ms": round(ms, 5), f"{mode}_device_ms": round(of_kernels, 5)}
         values[f"{mode}_percent"] = 100 * gb_per_s / copy
     return values
-
-
-def propagation(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    case = CASES["affinity_propagation"]
-    inputs = case.make_inputs(shape, dtype, bench.device)
-    ours = bench.ms(step(case.loss, *inputs))
-    rival = bench.ms(step(case.loss, *inputs, backend="reference"))
-    return {"ms": ours, "rival_ms": rival, "ratio": rival / ours}
 
 
 class Step(torch.nn.Module):
@@ -415,13 +397,14 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
 # Cheap ones first: a run that is cut short has them. The compiler takes half a minute for the
 # reference, of every shape.
 COMPILED_SHAPES = (FIELD_SHAPES[2], SMALL, FIELD_SHAPES[4], FIELD_SHAPES[3], FIELD_SHAPES[1])
+EVERY_PIXEL = CASES["affinity_regression_every_pixel"].loss
 ROWS = (
-    Row("field_alone", field_alone, FIELD_SHAPES),
-    Row("field_fused", field_fused, FIELD_SHAPES),
+    Row("field_alone", partial(against_cross_entropy, field), FIELD_SHAPES),
+    Row("field_fused", partial(against_cross_entropy, fused), FIELD_SHAPES),
     Row("field_memory", field_memory, FIELD_SHAPES),
-    Row("grids", grids, FIELD_SHAPES),
-    Row("every_pixel", every_pixel, ((1, 19, 1024, 2048),)),
-    Row("many_classes", every_pixel, (FIELD_SHAPES[4],)),
+    Row("grids", partial(against_cross_entropy, tritonaff.affinity_regression_loss), FIELD_SHAPES),
+    Row("every_pixel", partial(against_cross_entropy, EVERY_PIXEL), ((1, 19, 1024, 2048),)),
+    Row("many_classes", partial(against_cross_entropy, EVERY_PIXEL), (FIELD_SHAPES[4],)),
     Row("dilated", dilated, ((8, 32, 512, 512), (4, 32, 512, 1024))),
     Row("field_against_eager", field_against_eager, FIELD_SHAPES),
     Row("propagation", propagation, ((4, 21, 513, 513),)),

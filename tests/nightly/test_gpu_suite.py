@@ -13,6 +13,7 @@ from gpu_suite import NotHere, OutOfTime, Row, main
 from performance_page import CRITERIA, Criterion, write_page
 
 from tritonaff.bench import measure
+from tritonaff.ops import backend
 from tritonaff.testing import CASES
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -21,8 +22,8 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """Runs it on tiny shapes: exit status and rows."""
-    monkeypatch.setattr(measure, "compiler_works", lambda device: False)  # it takes minutes
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(measure, "compiler_works", lambda device: False)  # minutes
+    monkeypatch.setattr(backend, "_interprets", lambda: False)  # nor are tiles interpreted
     monkeypatch.setattr(gpu_suite, "run_tests", lambda *_: {"summary": "1 passed"})
 
     def run(*arguments, quick=True):
@@ -226,7 +227,7 @@ def test_rows_say_of_which_commit_they_are(suite, monkeypatch):
 
 
 def test_exercise_runs_every_operation(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_interprets", lambda: False)
     ran = []
 
     def record(loss, *inputs):
