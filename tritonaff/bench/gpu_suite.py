@@ -368,8 +368,8 @@ def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     def launch(kernel: Any, grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
         out = torch.empty_like(p)
         _, classes, height, width = p.shape
-        blocks = kernels.all_classes(p)
-        kernel[kernels.grid(p, blocks)](
+        blocks = kernels.blocks.all_classes(p)
+        kernel[kernels.blocks.grid(p, blocks)](
             grad, p, total, out, classes, width, height * width, *grad.stride(), **blocks
         )  # fmt: skip
         return out
@@ -625,7 +625,7 @@ def kernel_names() -> list[str]:
     """Of our tiles."""
     folder = Path(tritonaff.__file__).parent / "kernels"
     names = [
-        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.glob("*.py")
+        re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.rglob("*.py")
     ]
     return sorted({name for each in names for name in each})
 
