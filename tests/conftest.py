@@ -34,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: emulation.__exit__(None, None, None))
     else:
         os.environ["TRITON_INTERPRET"] = "1"
+        from interpreted import BLOCKS
+
+        from tritonaff.kernels.blocks import override
+
+        blocks = override(**BLOCKS)
+        blocks.__enter__()
+        config.add_cleanup(lambda: blocks.__exit__(None, None, None))
 
 
 settings.register_profile(

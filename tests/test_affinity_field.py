@@ -17,6 +17,7 @@ from layouts import LAYOUTS, laid_out
 import tritonaff
 from tritonaff.bench.cases import CASES, Case, check_parity, evaluate, make_inputs
 from tritonaff.functional import AffinityFieldTerms
+from tritonaff.kernels.blocks import override
 
 VARIANTS = ("paper", "authors")
 BACKENDS = ("portable", "triton")
@@ -249,50 +250,40 @@ def test_portable_without_selecting_pairs(monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "aligned"), [(13, False), (12, True), (12, False)])
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned):
+def test_tiles_do_not_depend_on_their_blocks(device, width, aligned):
     """Many small patches: every seam between programs."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_field as kernels
-
-    blocks = {"BLOCK_C": 2, "LANES": 4, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
-    monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
-    monkeypatch.setattr(kernels, "rows", lambda logits: 4)
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
-    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
-    pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
-    monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
-    monkeypatch.setattr(kernels, "BLOCK_SUM", 2)
-    monkeypatch.setattr(kernels, "COUNT_PROGRAMS", 2)  # several patches each
-    check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, width), device=device))
+    strips = {"rows": 3, "strip_classes": 2, "lanes": 4, "unroll": 2}
+    patches = {"patch": (8, 8), "part": (4, 2), "count_programs": 2}  # several patches each
+    pixels = {"pixels": 64, "pixel_classes": 2, "sums": 2}
+    logits, target = make_inputs((2, 3, 5, width), device=device)
+    if not aligned:  # the first pixel is not at a multiple of 16 bytes
+        logits = torch.cat((logits.new_empty(1), logits.flatten()))[1:].view(logits.shape)
+    with override(affinity_field=strips | patches | pixels):
+        check_parity(case_with((3, 9)), "triton", logits, target)
 
 
-def test_labels_that_meet_between_patches(monkeypatch, device):
+def test_labels_that_meet_between_patches(device):
     """Every patch holds one label: its edges are all to pixels of others."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_field as kernels
-
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 8, "num_warps": 1}
-    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 2, 16, 8), device=device)
     target[:, :8], target[:, 8:] = 0, 1
-    check_parity(case_with((3,)), "triton", logits, target)
-    check_parity(case_with((3,)), "triton", logits.mT, target.mT)
+    with override(affinity_field={"patch": (8, 8), "part": (4, 8)}):
+        check_parity(case_with((3,)), "triton", logits, target)
+        check_parity(case_with((3,)), "triton", logits.mT, target.mT)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
-def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
+def test_pixels_alone_among_others(device, kernel_size):
     """All neighbours have one label, a larger or a smaller one; at 7 none of them is in the part of
     the patch that is worked on.
     """
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_field as kernels
-
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
-    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 3, 17, 24), device=device)
     target[:] = 1
     target[:, 5::8, 3::8], target[:, 5::8, 7::8] = 0, 2
-    check_parity(case_with((kernel_size,)), "triton", logits, target)
+    with override(affinity_field={"patch": (8, 8), "part": (4, 2)}):
+        check_parity(case_with((kernel_size,)), "triton", logits, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -477,7 +468,7 @@ def test_confident_logits_keep_their_digits(backend, device):
     ours = evaluate(case, backend, logits, target)
     of_sum = 2e-6
     if backend == "triton":
-        from tritonaff.kernels.affinity_field import has_fast_log
+        from tritonaff.kernels.affinity_field.mathematics import has_fast_log
 
         if has_fast_log():  # it may be off by 2^-22, four roundings
             of_sum = 8e-6

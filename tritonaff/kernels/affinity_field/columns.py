@@ -1,3 +1,9 @@
+"""Rows of an image in the registers of a warp: each of its lanes holds four neighbouring columns.
+
+A row of numbers is a tuple of four blocks [BLOCK_C, LANES], column i of every lane in block i. A
+row of counts is one block [1, LANES] of 32 bits, a byte for each of the four columns.
+"""
+
 from __future__ import annotations
 
 import triton
@@ -6,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def split(x):
-    """(classes, lanes, 4) as four of (classes, lanes): a thread's four columns."""
+    """From [BLOCK_C, LANES, 4] to 4 x [BLOCK_C, LANES]."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)))
     x_0, x_2 = tl.split(even)
     x_1, x_3 = tl.split(odd)
@@ -15,14 +21,18 @@ def split(x):
 
 @triton.jit
 def join(columns):
+    """From 4 x [BLOCK_C, LANES] to [BLOCK_C, LANES, 4]."""
     x = tl.join(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
     return tl.reshape(x, (x.shape[0], x.shape[1], 4))
 
 
 @triton.jit
 def box_sum(columns, d: tl.constexpr):
-    """Four columns plus those d to the left and to the right, lanes in a circle."""
+    """A row plus the columns d to the left and d to the right, 4 x [BLOCK_C, LANES]. The first lane
+    is to the right of the last.
+    """
     lanes: tl.constexpr = columns[0].shape[1]
+    # [BLOCK_C, LANES]
     lane = tl.broadcast_to(tl.arange(0, lanes)[None, :], columns[0].shape)
     sums = ()
     for column in tl.static_range(4):
@@ -38,8 +48,9 @@ def box_sum(columns, d: tl.constexpr):
 
 @triton.jit
 def box_count(x, d: tl.constexpr):
-    """The same of small numbers, a byte for each of the four columns: x (1, lanes)."""
+    """The same sum of a row of counts, [1, LANES]."""
     lanes: tl.constexpr = x.shape[1]
+    # [1, LANES]
     lane = tl.arange(0, lanes)[None, :]
     left = tl.gather(x, (lane + lanes - 1) % lanes, 1)
     right = tl.gather(x, (lane + 1) % lanes, 1)
@@ -51,12 +62,13 @@ def box_count(x, d: tl.constexpr):
 
 @triton.jit
 def byte(x, i: tl.constexpr):
+    """Column i of a row of counts as float32."""
     return (x >> 8 * i & 255).to(tl.int32).to(tl.float32)
 
 
 @triton.jit
 def four_columns(offs, ALIGNED: tl.constexpr):
-    """From first columns, or their offsets, (classes, lanes) to all four (classes, lanes, 4)."""
+    """Offsets [BLOCK_C, LANES, 4] of all columns from the first columns' [BLOCK_C, LANES]."""
     offs = offs[:, :, None]
     if ALIGNED:
         offs = tl.multiple_of(offs, (1, 1, 4))
@@ -65,21 +77,23 @@ def four_columns(offs, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_columns(ptr, offs, inside, w, W, other, ALIGNED: tl.constexpr):
-    """Four times (classes, lanes): columns w to w + 3, the first of which is at offs."""
-    if ALIGNED:  # in one load: all of them are inside or none
+    """Loads a row, 4 x [BLOCK_C, LANES]: columns w to w + 3, the first at ``offs``."""
+    if ALIGNED:  # one load: either all four columns are inside or none
         mask = (inside & (w >= 0) & (w < W))[:, :, None]
+        # [BLOCK_C, LANES, 4]
         columns = split(tl.load(ptr + four_columns(offs, ALIGNED), mask=mask, other=other))
     else:
         columns = ()
         for i in tl.static_range(4):
             mask = inside & (w + i >= 0) & (w + i < W)
+            # [BLOCK_C, LANES]
             columns += (tl.load(ptr + offs + i, mask=mask, other=other),)
     return columns
 
 
 @triton.jit
 def column_sum(rows, d: tl.constexpr, WIDTH: tl.constexpr):
-    """The middle row plus those at distance d; a row is WIDTH of the tuple."""
+    """The middle row plus the rows at distance d. WIDTH elements of the tuple are a row."""
     middle: tl.constexpr = len(rows) // WIDTH // 2
     sums = ()
     for i in tl.static_range(WIDTH):
@@ -90,6 +104,7 @@ def column_sum(rows, d: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def add(xs, ys):
+    """The sum of two tuples of blocks."""
     sums = ()
     for i in tl.static_range(len(xs)):
         sums += (xs[i] + ys[i],)

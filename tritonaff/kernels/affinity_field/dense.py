@@ -1,3 +1,5 @@
+"""The march over strips: all pairs of neighbours as if none were an edge."""
+
 from __future__ import annotations
 
 import triton
@@ -14,28 +16,34 @@ from tritonaff.kernels.affinity_field.columns import (
     load_columns,
 )
 from tritonaff.kernels.affinity_field.mathematics import exp
-from tritonaff.kernels.affinity_field.pixels import fields
+from tritonaff.kernels.affinity_field.pixels import Pixels, fields
 from tritonaff.kernels.shared import step_in
 
-# What a strip reads beside the columns that it owns: the largest distance that it reaches.
+# Columns that a strip reads on either side of its own: the largest distance that it reaches.
 HALO = tl.constexpr(4)
 
 
 @triton.jit
 def load_row(
-    logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps,
-    ALIGNED: tl.constexpr,
+    pixels, channel, image, c, h, w, H, W, limit, eps, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """u and l of row h, four columns each, and a byte for each of these: 1 where a pixel counts. 0
-    at pixels that do not count. The channel of the logits and the image begin at these offsets.
+    """Loads row h: u and l (4 x [BLOCK_C, LANES] each), and a row of counts [1, LANES], 1 where a
+    pixel counts. Where it does not, u and l are 0.
+
+    Offsets of the logits' channel and of the image are ``channel`` [BLOCK_C, LANES] and ``image``
+    [1, LANES].
     """
     inside = (h >= 0) & (h < H)
     column = h.to(tl.int64) * W + w
     pixel = image + column
-    labels = load_columns(label_ptr, pixel, inside, w, W, -1, ALIGNED)
-    tops = load_columns(top_ptr, pixel, inside, w, W, 0.0, ALIGNED)
-    rests = load_columns(rest_ptr, pixel, inside, w, W, 1.0, ALIGNED)
-    xs = load_columns(logits_ptr, channel + column, inside, w, W, 0.0, ALIGNED)
+    # 4 x [1, LANES]
+    labels = load_columns(pixels.label, pixel, inside, w, W, -1, ALIGNED)
+    # 4 x [1, LANES]
+    tops = load_columns(pixels.top, pixel, inside, w, W, 0.0, ALIGNED)
+    # 4 x [1, LANES]
+    rests = load_columns(pixels.rest, pixel, inside, w, W, 1.0, ALIGNED)
+    # 4 x [BLOCK_C, LANES]
+    xs = load_columns(pixels.logits, channel + column, inside, w, W, 0.0, ALIGNED)
     us, ls, counts = (), (), tl.zeros(labels[0].shape, tl.uint32)
     for i in tl.static_range(4):
         x = xs[i].to(tl.float32)
@@ -49,19 +57,18 @@ def load_row(
 
 @triton.jit
 def far_box(
-    logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c, h, w, H, W, limit, eps,
-    d: tl.constexpr, ALIGNED: tl.constexpr,
+    pixels, channel, image, c, h, w, H, W, limit, eps, d: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Sums of u, l and counts over a pixel and its neighbours at a distance beyond the strip."""
+    """Sums of u, of l and of counts, shaped as load_row's, over a pixel and its neighbours at a
+    distance that the strip does not hold.
+    """
     u_sum, l_sum, count = load_row(
-        logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c,
-        h, w, H, W, limit, eps, ALIGNED,
+        pixels, channel, image, c, h, w, H, W, limit, eps, ALIGNED
     )  # fmt: skip
     for neighbor in range(8):
         dy, dx = step_in(neighbor)
         u, log_odds, counts = load_row(
-            logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c,
-            h + dy * d, w + dx * d, H, W, limit, eps, ALIGNED,
+            pixels, channel, image, c, h + dy * d, w + dx * d, H, W, limit, eps, ALIGNED
         )  # fmt: skip
         u_sum, l_sum, count = add(u_sum, u), add(l_sum, log_odds), count + counts
     return u_sum, l_sum, count
@@ -69,11 +76,11 @@ def far_box(
 
 @triton.jit
 def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
-    """This program's place: partial table, classes (classes,); image and first row of every
-    lane, the first of its four columns, and whether it is this program's own (1, lanes).
+    """This program's strip: its partial table; classes [BLOCK_C]; and for every lane its image, its
+    first row, the first of its four columns, and whether the strip owns it, [1, LANES] each.
 
     ROWS rows of an image are a band. All bands of all images lie side by side, HALO columns between
-    them, and are cut into strips of which a program owns all but the first and the last lane.
+    them, and are cut into strips. A strip owns all lanes but the first and the last.
     """
     class_blocks = tl.cdiv(C, BLOCK_C)
     place = tl.program_id(0) // class_blocks
@@ -98,72 +105,86 @@ def dense_kernel(
     BLOCK_C: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     place, c, n, first, w, owned = strip(N, C, H, W, ROWS, BLOCK_C, LANES)
+    pixels = Pixels(logits_ptr, top_ptr, rest_ptr, label_ptr)
     some_c = tl.minimum(c, C - 1).to(tl.int64)
+    # [1, LANES], [BLOCK_C, LANES]
     image, channel = n * H * W, n * stride_n + some_c[:, None] * stride_c
+    # [BLOCK_C, LANES]
     grad_channel = (n * C + some_c[:, None]) * H * W
+    # [BLOCK_C, LANES, 1] or, if rows are not aligned, [BLOCK_C, LANES, 4]
     written = (owned & (w >= 0) & (w < W) & (c < C)[:, None])[:, :, None]
     if not ALIGNED:
         written = written & (four_columns(w, False) < W)
 
     K: tl.constexpr = COLUMNS[len(RADII)]
+    # [BLOCK_C, LANES]
     nothing = tl.zeros((BLOCK_C, LANES), tl.float32)
     sums, coefficients = (), ()
     for k in tl.static_range(len(RADII)):
+        # [BLOCK_C, LANES]
         sums += (nothing,)
         if GRADIENT:
+            # [BLOCK_C, 1]
             coefficients += (tl.load(coefficients_ptr + (C + some_c[:, None]) * K + COLUMNS[k]),)
-    # The rows within reach of the middle one; of l, without a gradient, none above it.
+    # The rows within reach of the middle one. Without a gradient, no rows of l above the middle.
     l_above: tl.constexpr = REACH if GRADIENT else 0
     us, ls, vs = (), (), ()
     for _ in tl.static_range(2 * REACH + 1):
+        # 4 x [BLOCK_C, LANES]
         us += (nothing, nothing, nothing, nothing)
+        # [1, LANES]
         vs += (tl.zeros((1, LANES), tl.uint32),)
     for _ in tl.static_range(l_above + REACH + 1):
+        # 4 x [BLOCK_C, LANES]
         ls += (nothing, nothing, nothing, nothing)
     row = -REACH
     while row < ROWS + REACH:
         for _ in tl.static_range(UNROLL):
+            # 4 x [BLOCK_C, LANES], 4 x [BLOCK_C, LANES], [1, LANES]
             u, log_odds, v = load_row(
-                logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image, c[:, None],
-                first + row, w, H, W, limit, eps, ALIGNED,
+                pixels, channel, image, c[:, None], first + row, w, H, W, limit, eps, ALIGNED
             )  # fmt: skip
             us, ls, vs = us[4:] + u, ls[4:] + log_odds, vs[1:] + (v,)  # noqa: RUF005
             if (row >= REACH) & (row < ROWS + REACH):
                 u_sums, l_sums, counts = (), (), ()
                 for k in tl.static_range(len(RADII)):
                     if REACH > 0:
+                        # 4 x [BLOCK_C, LANES]
                         u_sum = box_sum(column_sum(us, RADII[k], 4), RADII[k])
+                        # [1, LANES]
                         count = box_count(column_sum(vs, RADII[k], 1)[0], RADII[k])
+                        # 4 x [BLOCK_C, LANES]
                         if GRADIENT:
                             l_sum = box_sum(column_sum(ls, RADII[k], 4), RADII[k])
                         else:
                             l_sum = u_sum
                     else:
+                        # 4 x [BLOCK_C, LANES], 4 x [BLOCK_C, LANES], [1, LANES]
                         u_sum, l_sum, count = far_box(
-                            logits_ptr, top_ptr, rest_ptr, label_ptr, channel, image,
-                            c[:, None], first + row, w, H, W, limit, eps, RADII[k],
-                            ALIGNED and RADII[k] % 4 == 0,
+                            pixels, channel, image, c[:, None], first + row, w, H, W, limit, eps,
+                            RADII[k], ALIGNED and RADII[k] % 4 == 0,
                         )  # fmt: skip
                     u_sums, l_sums, counts = u_sums + u_sum, l_sums + l_sum, counts + (count,)  # noqa: RUF005
                 grads, new_sums = (), sums
                 for i in tl.static_range(4):
+                    # [BLOCK_C, LANES] each
                     u_i, l_i = us[4 * REACH + i], ls[4 * l_above + i]
-                    from_u, from_l, products = nothing, nothing, ()
+                    d_u, d_l, products = nothing, nothing, ()
                     for k in tl.static_range(len(RADII)):
                         box = byte(counts[k], i)
-                        # How far the pixel is from its neighbours.
+                        # The differences from all neighbours, added up.
                         u_step = box * u_i - u_sums[4 * k + i]
                         products += (l_i * u_step,)
                         if GRADIENT:
-                            from_u += coefficients[k] * u_step
-                            from_l += coefficients[k] * (box * l_i - l_sums[4 * k + i])
+                            d_l += coefficients[k] * u_step
+                            d_u += coefficients[k] * (box * l_i - l_sums[4 * k + i])
                     new_sums = add(new_sums, products)
                     if GRADIENT:
                         # p d / d p of the sums; the clamp passes no gradient.
                         odds = exp(l_i)
                         root = tl.rsqrt(1 + odds)
                         p = odds * (root * root)
-                        grad = from_u * (1 + odds) + from_l * p
+                        grad = d_l * (1 + odds) + d_u * p
                         free = (tl.abs(l_i) < limit) & (byte(vs[REACH], i) > 0)
                         grads += (tl.where(free, grad, 0.0),)
                 sums = new_sums
@@ -172,6 +193,7 @@ def dense_kernel(
                     mask = written & (h < H)[:, :, None]
                     offs = grad_channel + h.to(tl.int64) * W + w
                     grad_row = grad_ptr + four_columns(offs, ALIGNED)
+                    # [BLOCK_C, LANES, 4]
                     all_grads = join(grads)
                     if ADD:
                         all_grads += tl.load(grad_row, mask=mask, other=0.0).to(tl.float32)
@@ -180,6 +202,7 @@ def dense_kernel(
 
     if TABLES:
         for k in tl.static_range(len(RADII)):
+            # [BLOCK_C]
             total = tl.sum(tl.where(owned, sums[k], 0.0), axis=1)
             offs = (c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS + place
             tl.store(sums_ptr + offs, total, mask=c < C)

@@ -1,9 +1,27 @@
+"""The last launches: partial tables are added up, gradients become those of the logits."""
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from tritonaff.kernels.affinity_field.pixels import Pixels
 from tritonaff.kernels.affinity_field.softmax import softmax_backward
+
+
+@triton.jit
+def sum_row(row_ptr, num, BLOCK: tl.constexpr):
+    """The sum of consecutive numbers, maybe millions: in float64."""
+    offs = tl.arange(0, BLOCK)
+    # [BLOCK]
+    total = tl.zeros((BLOCK,), tl.float64)
+    left = tl.cast(num, tl.int32)  # an argument of 1 is a constant
+    while left > 0:
+        # [BLOCK]
+        total += tl.load(row_ptr + offs, mask=offs < left, other=0.0).to(tl.float64)
+        row_ptr += BLOCK
+        left -= BLOCK
+    return tl.sum(total)
 
 
 @triton.jit
@@ -25,19 +43,6 @@ def add_up(
 
 
 @triton.jit
-def sum_row(row_ptr, num, BLOCK: tl.constexpr):
-    """float64: of millions of terms."""
-    offs = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    left = tl.cast(num, tl.int32)  # an argument of 1 is a constant
-    while left > 0:
-        total += tl.load(row_ptr + offs, mask=offs < left, other=0.0).to(tl.float64)
-        row_ptr += BLOCK
-        left -= BLOCK
-    return tl.sum(total)
-
-
-@triton.jit
 def finish_kernel(
     dense_ptr, edges_ptr, sums_ptr, log_loss_ptr, zero_ptr,
     grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
@@ -45,7 +50,7 @@ def finish_kernel(
     TABLES: tl.constexpr, GRADIENT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
     BLOCK_SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # Two passes in one launch, of which the first takes a few programs.
+    # Two passes in one launch: the first takes only a few programs.
     if tl.program_id(0) < SUMS:
         if TABLES:
             add_up(
@@ -55,7 +60,7 @@ def finish_kernel(
             tl.store(zero_ptr, 0.0)
     elif GRADIENT:
         softmax_backward(
-            grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
+            grad_log_loss_ptr, Pixels(logits_ptr, top_ptr, rest_ptr, label_ptr), grad_ptr,
             C, HW, stride_n, stride_c, SUMS, CROSS_ENTROPY, BLOCK_C, BLOCK_P,
         )  # fmt: skip
 
@@ -67,5 +72,6 @@ def scale_kernel(x_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
         first = tl.program_id(0).to(tl.int64) * BLOCK
         offs = tl.arange(0, BLOCK)
         mask = offs < SIZE - first
+        # [BLOCK]
         x = tl.load(x_ptr + first + offs, mask=mask).to(tl.float32) * scale
         tl.store(x_ptr + first + offs, x.to(x_ptr.dtype.element_ty), mask=mask)

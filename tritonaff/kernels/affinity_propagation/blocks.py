@@ -1,55 +1,50 @@
+"""Block sizes of affinity propagation's kernels."""
+
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tritonaff.kernels.shared import INTERPRETED, cdiv, next_power_of_2, steps_in_32_bits
-
-# Pixels of a step: two for each thread of 4 warps.
-BLOCK_P = 256
-# Classes whose sums the registers hold; where there are more, so many at a time.
-MAX_CLASSES, CLASSES_OF_MANY = 24, 12
-# Elements of the other tiles: 8 for each thread.
-BLOCK = 1024
-# The interpreter takes its time per program, whatever the size.
-INTERPRETED_BLOCK = 1 << 15
+from tritonaff.kernels.shared import cdiv, next_power_of_2, steps_in_32_bits
 
 
-def steps(rates: list[int], width: int) -> dict[str, Any]:
-    """And whether two pixels that begin at an even one have a neighbour both or neither."""
-    in_pairs = width % 2 == 0 and all(step % 2 == 0 for step in rates[1::2])
-    return {"RATES": steps_in_32_bits(rates), "IN_PAIRS": in_pairs}
+class Blocks(NamedTuple):
+    """Block sizes, for GPUs by default."""
+
+    pixels: int = 256
+    """Of a step: two for each thread of 4 warps."""
+    classes: int = 24
+    """The registers hold the sums of so many classes."""
+    classes_of_many: int = 12
+    """Classes at a time if there are more."""
+    elements: int = 1024
+    """Of normalize_backward_kernel: 8 for each thread."""
+    gate_pixels: int = 128
+    """With 8 gates each: 8 elements for each thread."""
 
 
-def tile(probs: Tensor) -> dict[str, int]:
-    """Not more pixels than an image has: see pixels_to_load."""
+def step_options(probs: Tensor, rates: list[int], blocks: Blocks) -> dict[str, Any]:
+    """Not more pixels than an image has: see pixels_to_load. IN_PAIRS is True if either both of two
+    pixels that begin at an even index have a neighbour or none.
+    """
     _, classes, height, width = probs.shape
-    block_p = INTERPRETED_BLOCK // 8 if INTERPRETED else BLOCK_P
-    blocks = 1 if classes <= MAX_CLASSES else cdiv(classes, CLASSES_OF_MANY)
+    class_blocks = 1 if classes <= blocks.classes else cdiv(classes, blocks.classes_of_many)
     return {
+        "RATES": steps_in_32_bits(rates),
+        "IN_PAIRS": width % 2 == 0 and all(step % 2 == 0 for step in rates[1::2]),
         "C": classes,
-        "BLOCK_C": cdiv(classes, blocks),
-        "BLOCK_P": min(block_p, 1 << (height * width).bit_length() - 1),
+        "BLOCK_C": cdiv(classes, class_blocks),
+        "BLOCK_P": min(blocks.pixels, 1 << (height * width).bit_length() - 1),
     }
 
 
-def all_classes(probs: Tensor) -> dict[str, int]:
-    """A tile (BLOCK_C, BLOCK_P) of all classes."""
+def normalize_options(probs: Tensor, blocks: Blocks) -> dict[str, int]:
+    """All classes in one block."""
     classes = next_power_of_2(probs.shape[1])
-    block = INTERPRETED_BLOCK if INTERPRETED else BLOCK
-    return {"BLOCK_C": classes, "BLOCK_P": max(4, block // classes)}
+    return {"BLOCK_C": classes, "BLOCK_P": max(4, blocks.elements // classes)}
 
 
-def grid(probs: Tensor, blocks: dict[str, int]) -> tuple[int]:
-    n, _, height, width = probs.shape
-    return (cdiv(height * width, blocks["BLOCK_P"]) * n,)
-
-
-def gates_tile() -> dict[str, int]:
-    return {"BLOCK_P": (INTERPRETED_BLOCK if INTERPRETED else BLOCK) // 8}
-
-
-def gates_grid(affinity: Tensor) -> tuple[int]:
-    n, _, height, width = affinity.shape
-    return (cdiv(height * width, gates_tile()["BLOCK_P"]) * n,)
+def pixel_grid(x: Tensor, block_p: int) -> tuple[int]:
+    n, _, height, width = x.shape
+    return (cdiv(height * width, block_p) * n,)

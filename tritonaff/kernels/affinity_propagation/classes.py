@@ -1,4 +1,8 @@
+"""Some classes of this program's pixels: a tuple of blocks [BLOCK_P], one for each class."""
+
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -6,22 +10,30 @@ import triton.language as tl
 from tritonaff.kernels.shared import is_inside, pixels, step_in
 
 
+class Place(NamedTuple):
+    """A program's pixels, [BLOCK_P] each."""
+
+    pixel: Any
+    """Index in the image; outside, the index of some pixel that is in it."""
+    h: Any
+    w: Any
+    in_image: Any
+
+
 @triton.jit
 def pixels_to_load(HW, W, BLOCK_P: tl.constexpr):
-    """Image, and index, row and column (pixels,) of this program's pixels, and which of them are in
-    the image. Others have the index of a pixel that is, and no neighbours.
-    """
+    """Image and Place of this program's pixels. Pixels outside have no neighbours."""
     n, pixel, h, w = pixels(HW, W, BLOCK_P)
     in_image = pixel < HW
-    return n, tl.where(in_image, pixel, tl.arange(0, BLOCK_P)), h, w, in_image
+    return n, Place(tl.where(in_image, pixel, tl.arange(0, BLOCK_P)), h, w, in_image)
 
 
 @triton.jit
 def neighbor(
-    s, SIGN: tl.constexpr, pixel, h, w, in_image, H, W, RATES: tl.constexpr, IN_PAIRS: tl.constexpr
+    s, SIGN: tl.constexpr, place, H, W, RATES: tl.constexpr, IN_PAIRS: tl.constexpr
 ):  # fmt: skip
-    """Which pixels have neighbour s (or are it, if the sign is -1), and the index of that pixel; or
-    their own index, where there is none.
+    """True where pixels have neighbour s (or are that neighbour of another, if the sign is -1), and
+    the index of the other pixel; their own index where there is none. [BLOCK_P] each.
     """
     r1, r2 = RATES[0], RATES[1]
     for k in tl.static_range(1, len(RATES) // 2):
@@ -29,8 +41,8 @@ def neighbor(
         r2 = tl.where(s < 8 * k, r2, RATES[2 * k + 1])
     dy, dx = step_in(s % 8)
     dy, dx = dy * (SIGN * r1), dx * (SIGN * r2)
-    there = in_image & is_inside(h + dy, w + dx, H, W)
-    index = tl.where(there, pixel + (dy * tl.cast(W, tl.int64) + dx), pixel)
+    there = place.in_image & is_inside(place.h + dy, place.w + dx, H, W)
+    index = tl.where(there, place.pixel + (dy * tl.cast(W, tl.int64) + dx), place.pixel)
     if IN_PAIRS:  # one load for two: newer versions of Triton see it themselves
         index = tl.max_contiguous(index, 2)
     return there, index
@@ -38,22 +50,24 @@ def neighbor(
 
 @triton.jit
 def load_classes(ptrs, HW, CLASSES: tl.constexpr):
-    """One (pixels,) of each of some classes."""
+    """Loads CLASSES x [BLOCK_P]."""
     values = ()
     for c in tl.static_range(CLASSES):
+        # [BLOCK_P]
         values += (tl.load(ptrs + c * HW).to(tl.float32),)
     return values
 
 
 @triton.jit
 def store_classes(ptrs, values, mean, total, HW, mask, CLASSES: tl.constexpr):
-    """(value - mean) / total of each of some classes."""
+    """Stores (value - mean) / total, CLASSES x [BLOCK_P]."""
     for c in tl.static_range(CLASSES):
         tl.store(ptrs + c * HW, (values[c] - mean) / total, mask=mask)
 
 
 @triton.jit
 def add_product(sums, factor, values, CLASSES: tl.constexpr):
+    """sums + factor * values, CLASSES x [BLOCK_P]."""
     result = ()
     for c in tl.static_range(CLASSES):
         result += (sums[c] + factor * values[c],)
@@ -62,6 +76,7 @@ def add_product(sums, factor, values, CLASSES: tl.constexpr):
 
 @triton.jit
 def scalar_product(a, b, CLASSES: tl.constexpr):
+    """The sum of a * b over the classes, [BLOCK_P]."""
     result = a[0] * b[0]
     for c in tl.static_range(1, CLASSES):
         result += a[c] * b[c]
@@ -73,7 +88,9 @@ def normalize(
     ptrs, last, mean, total, HW, mask,
     BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """(value - mean) / total: of blocks of classes in place, and of the last block."""
+    """Stores (value - mean) / total: BLOCKS blocks of classes in place, and the last block, whose
+    LAST values are in registers.
+    """
     for _ in range(BLOCKS):
         store_classes(ptrs, load_classes(ptrs, HW, BLOCK_C), mean, total, HW, mask, BLOCK_C)
         ptrs += BLOCK_C * HW

@@ -1,3 +1,5 @@
+"""Launchers of affinity regression's kernels."""
+
 from __future__ import annotations
 
 import torch
@@ -6,12 +8,14 @@ from torch import Tensor
 from tritonaff.kernels.affinity_regression.blocks import (
     GRADIENT_CLASSES,
     GRAM_CLASSES,
-    gradient_blocks,
-    gram_blocks,
-    matrix_blocks,
-    pairs_blocks,
-    pairs_gradient_blocks,
-    statistics_blocks,
+    Blocks,
+    default_blocks,
+    gradient_options,
+    gram_options,
+    matrix_options,
+    pairs_gradient_options,
+    pairs_options,
+    statistics_options,
 )
 from tritonaff.kernels.affinity_regression.every_pixel import gradient_kernel, gram_kernel
 from tritonaff.kernels.affinity_regression.many_classes import (
@@ -22,47 +26,55 @@ from tritonaff.kernels.affinity_regression.many_classes import (
 )
 from tritonaff.kernels.affinity_regression.matrix import matrix_kernel
 from tritonaff.kernels.affinity_regression.pairs import pairs_gradient_kernel, pairs_kernel
+from tritonaff.kernels.blocks import overridden
 from tritonaff.kernels.shared import cdiv, even_strides, evenly_spaced, launch
 from tritonaff.portable.affinity_regression import factors, squared_error_of
 from tritonaff.portable.blocks import in_layout_of
 
 
 def forward(
-    logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    grid_sizes: list[int],
+    ignore_index: int,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error and number of pairs (N,); the Gram matrices (N, 3, C, C), none with grids."""
+    """Squared error [N], number of pairs [N] and Gram matrices [N, 3, C, C]; with grids the last
+    are [N, 0, C, C].
+    """
+    blocks = blocks or overridden("affinity_regression", default_blocks(logits))
     n, num_classes, height, width = logits.shape
     if grid_sizes:
         points = sum(size * size for size in grid_sizes)
-        blocks = pairs_blocks(logits, points)
-        programs = cdiv(points, blocks["BLOCK"] * blocks["STEPS"])
+        options = pairs_options(logits, points, blocks)
+        programs = cdiv(points, options["BLOCK"] * options["STEPS"])
         error = logits.new_empty(n, programs, dtype=torch.float32)
         pair_count = logits.new_empty(n, dtype=torch.int64)
         if n > 0:
             launch(pairs_kernel, (n * programs,),
                 logits, target, error, pair_count, height, width, points,
                 *logits.stride(), *target.stride(), ignore_index,
-                GRIDS=tuple(grid_sizes), **blocks,
+                GRIDS=tuple(grid_sizes), **options,
             )  # fmt: skip
         squared_error = error.view(n) if programs == 1 else error.sum(dim=1)
         gram = logits.new_empty(n, 0, num_classes, num_classes, dtype=torch.float64)
         return squared_error, pair_count, gram
 
     logits = evenly_spaced(logits)
-    blocks = gram_blocks(logits)
-    splits = cdiv(height * width, blocks["BLOCK_P"] * blocks["STEPS"])
+    options = gram_options(logits, blocks)
+    splits = cdiv(height * width, options["BLOCK_P"] * options["STEPS"])
     partial = logits.new_empty(splits, n, num_classes, 2 * num_classes, dtype=torch.float64)
     count = logits.new_empty(splits, n, num_classes, dtype=torch.int32)
     target = target.contiguous()
     if n > 0:
         pixels = height * width, n, *even_strides(logits), ignore_index
         if num_classes <= GRAM_CLASSES:
-            launch(gram_kernel, (splits * n,), logits, target, partial, count, *pixels, **blocks)
+            launch(gram_kernel, (splits * n,), logits, target, partial, count, *pixels, **options)
         else:
-            programs = splits * n * cdiv(num_classes, blocks["BLOCK_A"]) ** 2
-            inputs = logits, target, statistics_of(logits, target, ignore_index)
-            launch(block_gram_kernel, (programs,), *inputs, partial, *pixels, **blocks)
-            launch(block_labels_kernel, (programs,), *inputs, partial, count, *pixels, **blocks)
+            programs = splits * n * cdiv(num_classes, options["BLOCK_A"]) ** 2
+            inputs = logits, target, root_statistics(logits, target, ignore_index, blocks)
+            launch(block_gram_kernel, (programs,), *inputs, partial, *pixels, **options)
+            launch(block_labels_kernel, (programs,), *inputs, partial, count, *pixels, **options)
     dd, dy = partial.sum(dim=0).chunk(2, dim=2)
     labels = count.sum(dim=0)
     # M = D + 2 Y, and Y Y^T is diagonal.
@@ -79,61 +91,68 @@ def backward(
     gram: Tensor,
     grid_sizes: list[int],
     ignore_index: int,
+    blocks: Blocks | None = None,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the squared errors."""
+    """The gradient of the logits, given the gradient of the squared errors."""
+    blocks = blocks or overridden("affinity_regression", default_blocks(logits))
     n, num_classes, height, width = logits.shape
     if grid_sizes:
         grad = torch.empty_like(logits)
         points = sum(size * size for size in grid_sizes)
-        blocks = pairs_gradient_blocks(logits, points)
-        programs = cdiv(points, blocks["BLOCK_I"]) + cdiv(height * width, blocks["BLOCK_P"])
+        options = pairs_gradient_options(logits, points, blocks)
+        programs = cdiv(points, options["BLOCK_I"]) + cdiv(height * width, options["BLOCK_P"])
         if n > 0:
             launch(pairs_gradient_kernel, (n * programs,),
                 grad_squared_error, logits, target, grad,
                 height, width, points, n, height * width,
                 *logits.stride(), *target.stride(), *grad.stride(), ignore_index,
-                GRIDS=tuple(grid_sizes), **blocks,
+                GRIDS=tuple(grid_sizes), **options,
             )  # fmt: skip
         return grad
 
-    # Of D and M; M = D + 2 Y.
-    of_d, of_m = factors(gram, grad_squared_error).chunk(2, dim=2)
-    factor = torch.cat((of_d + of_m, 2 * of_m), dim=2).float()
-    blocks = gradient_blocks(logits)
-    programs = n * cdiv(height * width, blocks["BLOCK_P"])
+    # Factors of D and M; M = D + 2 Y.
+    factor_d, factor_m = factors(gram, grad_squared_error).chunk(2, dim=2)
+    factor = torch.cat((factor_d + factor_m, 2 * factor_m), dim=2).float()
+    options = gradient_options(logits, blocks)
+    programs = n * cdiv(height * width, options["BLOCK_P"])
     given, logits, target = logits, evenly_spaced(logits), target.contiguous()
     grad = evenly_spaced(torch.empty_like(logits))
     if n > 0:
         pixels = height * width, *even_strides(logits), *even_strides(grad), ignore_index
         if num_classes <= GRADIENT_CLASSES:
-            launch(gradient_kernel, (programs,), factor, logits, target, grad, *pixels, **blocks)
+            launch(gradient_kernel, (programs,), factor, logits, target, grad, *pixels, **options)
         else:
-            inputs = logits, target, statistics_of(logits, target, ignore_index)
-            launch(block_gradient_kernel, (programs,), factor, *inputs, grad, *pixels, **blocks)
+            inputs = logits, target, root_statistics(logits, target, ignore_index, blocks)
+            launch(block_gradient_kernel, (programs,), factor, *inputs, grad, *pixels, **options)
     return in_layout_of(given, grad)
 
 
-def statistics_of(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """:func:`statistics` of all pixels of evenly spaced logits: (N, 4, H W)."""
+def root_statistics(logits: Tensor, target: Tensor, ignore_index: int, blocks: Blocks) -> Tensor:
+    """Four numbers of every pixel, [N, 4, H W], as statistics() in roots.py gives them, for evenly
+    spaced logits.
+    """
     n, _, height, width = logits.shape
     result = logits.new_empty(n, 4, height * width, dtype=torch.float32)
-    blocks = statistics_blocks(logits)
-    launch(statistics_kernel, (n * cdiv(height * width, blocks["BLOCK_P"]),),
-        logits, target, result, height * width, *even_strides(logits), ignore_index, **blocks,
+    options = statistics_options(logits, blocks)
+    launch(statistics_kernel, (n * cdiv(height * width, options["BLOCK_P"]),),
+        logits, target, result, height * width, *even_strides(logits), ignore_index, **options,
     )  # fmt: skip
     return result
 
 
-def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
-    """S^T S at the points: (N, L, L)."""
+def square_root_affinity(
+    logits: Tensor, grid_sizes: list[int], blocks: Blocks | None = None
+) -> Tensor:
+    """S^T S at the points: [N, L, L]."""
+    blocks = blocks or overridden("affinity_regression", default_blocks(logits))
     n, _, height, width = logits.shape
     points = sum(size * size for size in grid_sizes) if grid_sizes else height * width
     affinity = logits.new_empty(n, points, points, dtype=torch.float32)
-    blocks = matrix_blocks(logits)
-    tiles = cdiv(points, blocks["BLOCK_I"])
+    options = matrix_options(logits, blocks)
+    programs = cdiv(points, options["BLOCK_I"])
     if n > 0:
-        launch(matrix_kernel, (n * tiles, tiles),
+        launch(matrix_kernel, (n * programs, programs),
             logits, affinity, height, width, points, *logits.stride(),
-            GRIDS=tuple(grid_sizes), **blocks,
+            GRIDS=tuple(grid_sizes), **options,
         )  # fmt: skip
     return affinity

@@ -1,48 +1,52 @@
+"""Block sizes of dilated affinity's kernels, and the numbers of programs that follow from them."""
+
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tritonaff.kernels.shared import INTERPRETED, cdiv, steps_in_32_bits
-
-# Four pixels for each thread of 4 warps: the loads of all labels of a rate are in flight together.
-BLOCK_P = 512
-# Tables are kept for every pixel of a block until its program ends: two pixels for each thread, and
-# 2 warps, for the fewer threads, the fewer such tables to add up.
-TABLES_BLOCK_P, TABLES_WARPS = 128, 2
-# The interpreter takes its time per program, whatever the size.
-INTERPRETED_BLOCK_P = 1 << 12
-# A program adds up so many blocks, if there are that many programs then: enough for any GPU.
-MAX_STEPS, MIN_PROGRAMS = 16, 1024
-# The tables hold of every category the losses of different and of same signals, and four counts:
-# pixels, same signals, correct different ones, correct same ones. These four are bytes of one
-# number, added up over a program's steps, then pairs of 16 bits, added up over its pixels: see
-# steps().
-LOSSES, COUNTS = 2, 4
+from tritonaff.kernels.shared import cdiv, steps_in_32_bits
 
 
-def blocks(offsets: list[int]) -> dict[str, Any]:
+class Blocks(NamedTuple):
+    """Block sizes, for GPUs by default."""
+
+    pixels: int = 512
+    """Of gradient_kernel, four for each thread of 4 warps: the loads of all labels of a rate are in
+    flight together.
+    """
+    tables_pixels: int = 128
+    """Of tables_kernel, two for each thread of 2 warps. Every thread keeps tables until its program
+    ends: fewer threads have fewer tables to add up.
+    """
+    max_steps: int = 16
+    """A program of tables_kernel goes through so many blocks of pixels ..."""
+    min_programs: int = 1024
+    """... if there still are so many programs: enough for any GPU."""
+
+
+def gradient_options(offsets: list[int], blocks: Blocks) -> dict[str, Any]:
+    return {"OFFSETS": steps_in_32_bits(offsets), "BLOCK_P": blocks.pixels}
+
+
+def tables_options(offsets: list[int], blocks: Blocks) -> dict[str, Any]:
     return {
         "OFFSETS": steps_in_32_bits(offsets),
-        "BLOCK_P": INTERPRETED_BLOCK_P if INTERPRETED else BLOCK_P,
+        "BLOCK_P": blocks.tables_pixels,
+        "num_warps": 2,
     }
 
 
-def tables_blocks(offsets: list[int]) -> dict[str, Any]:
-    return {
-        **blocks(offsets),
-        "BLOCK_P": INTERPRETED_BLOCK_P if INTERPRETED else TABLES_BLOCK_P,
-        "num_warps": TABLES_WARPS,
-    }
-
-
-def steps(logits: Tensor, block_p: int) -> int:
-    """Blocks of a program that makes tables: what it counts fits 8 bits, and 16 for all pixels."""
-    n = len(logits)
-    of_image = cdiv(num_pairs(logits), block_p // 2)
+def tables_steps(logits: Tensor, blocks: Blocks) -> int:
+    """Blocks of pixels of a tables_kernel program: its counts fit 8 bits, and 16 bits for all
+    pixels together.
+    """
+    n, block_p = len(logits), blocks.tables_pixels
+    image_blocks = cdiv(num_pairs(logits), block_p // 2)
     fit = min(0xFF, 0xFFFF // block_p) // 8
-    return max(1, min(MAX_STEPS, fit, of_image, n * of_image // MIN_PROGRAMS))
+    enough = n * image_blocks // blocks.min_programs
+    return max(1, min(blocks.max_steps, fit, image_blocks, enough))
 
 
 def num_pairs(logits: Tensor) -> int:

@@ -1,19 +1,21 @@
+"""Launchers of dilated affinity's kernels."""
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tritonaff.kernels.blocks import overridden
 from tritonaff.kernels.dilated_affinity.blocks import (
-    COUNTS,
-    LOSSES,
-    blocks,
+    Blocks,
+    gradient_options,
     num_pairs,
     pixel_grid,
-    steps,
-    tables_blocks,
+    tables_options,
+    tables_steps,
 )
 from tritonaff.kernels.dilated_affinity.gradient import gradient_kernel
-from tritonaff.kernels.dilated_affinity.tables import tables_kernel
+from tritonaff.kernels.dilated_affinity.tables import COUNTS, LOSSES, tables_kernel
 from tritonaff.kernels.shared import launch
 
 
@@ -23,20 +25,23 @@ def forward(
     offsets: list[int],
     gamma: float,
     ignore_index: int,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss sums, signal counts and correct counts (R, 9, 2), pixel counts (R, 9)."""
+    """Loss sums [R, 9, 2], signal counts [R, 9, 2], correct counts [R, 9, 2] and pixel counts
+    [R, 9].
+    """
+    blocks = blocks or overridden("dilated_affinity", Blocks())
     n, _, height, width = logits.shape
-    block = tables_blocks(offsets)
-    num_steps = steps(logits, block["BLOCK_P"])
-    grid = pixel_grid(logits, num_steps * block["BLOCK_P"])
+    steps = tables_steps(logits, blocks)
+    grid = pixel_grid(logits, steps * blocks.tables_pixels)
     shape = grid[0], len(offsets) // 16
     losses = logits.new_empty(*shape, LOSSES, 9, dtype=torch.float32)
     counts = logits.new_empty(*shape, COUNTS, 9, dtype=torch.int32)
     if n > 0:
         launch(tables_kernel, grid,
             logits, target, losses, counts,
-            height, width, num_pairs(logits), num_steps, *logits.stride(), *target.stride(),
-            gamma, ignore_index, **block,
+            height, width, num_pairs(logits), steps, *logits.stride(), *target.stride(),
+            gamma, ignore_index, **tables_options(offsets, blocks),
         )  # fmt: skip
     loss_sum = losses.sum(dim=0).mT.contiguous()
     pixel_count, same, correct_different, correct_same = counts.sum(dim=0).unbind(dim=1)
@@ -53,16 +58,17 @@ def backward(
     offsets: list[int],
     gamma: float,
     ignore_index: int,
+    blocks: Blocks | None = None,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the loss sums."""
+    """The gradient of the logits, given the gradient of the loss sums."""
+    blocks = blocks or overridden("dilated_affinity", Blocks())
     n, _, height, width = logits.shape
     grad = torch.empty_like(logits)
-    block = blocks(offsets)
     if n > 0:
-        launch(gradient_kernel, pixel_grid(logits, block["BLOCK_P"]),
+        launch(gradient_kernel, pixel_grid(logits, blocks.pixels),
             grad_loss_sum, logits, target, grad,
             height, width, num_pairs(logits),
             *logits.stride(), *grad.stride(), *target.stride(),
-            gamma, ignore_index, **block,
+            gamma, ignore_index, **gradient_options(offsets, blocks),
         )  # fmt: skip
     return grad
