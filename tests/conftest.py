@@ -35,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         with contextlib.suppress(ImportError):  # tests of the tiles are skipped
             speed_up_interpreter()
+        from interpreted import BLOCKS
+
+        from tritonaff.kernels.blocks import override
+
+        blocks = override(**BLOCKS)
+        blocks.__enter__()
+        config.add_cleanup(lambda: blocks.__exit__(None, None, None))
 
 
 settings.register_profile(

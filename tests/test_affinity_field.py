@@ -15,6 +15,7 @@ from layouts import LAYOUTS, laid_out
 
 import tritonaff
 from tritonaff.functional import AffinityFieldTerms
+from tritonaff.kernels.blocks import override
 from tritonaff.testing import CASES, Case, check_parity, evaluate, make_inputs
 
 VARIANTS = ("paper", "authors")
@@ -243,67 +244,56 @@ def test_portable_without_selecting_pairs(monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "aligned"), [(13, False), (12, True), (12, False)])
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, width, aligned):
+def test_tiles_do_not_depend_on_their_blocks(device, width, aligned):
     """Many small patches: every seam between programs."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_field as kernels
-
-    blocks = {"BLOCK_C": 2, "LANES": 8, "UNROLL": 2, "ALIGNED": aligned, "num_warps": 1}
-    monkeypatch.setattr(kernels, "strip_blocks", lambda logits: blocks)
-    monkeypatch.setattr(kernels, "rows", lambda logits: 3)  # an odd number of steps
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 4, "num_warps": 1}
-    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
-    pixels = {"BLOCK_C": 2, "BLOCK_P": 64, "num_warps": 1}
-    monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
-    monkeypatch.setattr(kernels, "BLOCK_SUM", 2)
-    monkeypatch.setattr(kernels, "COUNT_PROGRAMS", 2)  # several patches each
-    check_parity(case_with((3, 9)), "triton", *make_inputs((2, 3, 5, width), device=device))
+    strips = {"rows": 3, "strip_classes": 2, "lanes": 8, "unroll": 2}  # an odd number of steps
+    patches = {"patch": (8, 8), "part": (4, 4), "count_programs": 2}  # several patches each
+    pixels = {"pixels": 64, "pixel_classes": 2, "sums": 2}
+    logits, target = make_inputs((2, 3, 5, width), device=device)
+    if not aligned:  # the first pixel is not at a multiple of 16 bytes
+        logits = torch.cat((logits.new_empty(1), logits.flatten()))[1:].view(logits.shape)
+    with override(affinity_field=strips | patches | pixels):
+        check_parity(case_with((3, 9)), "triton", logits, target)
 
 
 @pytest.mark.parametrize("kernel_sizes", [(3,), (13,), (3, 13)])
-def test_labels_that_meet_between_patches(monkeypatch, device, kernel_sizes):
+def test_labels_that_meet_between_patches(device, kernel_sizes):
     """Every patch holds one label: its edges are all to pixels of others."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_field as kernels
-
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 8, "num_warps": 1}
-    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 2, 16, 8), device=device)
     target[:, :8], target[:, 8:] = 0, 1
-    check_parity(case_with(kernel_sizes), "triton", logits, target)
-    check_parity(case_with(kernel_sizes), "triton", logits.mT, target.mT)
+    with override(affinity_field={"patch": (8, 8), "part": (4, 8)}):
+        check_parity(case_with(kernel_sizes), "triton", logits, target)
+        check_parity(case_with(kernel_sizes), "triton", logits.mT, target.mT)
 
 
-def test_more_counts_than_pixels(monkeypatch, device, poisoned_memory):
+def test_more_counts_than_pixels(device, poisoned_memory):
     """A program of few pixels begins more than a block of counts."""
-    pytest.importorskip("triton")
-    from tritonaff.kernels import affinity_field as kernels
-
-    pixels = {"BLOCK_C": 64, "BLOCK_P": 16, "num_warps": 1}
-    monkeypatch.setattr(kernels, "pixel_blocks", lambda logits: pixels)
+    pytest.importorskip("triton", minversion="3.6")
     logits, target = make_inputs((1, 50, 2, 3), device=device)
     counts = []
     for backend in BACKENDS:
-        with tritonaff.use_backend(backend):
+        with (
+            override(affinity_field={"pixels": 16, "pixel_classes": 64}),
+            tritonaff.use_backend(backend),
+        ):
             _, _, *tables = tritonaff.affinity_field_terms(logits, target)
         counts.append(tables)
     assert all(map(torch.equal, *counts))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
-def test_pixels_alone_among_others(monkeypatch, device, kernel_size):
+def test_pixels_alone_among_others(device, kernel_size):
     """All neighbours have one label, a larger or a smaller one; at 7 none of them is in the part of
     the patch that is worked on.
     """
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_field as kernels
-
-    patch = {"BLOCK_H": 8, "BLOCK_W": 8, "PART_H": 4, "PART_W": 2, "num_warps": 1}
-    monkeypatch.setattr(kernels, "patch_blocks", lambda logits: patch)
     logits, target = make_inputs((1, 3, 17, 24), device=device)
     target[:] = 1
     target[:, 5::8, 3::8], target[:, 5::8, 7::8] = 0, 2
-    check_parity(case_with((kernel_size,)), "triton", logits, target)
+    with override(affinity_field={"patch": (8, 8), "part": (4, 2)}):
+        check_parity(case_with((kernel_size,)), "triton", logits, target)
 
 
 def test_channels_last(backend, device):
@@ -498,7 +488,7 @@ def test_confident_logits_keep_their_digits(backend, device):
     ours = evaluate(case, backend, logits, target)
     of_sum = 2e-6
     if backend == "triton":
-        from tritonaff.kernels.affinity_field import has_fast_log
+        from tritonaff.kernels.affinity_field.mathematics import has_fast_log
 
         if has_fast_log():  # it may be off by 2^-22, four roundings
             of_sum = 8e-6

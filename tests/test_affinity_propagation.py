@@ -12,6 +12,7 @@ from layouts import LAYOUTS, laid_out
 
 import tritonaff
 from tritonaff.checks import check_rates
+from tritonaff.kernels.blocks import override
 from tritonaff.testing import CASES, Case, check_parity, evaluate, make_propagation_inputs
 
 RATES = (1, (2, 3))
@@ -153,17 +154,14 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     check_parity(case_with(RATES, iterations=2), "portable", *make((5, 3, 5, 6)))
 
 
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device):
+def test_tiles_do_not_depend_on_their_blocks(device):
     """Several programs per image, with seams inside rows, and several blocks of classes."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_propagation as kernels
-
-    monkeypatch.setattr(kernels, "INTERPRETED_BLOCK", 128)
-    monkeypatch.setattr(kernels, "MAX_CLASSES", 2)
-    monkeypatch.setattr(kernels, "CLASSES_OF_MANY", 2)
-    check_parity(
-        case_with([(1, 2)], iterations=2), "triton", *make((2, 5, 5, 9), [1], device=device)
-    )
+    pixels = {"pixels": 16, "elements": 128, "gate_pixels": 16}
+    with override(affinity_propagation={**pixels, "classes": 2, "classes_of_many": 2}):
+        check_parity(
+            case_with([(1, 2)], iterations=2), "triton", *make((2, 5, 5, 9), [1], device=device)
+        )
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):

@@ -14,6 +14,7 @@ from layouts import BACKENDS, LAYOUTS, laid_out
 import tritonaff
 from tritonaff.bench.measure import peak_bytes
 from tritonaff.functional import AffinityRegressionTerms
+from tritonaff.kernels.blocks import override
 from tritonaff.testing import CASES, Case, check_parity, evaluate, make_inputs
 
 GRIDS = ((12, 6), (1,), (3, 5), None)
@@ -206,31 +207,20 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 
 @pytest.mark.parametrize("classes", [3, 65])
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, classes):
+def test_tiles_do_not_depend_on_their_blocks(device, classes):
     """The blocks of a GPU, with few pixels in a program: every seam between programs."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import affinity_regression as kernels
+    from tritonaff.kernels.affinity_regression.blocks import default_blocks
 
     logits, target = make_inputs((2, classes, 9, 19), device=device)
-    on_gpu = torch.empty_like(logits, device="meta")
-    for name in ("pairs_blocks", "pairs_gradient_blocks"):
-        blocks = getattr(kernels, name)(on_gpu, 45)
-        if "BLOCK_P" in blocks:
-            blocks["BLOCK_P"] = 64
-        monkeypatch.setattr(kernels, name, lambda logits, points, blocks=blocks: dict(blocks))
-    for name in ("gram_blocks", "statistics_blocks", "gradient_blocks", "matrix_blocks"):
-        blocks = getattr(kernels, name)(on_gpu)
-        if "STEPS" in blocks:
-            blocks["STEPS"] = 2
-        if "BLOCK_P" in blocks:
-            blocks["BLOCK_P"] = 32
-        monkeypatch.setattr(kernels, name, lambda logits, blocks=blocks: dict(blocks))
+    blocks = default_blocks(logits)._replace(pixels=32, gram_pixels=64)
     for grid_sizes in ((6, 3), None):
-        check_parity(case_with(grid_sizes), "triton", logits, target)
+        with override(affinity_regression=blocks._asdict()):
+            check_parity(case_with(grid_sizes), "triton", logits, target)
+            with tritonaff.use_backend("triton"):
+                affinity = tritonaff.square_root_affinity(logits, grid_sizes)
         with tritonaff.use_backend("reference"):
             expected = tritonaff.square_root_affinity(logits.double(), grid_sizes)
-        with tritonaff.use_backend("triton"):
-            affinity = tritonaff.square_root_affinity(logits, grid_sizes)
         torch.testing.assert_close(affinity.double(), expected, rtol=0, atol=4e-6)
 
 

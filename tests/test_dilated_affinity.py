@@ -18,6 +18,7 @@ from tritonaff.functional import (
     neighbor_counts,
     signal_weight,
 )
+from tritonaff.kernels.blocks import override
 from tritonaff.rates import DIRECTIONS
 from tritonaff.testing import CASES, Case, check_parity, evaluate
 
@@ -192,15 +193,13 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 
 @pytest.mark.parametrize("min_programs", [1, 4, 1000])
-def test_tiles_do_not_depend_on_their_blocks(monkeypatch, device, min_programs):
+def test_tiles_do_not_depend_on_their_blocks(device, min_programs):
     """All blocks of an image in one program, in two, in one each."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels import dilated_affinity as kernels
-
-    monkeypatch.setattr(kernels, "INTERPRETED_BLOCK_P", 32)
-    monkeypatch.setattr(kernels, "MIN_PROGRAMS", min_programs)
+    blocks = {"pixels": 32, "tables_pixels": 32, "min_programs": min_programs}
     values = CASE.make_inputs((2, 32, 7, 19), device=device)
-    check_parity(case_with([1, (2, 3), 5, 20]), "triton", *values)
+    with override(dilated_affinity=blocks):
+        check_parity(case_with([1, (2, 3), 5, 20]), "triton", *values)
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):

@@ -15,11 +15,14 @@ import sys
 import traceback
 
 import torch
+from interpreted import BLOCKS
 
 import tritonaff
 from tritonaff import checks
-from tritonaff.kernels import affinity_field as kernels
+from tritonaff.kernels.blocks import override
 
+# Whole tables in one program of the last kernel, and every patch in a program of its own.
+LAST_PROGRAM = {"sums": 1 << 20, "patches_in_a_program": 1, "count_programs": 1 << 30}
 # Twice this is beyond 32 bits.
 FAR = (1 << 30) + 8
 
@@ -185,8 +188,6 @@ def far_pixels(op):
     """
     interpret_the_last_program_alone()
     allocate_sparsely()
-    kernels.BLOCK_SUM, kernels.PATCHES_IN_A_PROGRAM = 1 << 20, 1
-    kernels.COUNT_PROGRAMS = 1 << 30
     checks.check_label_values = checks.check_matrices_fit = lambda *_: None
     width = 1 if op == "square_root_affinity" else 8
     rows = 1 << 12
@@ -213,10 +214,11 @@ def far_pixels(op):
         assert all(bool(x.any()) for x in results)
         return [*results, *(x[..., -rows:, :] for x in grads)]
 
-    near = result(0)
-    # Whole blocks more: powers of 2, or, of the affinity field's strips, 10 bands of 64 rows.
-    for more in (45 * 1024,) if width == 1 else (5 << 23, 5 << 26):
-        torch.testing.assert_close(result(more), near)
+    with override(affinity_field=LAST_PROGRAM):
+        near = result(0)
+        # Whole blocks more: powers of 2, or, of the affinity field's strips, 10 bands of 64 rows.
+        for more in (45 * 1024,) if width == 1 else (5 << 23, 5 << 26):
+            torch.testing.assert_close(result(more), near)
 
 
 def cases():
@@ -249,7 +251,7 @@ def in_a_process_of_its_own(function, op):
 
 def main(wanted):
     torch.set_num_threads(1)
-    with tritonaff.use_backend("triton"):
+    with tritonaff.use_backend("triton"), override(**BLOCKS):
         for op in wanted or OPS:
             evaluate(op, inputs(op, 1, 2, 2))  # for modules that Python loads on first use
         results = {

@@ -352,8 +352,8 @@ def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     def launch(kernel: Any, grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
         out = torch.empty_like(p)
         _, classes, height, width = p.shape
-        blocks = kernels.all_classes(p)
-        kernel[kernels.grid(p, blocks)](
+        blocks = kernels.blocks.normalize_options(p, kernels.Blocks())
+        kernel[kernels.blocks.pixel_grid(p, blocks["BLOCK_P"])](
             grad, p, total, out, classes, width, height * width, *grad.stride(), **blocks
         )  # fmt: skip
         return out

@@ -107,15 +107,17 @@ LABEL = 8 / 19
 LOGITS = torch.empty(1, 19, 256, 512, device="meta")
 BATCH = torch.empty(8, 19, 512, 512, device="meta")
 # A strip owns fewer columns and rows than it reads.
-STRIP_ROWS = affinity_field.rows(BATCH)
+FIELD = affinity_field.blocks.default_blocks(BATCH)
+STRIP_ROWS = affinity_field.blocks.strip_rows(BATCH, FIELD)
 (SIZES,) = affinity_field.passes([3, 5, 7])
-STRIP, PATCH = affinity_field.strip_blocks(BATCH), affinity_field.patch_blocks(BATCH)
+STRIP = affinity_field.blocks.strip_options(BATCH, FIELD)
+PATCH = affinity_field.blocks.part_options(FIELD)
 # Targets, and how many classes a warp of theirs holds.
 STRIPS = tuple(
     (tuple(name for name, target in TARGETS.items() if target.backend == backend), classes)
-    for backend, classes in affinity_field.CLASSES_IN_A_WARP.items()
+    for backend, classes in affinity_field.blocks.CLASSES_IN_A_WARP.items()
 )
-STRIP_ELEMENTS = BATCH.numel() // affinity_field.strip_programs(BATCH)
+STRIP_ELEMENTS = BATCH.numel() // affinity_field.blocks.strip_programs(BATCH, FIELD)
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 # In street scenes of 480 x 360 pixels (CamVid), on average: patches that hold more than one label
@@ -125,44 +127,47 @@ PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
 EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
-PATCHES = affinity_field.patches_of(BATCH)
-COUNTED_PATCHES = PATCHES / affinity_field.count_programs(PATCHES)
-PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / affinity_field.PATCHES_IN_A_PROGRAM
-PIXELS = affinity_field.pixel_blocks(BATCH)
+PATCHES = affinity_field.blocks.num_patches(BATCH, FIELD)
+COUNTED_PATCHES = PATCHES / affinity_field.blocks.count_programs(PATCHES, FIELD)
+PARTIAL_TABLES = 4 * (2 * 3 + 1) * 19 / PATCH_ELEMENTS / FIELD.patches_in_a_program
+PIXELS = affinity_field.blocks.pixel_options(BATCH, FIELD)
 PIXEL_ELEMENTS = 19 * PIXELS["BLOCK_P"]
 PIXEL_TRIPS = -(-19 // PIXELS["BLOCK_C"])
 GRIDS: dict[str, Any] = {"GRIDS": (12, 6)}
 POINTS_PER_PIXEL = 19 * 180 / (IMAGES[1] * IMAGES[2])
-PAIRS = affinity_regression.pairs_blocks(LOGITS, points=180)
-PAIRS_GRADIENT = affinity_regression.pairs_gradient_blocks(LOGITS, points=180)
-GRAM = affinity_regression.gram_blocks(BATCH)
-GRADIENT = affinity_regression.gradient_blocks(LOGITS)
+FEW_PIXELS = affinity_regression.blocks.default_blocks(LOGITS)
+PAIRS = affinity_regression.blocks.pairs_options(LOGITS, 180, FEW_PIXELS)
+PAIRS_GRADIENT = affinity_regression.blocks.pairs_gradient_options(LOGITS, 180, FEW_PIXELS)
+GRAM = affinity_regression.blocks.gram_options(
+    BATCH, affinity_regression.blocks.default_blocks(BATCH)
+)
+GRADIENT = affinity_regression.blocks.gradient_options(LOGITS, FEW_PIXELS)
 MANY = torch.empty(8, 150, 512, 512, device="meta")
-MANY_STATISTICS = affinity_regression.statistics_blocks(MANY)
-MANY_GRAM = affinity_regression.gram_blocks(MANY)
-MANY_GRADIENT = affinity_regression.gradient_blocks(MANY)
+MANY_CLASSES = affinity_regression.blocks.default_blocks(MANY)
+MANY_STATISTICS = affinity_regression.blocks.statistics_options(MANY, MANY_CLASSES)
+MANY_GRAM = affinity_regression.blocks.gram_options(MANY, MANY_CLASSES)
+MANY_GRADIENT = affinity_regression.blocks.gradient_options(MANY, MANY_CLASSES)
 MANY_BLOCKS = -(-150 // MANY_GRAM["BLOCK_A"])
 # Bytes of a logit, and its share of its pixel's label and four statistics.
 MANY_LOGIT = LOGIT + (8 + 4 * 4) / 150
-MATRIX = affinity_regression.matrix_blocks(LOGITS)
+MATRIX = affinity_regression.blocks.matrix_options(LOGITS, FEW_PIXELS)
 RATES = (8, 8, 16, 16, 32, 32, 64, 64)
-GATES = {"FROM_LOGITS": True, **affinity_propagation.gates_tile()}
+PROPAGATION = affinity_propagation.Blocks()
+GATES = {"FROM_LOGITS": True, "BLOCK_P": PROPAGATION.gate_pixels}
 GATE_ELEMENTS = 4 * len(RATES) * GATES["BLOCK_P"]
-ALL_CLASSES = affinity_propagation.all_classes(LOGITS)
+ALL_CLASSES = affinity_propagation.blocks.normalize_options(LOGITS, PROPAGATION)
 NOT_FIRST = {"IS_FIRST": False, "NEEDS_P": True, "NEEDS_GATES": True}
-SUM: dict[str, Any] = {
-    **affinity_propagation.steps(list(RATES), IMAGES[2]),
-    **affinity_propagation.tile(LOGITS),
-}
+SUM = affinity_propagation.blocks.step_options(LOGITS, list(RATES), PROPAGATION)
 SUM_ELEMENTS = 19 * SUM["BLOCK_P"]
 OFFSETS = rate_offsets(((8, 8), (16, 16), (32, 32), (64, 64)))
 NUM_OFFSETS = len(OFFSETS) // 2
 ITERATIONS = 10
-SIGNALS: dict[str, Any] = dilated_affinity.blocks(OFFSETS)
+DILATED = dilated_affinity.Blocks()
+SIGNALS = dilated_affinity.blocks.gradient_options(OFFSETS, DILATED)
 NUM_SIGNALS = NUM_OFFSETS * SIGNALS["BLOCK_P"]
-TABLES: dict[str, Any] = dilated_affinity.tables_blocks(OFFSETS)
-TABLES_STEPS = dilated_affinity.steps(
-    torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), TABLES["BLOCK_P"]
+TABLES = dilated_affinity.blocks.tables_options(OFFSETS, DILATED)
+TABLES_STEPS = dilated_affinity.blocks.tables_steps(
+    torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), DILATED
 )
 
 
@@ -180,7 +185,7 @@ def affinity_field_tiles(
     asked = {"TABLES": tables, "GRADIENT": gradient}
     edges = {"REPLACE": half, "CROSS_ENTROPY": True, "BLOCK_CLASSES": 32, **SIZES, **PATCH}
     steps = EDGE_STEPS if gradient else EDGE_STEPS_OF_TABLES
-    patches = affinity_field.PATCHES_IN_A_PROGRAM
+    patches = FIELD.patches_in_a_program
     return (
         *(
             Tile(
@@ -228,7 +233,12 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
         Tile(
             op,
             affinity_field.counts_kernel,
-            {"PIXELS": True, "BLOCK_CLASSES": 32, **SIZES, **affinity_field.undivided(PATCH)},
+            {
+                "PIXELS": True,
+                "BLOCK_CLASSES": 32,
+                **SIZES,
+                **affinity_field.blocks.patch_options(FIELD),
+            },
             COUNTED_PATCHES * PATCH_ELEMENTS,
             moved=2 / 19,
             # Sizes where there are edges, 0.96; labels, 1.1 on average.
@@ -239,7 +249,7 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
             op,
             affinity_field.finish_kernel,
             {"TABLES": True, "GRADIENT": True, "CROSS_ENTROPY": True}
-            | {"BLOCK_SUM": affinity_field.BLOCK_SUM}
+            | {"BLOCK_SUM": FIELD.sums}
             | PIXELS,
             PIXEL_ELEMENTS,
             moved=logit + statistics + 2 * grad + PARTIAL_TABLES,
@@ -251,8 +261,8 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
         Tile(
             op,
             affinity_field.scale_kernel,
-            {"BLOCK": affinity_field.BLOCK_SCALE},
-            affinity_field.BLOCK_SCALE,
+            {"BLOCK": affinity_field.blocks.SCALE_BLOCK},
+            affinity_field.blocks.SCALE_BLOCK,
             moved=2 * grad,
             launches=0,
             half=half,

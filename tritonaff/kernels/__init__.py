@@ -1,1 +1,3 @@
-"""Triton tiles and their launchers: tensors in, tensors out; no autograd, no policy."""
+"""Triton kernels and their launchers: tensors and block sizes in, tensors out; no autograd, no
+policy. A package for each operation; ``blocks`` and ``shared`` serve all of them.
+"""

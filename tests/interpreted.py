@@ -1,0 +1,29 @@
+"""Block sizes for Triton's interpreter: it takes its time per program and per operation, whatever
+the size.
+
+Processes that interpret kernels enter ``override(**BLOCKS)``, as conftest.py does. Others would be
+right, and slow.
+"""
+
+BLOCKS = {
+    "affinity_field": {
+        "rows": 64,
+        "strip_classes": 64,
+        "unroll": 1,
+        "patch": (32, 64),
+        "part": (16, 64),
+        "pixels": 2048,
+        "pixel_classes": 64,
+    },
+    "affinity_regression": {
+        "points": 128,
+        "pixels": 512,
+        "gram_pixels": 1024,  # few, for they are added up in float32
+        "gradient_points": 128,
+        "statistics_pixels": 512,
+        "many_pixels": 128,
+        "matrix_points": 128,
+    },
+    "affinity_propagation": {"pixels": 1 << 12, "elements": 1 << 15, "gate_pixels": 1 << 12},
+    "dilated_affinity": {"pixels": 1 << 12, "tables_pixels": 1 << 12},
+}
