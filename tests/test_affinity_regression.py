@@ -208,14 +208,13 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 @pytest.mark.parametrize("classes", [3, 65])
 def test_tiles_do_not_depend_on_their_blocks(device, classes):
-    """The blocks of a GPU, with few pixels in a program: every seam between programs."""
+    """Few points and pixels in a program: every seam between programs."""
     pytest.importorskip("triton", minversion="3.6")
-    from tritonaff.kernels.affinity_regression.blocks import default_blocks
-
     logits, target = make_inputs((2, classes, 9, 19), device=device)
-    blocks = default_blocks(logits)._replace(pixels=32, gram_pixels=64)
+    points = {"points": 32, "gradient_points": 16, "matrix_points": 64}
+    pixels = {"pixels": 32, "gram_pixels": 64, "statistics_pixels": 32, "many_pixels": 32}
     for grid_sizes in ((6, 3), None):
-        with override(affinity_regression=blocks._asdict()):
+        with override(affinity_regression=points | pixels):
             check_parity(case_with(grid_sizes), "triton", logits, target)
             with tritonaff.use_backend("triton"):
                 affinity = tritonaff.square_root_affinity(logits, grid_sizes)

@@ -1,8 +1,8 @@
-"""Other block sizes than those for GPUs.
+"""Block sizes in place of a GPU's.
 
-Every operation has a NamedTuple ``Blocks``, which its launchers compute for GPUs unless they are
-given one. Here its fields are replaced for all launches: Triton's interpreter takes its time per
-program, whatever the size, and tests look for seams between small blocks.
+Every operation has a NamedTuple ``Blocks``. Its launchers take one as an argument, or compute one
+for GPUs, whose fields can be replaced here: Triton's interpreter takes its time per program,
+whatever the size, and tests look for seams between small blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _fields: dict[str, dict[str, Any]] = {}
 def override(**operations: Mapping[str, Any]) -> Iterator[None]:
     """Replaces fields of an operation's ``Blocks`` inside a ``with`` block.
 
-    ``override(dilated_affinity={"pixels": 32})``, for instance. Inside another one it adds to it.
+    ``override(dilated_affinity={"pixels": 32})``, for instance. Nested ones add up.
     """
     global _fields
     before = _fields

@@ -28,7 +28,7 @@ SCALE_BLOCK = 4096
 
 
 class Blocks(NamedTuple):
-    """Block sizes; classes are cut down to those of the logits."""
+    """Block sizes. Blocks of classes are no larger than the logits need."""
 
     rows: int
     """Rows of a strip, at most."""

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from tritonaff.kernels.affinity_field.columns import add
 from tritonaff.kernels.affinity_field.labels import (
-    by_label,
+    add_by_label,
     choose,
     label_at,
     labels_in_reach,
@@ -85,7 +85,7 @@ def counts_kernel(
             all_pairs, edges, label_ptr + n * H * W, label, h, w, H, W, RADII, REACH
         )  # fmt: skip
         all_edges = add(all_edges, edges)
-        tables = by_label(tables, (none + 1,) + edges, label, BLOCK_CLASSES)  # noqa: RUF005
+        tables = add_by_label(tables, (none + 1,) + edges, label, BLOCK_CLASSES)  # noqa: RUF005
         index += tl.num_programs(0)
 
     K: tl.constexpr = COLUMNS[len(RADII)]

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from tritonaff.kernels.affinity_field.labels import (
     NO_LABEL,
+    add_by_label,
     as_bits,
-    by_label,
     choose,
     extremes_with_neighbors,
     label_at,
@@ -45,7 +45,7 @@ def log_losses(sums, pixels, h, w, H, W, stride_c, BLOCK_CLASSES: tl.constexpr):
     x = load_logit(channel, pixel, mask)
     # [PIXELS] each
     top, rest = load_statistics(channel, pixel, mask)
-    return by_label(sums, (log_1p(rest) - (x - top),), label, BLOCK_CLASSES)
+    return add_by_label(sums, (log_1p(rest) - (x - top),), label, BLOCK_CLASSES)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def edges_of_patch(
                 tl.store(row, grad.to(grad_ptr.dtype.element_ty), mask=touched)
             c = next_label(label, around, has_edge, c)
         if TABLES:
-            tables = by_label(tables, values, tl.where(has_edge, label, -1), BLOCK_CLASSES)
+            tables = add_by_label(tables, values, tl.where(has_edge, label, -1), BLOCK_CLASSES)
     return tables
 
 

@@ -1,4 +1,4 @@
-"""The last launches: partial tables are added up, gradients become those of the logits."""
+"""The last launches: partial tables are added up, p d loss / d p becomes d loss / d logits."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ def neighbors(label_ptr, h, w, d, H, W):
     dy, dx = step_in(tl.arange(0, 8)[:, None])
     dy, dx = dy * d, dx * d
     there = label_ptr + (h.to(tl.int64) * W + w) + (dy.to(tl.int64) * W + dx)
-    # Where Triton knows addresses to be aligned, a thread loads those of several pixels, and one
-    # pixel's neighbours come to lie in several threads: say that nothing is known.
+    # Where Triton knows addresses to be aligned, a thread loads the labels of several pixels, and
+    # one pixel's neighbours come to lie in several threads: say that nothing is known.
     there = tl.multiple_of(there, (1, 1))
     return tl.load(there, mask=is_inside(h + dy, w + dx, H, W), other=-1).to(tl.int32)
 
@@ -141,7 +141,7 @@ def next_label(label, around, counts, above):
 
 
 @triton.jit
-def by_label(tables, values, label, BLOCK_CLASSES: tl.constexpr):
+def add_by_label(tables, values, label, BLOCK_CLASSES: tl.constexpr):
     """Adds values [PIXELS] to tables [BLOCK_CLASSES], in the row of the pixel's label."""
     # [BLOCK_CLASSES]
     classes = tl.arange(0, BLOCK_CLASSES)

@@ -13,13 +13,13 @@ class Blocks(NamedTuple):
     """Block sizes, for GPUs by default."""
 
     pixels: int = 256
-    """Of a step: two for each thread of 4 warps."""
+    """In a step: two for each thread of 4 warps."""
     classes: int = 24
     """The registers hold the sums of so many classes."""
     classes_of_many: int = 12
     """Classes at a time if there are more."""
     elements: int = 1024
-    """Of normalize_backward_kernel: 8 for each thread."""
+    """In normalize_backward_kernel: 8 for each thread."""
     gate_pixels: int = 128
     """With 8 gates each: 8 elements for each thread."""
 

@@ -28,16 +28,16 @@ class Blocks(NamedTuple):
     """Pixels or points that a program takes at a time."""
 
     points: int
-    """Of pairs_kernel, both i and j."""
+    """In pairs_kernel, both i and j."""
     pixels: int
-    """With all their classes: of gradient_kernel, and where pairs_gradient_kernel writes zeros."""
+    """With all their classes: in gradient_kernel, and where pairs_gradient_kernel writes zeros."""
     gram_pixels: int
     """Pixels of one partial Gram matrix, a multiple of 32."""
     gradient_points: int = 16
-    """Of pairs_gradient_kernel, both i and j."""
+    """In pairs_gradient_kernel, both i and j."""
     statistics_pixels: int = 32
     many_pixels: int = 32
-    """Of block_gradient_kernel."""
+    """In block_gradient_kernel."""
     matrix_points: int = 32
 
 

@@ -13,11 +13,11 @@ class Blocks(NamedTuple):
     """Block sizes, for GPUs by default."""
 
     pixels: int = 512
-    """Of gradient_kernel, four for each thread of 4 warps: the loads of all labels of a rate are in
+    """In gradient_kernel, four for each thread of 4 warps: the loads of all labels of a rate are in
     flight together.
     """
     tables_pixels: int = 128
-    """Of tables_kernel, two for each thread of 2 warps. Every thread keeps tables until its program
+    """In tables_kernel, two for each thread of 2 warps. Every thread keeps tables until its program
     ends: fewer threads have fewer tables to add up.
     """
     max_steps: int = 16
