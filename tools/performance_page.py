@@ -75,7 +75,7 @@ HEAD = """# Performance
 
 Written from `docs/results/` by `python tools/gpu_suite.py report`: not by hand.
 
-The aims hold at five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
+The aims are for five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
 4 x 19 x 512 x 1024, 4 x 150 x 512 x 512), float32 and bfloat16, forward and backward. The yardstick
 is `F.cross_entropy` on the same logits in the same run. "holds" says whether every row reaches the
 least ("yes") or the aim; the figure is the worst of the rows.
