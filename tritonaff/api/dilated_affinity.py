@@ -47,7 +47,7 @@ def dilated_affinity_terms(
     gamma: float = 2.0,
     ignore_index: int = 255,
 ) -> DilatedAffinityTerms:
-    r"""Sums and counts from which dilated affinity losses are computed, in one pass over the logits.
+    r"""Sums and counts from which dilated affinity losses are computed, in one pass over logits.
 
     A signal is a pixel and one of its 8 neighbours at a rate. The target y of the signal is 1 if
     the two have the same label, else 0; with p the sigmoid of the logit x its loss is

@@ -62,7 +62,6 @@ def signals(target: Tensor, rates: Pairs, ignore_index: int) -> Tensor:
     return result
 
 
-
 @define(NAME, f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def dilated_affinity(
     logits: Tensor,
