@@ -68,7 +68,7 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     _check_mapping("matrices", matrices)
     pictures = {title: _check_matrix(title, matrix) for title, matrix in matrices.items()}
 
-    # The middle of this colour map is yellow; other maps have gray, which stands for "ignored" here.
+    # The middle of this colour map is yellow; others have gray, which stands for "ignored" here.
     colours = matplotlib.colormaps["RdYlBu_r"].with_extremes(bad=IGNORED)
     figure = Figure((3.3 * len(pictures) + 0.7, 3.7), layout="compressed")
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
@@ -192,7 +192,7 @@ def _rate_name(rate: tuple[int, int]) -> str:
 
 
 def _shade(k: int, count: int) -> tuple[float, float, float, float]:
-    """The k-th of ``count`` colours from dark violet to yellow-green, an order that the eye sees."""
+    """The k-th of ``count`` colours from dark violet to yellow-green: their order is visible."""
     return matplotlib.colormaps["viridis"](0.9 * k / max(count - 1, 1))
 
 
