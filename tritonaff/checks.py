@@ -1,7 +1,7 @@
 """The checks that public functions share, so that the same mistake gets the same words everywhere.
 
-TypeError for a wrong type or dtype, ValueError for a wrong value; each message names the expected
-and the given value.
+TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each message
+names the expected and the given value.
 """
 
 from __future__ import annotations

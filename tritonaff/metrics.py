@@ -19,9 +19,9 @@ Mean IoU and pixel accuracy are torchmetrics' own:
     >>> {name: value.tolist() for name, value in metrics(prediction, target).items()}
     {'IoU': [0.5, 0.5, 0.0, 0.0], 'mIoU': 0.5, 'pixel accuracy': 0.6666666865348816}
 
-docs/metrics.md explains them, and the scope of each metric here. A collection of this module's
-metrics needs the option ``compute_groups=False``: torchmetrics would merge two metrics whose counts
-agree on the first batch.
+docs/metrics.md explains torchmetrics' metrics and the scope of each metric here. A collection of
+this module's metrics needs the option ``compute_groups=False``: torchmetrics would merge two
+metrics whose counts agree on the first batch.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
 
 
 def plot_neighbor_frequencies(statistics: NeighborStatistics, path: str | os.PathLike[str]) -> None:
-    """Draws the proportions of n0 to n8, the numbers of neighbours with a pixel's own label, by
+    """Draws the proportions of n0 to n8, the pixels with 0 to 8 neighbours of their own label, by
     rate and on a logarithmic scale.
 
     Args:

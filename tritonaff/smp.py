@@ -1,4 +1,4 @@
-"""The losses with the calling convention of segmentation_models_pytorch, which is not needed."""
+"""The losses in the calling convention of segmentation_models_pytorch, which need not be there."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def dilated_affinity_terms(
     r"""Sums and counts from which dilated affinity losses are computed, in one pass over logits.
 
     A signal is a pixel and one of its 8 neighbours at a rate. The target y of the signal is 1 if
-    the two have the same label, else 0; with p the sigmoid of the logit x its loss is
+    the two have the same label, else 0; with p the sigmoid of the logit x, the loss of a signal is
 
     .. math:: FL = -(1 - p_t)^\gamma \log p_t, \quad p_t = p \text{ if } y = 1 \text{ else } 1 - p
 

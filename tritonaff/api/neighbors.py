@@ -1,6 +1,4 @@
-"""Neighbours and their labels: targets of an affinity head, counts, and their totals over a data
-set.
-"""
+"""Neighbours and their labels: targets of an affinity head, counts, statistics of a data set."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def dilated_affinity_target(target: Tensor, rates: Rates, *, ignore_index: int =
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape or range. A label below 0 other than ignore_index raises in eager
-            mode on the CPU; elsewhere it is a class.
+            mode on the CPU; elsewhere such a label is a class.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 3.
 

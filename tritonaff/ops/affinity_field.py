@@ -291,7 +291,7 @@ def _gradient_backward(
         grad_log_loss = None if grad_log_loss is None else scale * grad_log_loss
         grad = affinity_field_backward(scale * grad_sums, grad_log_loss, *pixels, *ctx.options)
         return {"logits": grad}
-    # The first pass hands on the gradient that the forward pass computed, and frees its memory.
+    # The first pass hands on the gradient that the forward pass computed, and keeps no reference.
     grad, ctx.grad = ctx.grad, None
     if type(grad) is Tensor:
         affinity_field_scale(grad, scale, ctx.options[-1])

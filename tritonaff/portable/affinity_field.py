@@ -389,8 +389,8 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
 def numbers_where_ignored(
     logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, top and rest, replaced by numbers at ignored pixels that hold none: 0 times NaN would
-    be NaN.
+    """Logits, top and rest, with numbers at ignored pixels whose rest is NaN: 0 times NaN would be
+    NaN.
     """
     wrong = rest.isnan().logical_and_(label < 0)
     if not may_hold(wrong):

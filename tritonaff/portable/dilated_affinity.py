@@ -1,8 +1,9 @@
 """Dilated affinity in torch operations: any device, no Triton.
 
-The work goes by bands of rows, one rate at a time, in buffers that stay in a CPU's cache. Each band
-computes from the labels which signals are valid, same or different. Focal terms are added up over
-the neighbours of a pixel first, so that only pixels, not signals, are sorted into categories.
+The work goes by bands of rows, one rate at a time, in buffers that stay in a CPU's cache. Masks of
+the same and the different signals are computed from the labels where they are needed. Focal terms
+are added up over the neighbours of a pixel first, so that only pixels, not signals, are sorted into
+categories.
 
 Masks are floating-point tensors: CPUs vectorise comparisons into floating-point tensors, but not
 into boolean tensors.
