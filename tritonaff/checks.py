@@ -1,7 +1,7 @@
 """The checks that public functions share, so that the same mistake gets the same words everywhere.
 
-TypeError for what an argument is, ValueError for what it holds; each says what was expected and
-what came.
+TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each message
+names the expected and the given value.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.autograd import forward_ad
 Option = TypeVar("Option", bound=str)
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 COUNT_DTYPES = (torch.int32, torch.int64)
-# An affinity matrix is for people to look at: larger ones are taken for a mistake.
+# An affinity matrix is for people to look at: a larger matrix is taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
-# Points of grids: more would take seconds, and are taken for a mistake.
+# Points of grids: more points would take seconds, and are taken for a mistake.
 MAX_POINTS = 1 << 24
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Opt-in: wrong labels fail an assertion on the device where they may not be looked at.
+# Opt-in: wrong labels fail an assertion on a device whose values may not be read.
 ASSERT_LABELS = os.environ.get("TRITONAFF_CHECK") == "1"
 
 
@@ -88,20 +88,20 @@ def check_affinity_logits_and_target(
 
 
 def _check_affinity_shape(
-    name: str, affinity: Tensor, num_rates: int, of: str, images: Tensor
+    name: str, affinity: Tensor, num_rates: int, images_name: str, images: Tensor
 ) -> None:
     expected = images.shape[0], 8 * num_rates, *images.shape[-2:]
     if tuple(affinity.shape) != expected:
         raise ValueError(
             f"{name} must have the shape (N, 8 R, H, W) = {expected} of R = {num_rates} rates "
-            f"and {of} {tuple(images.shape)}, got {tuple(affinity.shape)}"
+            f"and {images_name} {tuple(images.shape)}, got {tuple(affinity.shape)}"
         )
 
 
 def check_statistics(
     statistics: Any, rates: tuple[tuple[int, int], ...], ignore_index: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Counts of pixels (R, 9) and of signals (R, 9, 2): a pair of them, or what has both."""
+    """Counts of pixels (R, 9) and of signals (R, 9, 2), from a pair or an object that has both."""
     if statistics is None:
         return None
     for name, mine in (("rates", rates), ("ignore_index", ignore_index)):
@@ -110,7 +110,8 @@ def check_statistics(
             raise ValueError(f"statistics must be of the loss's {name} {mine}, got {theirs}")
     if hasattr(statistics, "pixel_count") and hasattr(statistics, "signal_count"):
         statistics = statistics.pixel_count, statistics.signal_count
-    pair = _sequence("statistics", statistics, of="two tensors or arrays, or NeighborStatistics")
+    expected = "two tensors or arrays, or NeighborStatistics"
+    pair = _sequence("statistics", statistics, expected=expected)
     if len(pair) != 2:
         raise ValueError(f"statistics must be (pixel_count, signal_count), got {len(pair)} of them")
     names = "statistics' pixel_count", "statistics' signal_count"
@@ -123,7 +124,7 @@ def check_statistics(
 
 
 def check_class_weight(name: str, weight: Any, num_classes: int | None = None) -> Tensor:
-    """(C,) floating: a tensor, an array, or a sequence of C numbers."""
+    """The weight as a floating tensor (C,), from a tensor, an array or a sequence of C numbers."""
     if is_sequence(weight):
         numbers_ = [check_number(f"every one of {name}", number) for number in weight]
         weight = torch.tensor(numbers_, dtype=torch.float32)
@@ -132,7 +133,7 @@ def check_class_weight(name: str, weight: Any, num_classes: int | None = None) -
 
 
 def check_normalizer(value: Any, shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
-    """As int64: the total over processes may not fit int32."""
+    """The normalizer as int64: a total over processes may not fit int32."""
     normalizer = check_tensor("normalizer", value, COUNT_DTYPES, shape)
     check_one_device("normalizer", normalizer, name, tensor)
     return normalizer.to(torch.int64)
@@ -168,7 +169,7 @@ def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor)
 
 
 def check_progress(progress: Any) -> float | Tensor | None:
-    """None, a number in [0, 1], or a 0-d tensor of it."""
+    """None, a number in [0, 1], or a 0-d tensor of such a number."""
     if progress is None:
         return None
     if not isinstance(progress, Tensor):
@@ -180,20 +181,20 @@ def check_progress(progress: Any) -> float | Tensor | None:
 
 
 def may_look_into(tensor: Tensor) -> bool:
-    """True if values can be checked: on a CPU, in eager mode. Elsewhere looking would stall the
+    """True if values can be read cheaply: on a CPU, in eager mode. Elsewhere a read would stall the
     stream or break the graph.
     """
-    # The stand-ins for tensors while a graph is traced hold no values.
+    # While a graph is traced, stand-ins take the place of tensors and hold no values.
     holds_values = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return holds_values and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_label_values(target: Tensor, num_classes: int | None, ignore_index: int) -> None:
-    """ValueError for a label that is neither a class nor ignore_index, where it may be looked at.
+    """ValueError for a label that is neither a class nor ignore_index, where labels may be read.
 
     Elsewhere such pixels are ignored, or with TRITONAFF_CHECK=1 an assertion on the device fails.
-    Without a number of classes every label of at least 0 is a class; where labels may not be
-    looked at, those below 0 are too.
+    Without a number of classes every label of at least 0 is a class; where labels may not be read,
+    labels below 0 are classes too.
     """
     looked_at = may_look_into(target)
     if not (looked_at or ASSERT_LABELS):
@@ -211,7 +212,7 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
         labels = torch.unique(label[wrong])[:5].tolist()
         remedy = ""
         if -100 in labels:
-            remedy = "; -100 is what torch's own losses ignore: pass ignore_index=-100"
+            remedy = "; torch's own losses ignore -100: pass ignore_index=-100"
         raise ValueError(f"{expected}, got {labels} at {int(wrong.sum())} pixels{remedy}")
 
 
@@ -237,7 +238,7 @@ def check_distances(distances: Any) -> tuple[int, ...]:
 def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
     if grid_sizes is None:
         return None
-    sizes = _integers("grid_sizes", grid_sizes, of="int or None", at_least=1)
+    sizes = _integers("grid_sizes", grid_sizes, expected="int or None", at_least=1)
     if not sizes:
         raise ValueError("grid_sizes must hold at least one size, or be None for every pixel")
     points = sum(size * size for size in sizes)
@@ -247,7 +248,7 @@ def check_grid_sizes(grid_sizes: Any) -> tuple[int, ...] | None:
 
 
 def check_matrices_fit(images: Tensor, grid_sizes: Sequence[int] | None) -> None:
-    """ValueError where an affinity matrix for each of these images is no sensible request."""
+    """ValueError if affinity matrices of these images would be too large."""
     n, height, width = images.shape[0], images.shape[-2], images.shape[-1]
     points = height * width if grid_sizes is None else sum(size * size for size in grid_sizes)
     size = n * points * points * (8 if images.dtype == torch.float64 else 4)
@@ -261,15 +262,16 @@ def check_matrices_fit(images: Tensor, grid_sizes: Sequence[int] | None) -> None
 
 
 def _gigabytes(size: int) -> str:
-    # In whole numbers: under torch.compile a size may be a symbol, which has no digits to format.
+    # Whole numbers, as under torch.compile a size may be a symbol, which has no digits to format.
     return f"{size // 10**12} TB" if size >= 10**13 else f"{size // 10**9} GB"
 
 
 def check_rates(rates: Any) -> tuple[tuple[int, int], ...]:
-    """Pairs (vertical, horizontal): an int r is (r, r), a pair is that rate alone."""
+    """Pairs (vertical, horizontal): an int r stands for (r, r), a pair for itself alone."""
     if isinstance(rates, numbers.Integral):
         rates = (rates,)
-    pairs = tuple(_check_rate(r) for r in _sequence("rates", rates, of="int and pairs of int"))
+    entries = _sequence("rates", rates, expected="int and pairs of int")
+    pairs = tuple(_check_rate(entry) for entry in entries)
     if not pairs or len(set(pairs)) != len(pairs) or any(min(pair) < 1 for pair in pairs):
         raise ValueError(
             f"rates must be at least 1 and distinct, at least one of them, got {rates}"
@@ -288,30 +290,30 @@ def _check_rate(rate: Any) -> tuple[int, int]:
 
 
 def _integers(
-    name: str, value: Any, *, of: str = "int", at_least: int = -(2**63)
+    name: str, value: Any, *, expected: str = "int", at_least: int = -(2**63)
 ) -> tuple[int, ...]:
-    """A sequence of integers; one integer stands for a sequence of it."""
+    """A sequence of integers; a single integer stands for a sequence of one."""
     if isinstance(value, numbers.Integral):
         value = (value,)
-    entries = _sequence(name, value, of=of)
+    entries = _sequence(name, value, expected=expected)
     return tuple(check_int(f"every one of {name}", x, at_least=at_least) for x in entries)
 
 
-def _sequence(name: str, value: Any, *, of: str) -> list[Any]:
+def _sequence(name: str, value: Any, *, expected: str) -> list[Any]:
     if not is_sequence(value):
-        raise TypeError(f"{name} must be a sequence of {of}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a sequence of {expected}, got {type(value).__name__}")
     return list(value)
 
 
 def is_sequence(value: Any) -> bool:
-    """Any type of sequence, NumPy's arrays and those of configuration libraries included."""
+    """True for any type of sequence, NumPy's arrays and configuration libraries' lists included."""
     if isinstance(value, (str, bytes, Mapping, Tensor)):
         return False
     return isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
 
 
 def _tensor(value: Any) -> Any:
-    """A NumPy array as a tensor; everything else as it is."""
+    """A NumPy array as a tensor; every other value as it is."""
     is_array = hasattr(value, "__array__") and not isinstance(value, Tensor)
     return torch.as_tensor(value) if is_array else value
 
@@ -331,7 +333,7 @@ def check_num_classes(value: Any) -> int:
 
 
 def renamed(old_name: str, old: Any, name: str, value: Any) -> Any:
-    """The value of an argument that had another name; the old one warns."""
+    """The value of an argument that had another name; the old name warns."""
     if old is None:
         return value
     warnings.warn(f"{old_name} is now {name}", DeprecationWarning, stacklevel=4)
@@ -426,7 +428,7 @@ def check_tensor(
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    # Subclasses with a dispatch of their own are the tracers' stand-ins.
+    # Subclasses with a dispatch of their own are the tracers' stand-ins, and stay as they are.
     kind = type(tensor)
     is_subclass = kind is not Tensor and kind is not torch.nn.Parameter
     if is_subclass and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:

@@ -1,4 +1,4 @@
-"""Tables of several processes: the one place that communicates in a loss."""
+"""Totals of tables over several processes: the only place where a loss communicates."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import distributed as dist
 
 
 def all_reduce(tables: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """Adds up each of the tables over the processes of a group: in one collective, whatever their
-    number, and none in the backward pass.
+    """Adds up each of the tables over the processes of a group: one collective for any number of
+    tables, and no collective in the backward pass.
 
-    The gradient of a table is that of its total, multiplied by the number of processes. Where every
-    process goes on to the same loss, DistributedDataParallel's and FSDP's averaging of gradients
-    cancels this factor: parameters get the gradient of the full batch.
+    The gradient of a table is the gradient of its total, multiplied by the number of processes.
+    Where every process goes on to the same loss, DistributedDataParallel's and FSDP's averaging of
+    gradients cancels this factor: parameters get the gradient of the full batch.
 
     Args:
         tables: floating-point or integer tensors, of the same shapes in all processes: for example
-            :class:`tritonaff.AffinityFieldTerms`. On the way they are float64: counts are exact up
-            to 2 ** 53.
+            :class:`tritonaff.AffinityFieldTerms`. The collective adds them as float64: counts are
+            exact up to 2 ** 53.
         group: None leaves the tables as they are.
 
     Returns:
         The totals, in the tables' shapes and dtypes; the same bits in every process, if the backend
-        gives all of them the same sum.
+        gives all processes the same sum.
 
     Raises:
         RuntimeError: from torch.distributed.
@@ -40,13 +40,13 @@ def all_reduce(tables: Sequence[Tensor], group: dist.ProcessGroup | None) -> tup
     """
     if group is None:
         return tuple(tables)
-    # A private module, but the only collective that torch.compile traces into a full graph; here,
-    # so that builds of torch without torch.distributed can import this file.
+    # This private module has the only collective that torch.compile traces into a full graph. The
+    # import stands here so that builds of torch without torch.distributed can import this file.
     from torch.distributed import _functional_collectives as collectives
 
     flat = torch.cat([table.flatten().double() for table in tables])
     total = collectives.all_reduce(flat.detach(), "sum", group)
-    # The value is that of the total; the gradient is local, times the number of processes.
+    # The value is the total; the gradient is local, times the number of processes.
     total = total + group.size() * (flat - flat.detach())
     parts = total.split([table.numel() for table in tables])
     return tuple(

@@ -1,5 +1,5 @@
-"""Files of the commands and the examples: label images that they read, and outputs that are there
-as a whole or not at all.
+"""Files of the commands and the examples: label images as input, and outputs that are written as a
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ LABEL_MODES = ("L", "P")  # 8 bits, gray or with a palette
 
 
 def read_label(path: Path) -> Tensor:
-    """(H, W) uint8; ValueError for an image that is not 8-bit gray or with a palette. Needs
-    pillow.
+    """The labels of an image, (H, W) uint8; ValueError for an image that is not 8-bit gray or with
+    a palette. Needs pillow.
     """
     from PIL import Image
 
@@ -26,7 +26,7 @@ def read_label(path: Path) -> Tensor:
             raise ValueError(f"expected a PNG file, got {image.format}")
         if image.mode not in LABEL_MODES:
             raise ValueError(f"expected 8-bit pixels of mode L or P, got mode {image.mode}")
-        # Pillow stretches gray values of fewer bits to 8; indices into a palette it leaves alone.
+        # Pillow stretches gray values of fewer bits to 8, but leaves indices into a palette alone.
         bits = path.read_bytes()[24]
         if image.mode == "L" and bits != 8:
             raise ValueError(f"expected 8-bit pixels, got {bits} bits")
@@ -37,8 +37,8 @@ def read_label(path: Path) -> Tensor:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of ``path`` in one step once it is whole. Where
-    writing it fails it is removed, and what was there stays.
+    """A new file to write, which takes the place of ``path`` in one step once it is whole. If the
+    writing fails, the new file is removed and the old file stays.
     """
     new = _new_file(path)
     if new == path:
@@ -47,31 +47,33 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield new
         with new.open("rb+") as file:
-            os.fsync(file.fileno())  # its bytes are on the disk before its name is
+            os.fsync(file.fileno())  # the bytes must reach the disk before the name does
         new.replace(os.path.realpath(path))
     except BaseException as error:
         new.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # where a disk is full, the system names no file
+            error.filename = str(path)  # if the disk is full, the system names no file
         raise
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder of an output, and raises OSError if :func:`replacing` could not write it:
-    before the work whose result it is.
+    """Makes the folder of an output, and raises OSError if :func:`replacing` could not write the
+    output. Call this function before the work that computes the output.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _new_file(path)
     if new == path:
         return
     if path.exists():
-        path.open("ab").close()  # not into a folder, nor into what is protected
+        path.open("ab").close()  # raises for a folder and for a protected file
     new.touch()
-    new.unlink(missing_ok=True)  # several processes may look at once
+    new.unlink(missing_ok=True)  # several processes may check at once
 
 
 def _new_file(path: Path) -> Path:
-    """Beside what it replaces, where links lead. A device or a pipe is not replaced: itself."""
+    """The new file's path, beside the file that ``path`` leads to through links; for a device or a
+    pipe, which cannot be replaced, ``path`` itself.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):
         return path
     real = Path(os.path.realpath(path))

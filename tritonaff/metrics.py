@@ -1,6 +1,6 @@
-"""Metrics that show what structured losses are for, as torchmetrics: they need the extra
+"""Metrics that show the purpose of structured losses, as torchmetrics: they need the extra
 ``metrics``, add up over the processes of a distributed run, and are moved to the tensors' device
-with ``.to(device)``. What they count stays there until ``compute()``.
+with ``.to(device)``. Their counts stay on that device until ``compute()``.
 
 Mean IoU and pixel accuracy are torchmetrics' own:
 
@@ -19,9 +19,9 @@ Mean IoU and pixel accuracy are torchmetrics' own:
     >>> {name: value.tolist() for name, value in metrics(prediction, target).items()}
     {'IoU': [0.5, 0.5, 0.0, 0.0], 'mIoU': 0.5, 'pixel accuracy': 0.6666666865348816}
 
-docs/metrics.md says what to know about these, and what each metric is and is not. A collection of
-this module's metrics needs the option ``compute_groups=False``: torchmetrics would take two whose
-counts agree on the first batch for one.
+docs/metrics.md explains torchmetrics' metrics and the scope of each metric here. A collection of
+this module's metrics needs the option ``compute_groups=False``: torchmetrics would merge two
+metrics whose counts agree on the first batch.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ try:
 except ImportError:
 
     class Metric:  # type: ignore[no-redef]
-        """In the place of torchmetrics' own, so that the rest of this file does without."""
+        """Stands in for torchmetrics' class, so that the rest of this file works without it."""
 
         def __init__(self, **kwargs: Any) -> None:
             raise ImportError(f"{type(self).__name__} needs torchmetrics: pip install torchmetrics")
 
 
 class BoundaryScores(NamedTuple):
-    """Each (C,) float64 on the CPU: a value per class, NaN for a class without any boundary. If C
-    is 1, torchmetrics makes them scalars.
+    """Scores by class, each (C,) float64 on the CPU; NaN for a class without any boundary. If C is
+    1, torchmetrics makes them scalars.
     """
 
     precision: Tensor
@@ -60,16 +60,17 @@ class BoundaryScore(Metric):
     """Precision, recall and F of the boundaries of each class, with a tolerance in pixels.
 
     A boundary pixel of class c has label c and, among its 4 neighbours, a pixel that counts and has
-    another one. Precision is the fraction of the prediction's boundary pixels with a boundary pixel
-    of the truth of the same class at most ``tolerance`` pixels away in row and column; recall is
-    the same with the two exchanged; F is their harmonic mean. Ignored pixels belong to no boundary.
-    All images count into one precision and one recall.
+    another label. Precision is the fraction of the prediction's boundary pixels with a boundary
+    pixel of the truth of the same class at most ``tolerance`` pixels away in row and column; recall
+    is the same fraction with prediction and truth exchanged; F is their harmonic mean. Ignored
+    pixels belong to no boundary. All images count into one precision and one recall.
 
-    This is not the contour benchmark of BSDS, which the papers use: that one thins boundaries,
-    matches them one to one and combines several annotators. Here one boundary pixel may stand for
-    several, so that precision and recall are at least those of the largest one-to-one matching, and
-    equal to them at tolerance 0. A tolerance forgives what is closer than it: where boundaries are
-    dense, as in textures, even tolerance 1 forgives nearly everything; docs/metrics.md has figures.
+    This metric is not the contour benchmark of BSDS, which the papers use: BSDS thins boundaries,
+    matches them one to one and combines several annotators. Here one boundary pixel may match
+    several, so that precision and recall are at least as high as with the largest one-to-one
+    matching, and equal at tolerance 0. A tolerance forgives every error within its distance: where
+    boundaries are dense, as in textures, even tolerance 1 forgives nearly everything;
+    docs/metrics.md has figures.
 
     Args:
         num_classes: C, at least 1.
@@ -108,7 +109,8 @@ class BoundaryScore(Metric):
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
         self.tolerance = checks.check_int("tolerance", tolerance, at_least=0)
         self.ignore_index = checks.check_ignore_index(ignore_index)
-        # Rows: boundary pixels predicted, of these matched, boundary pixels true, of these matched.
+        # Rows: predicted boundary pixels, the matched among them; true boundary pixels, the matched
+        # among them.
         counts = torch.zeros(4, self.num_classes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
@@ -123,7 +125,7 @@ class BoundaryScore(Metric):
         predicted_matched = predicted & _dilate(true, self.tolerance)
         true_matched = true & _dilate(predicted, self.tolerance)
         rows = (predicted, predicted_matched, true, true_matched)
-        # Mask by mask: torch counts a whole one many times faster than along dimensions.
+        # Mask by mask: torch counts a whole mask many times faster than along dimensions.
         counts = [mask.count_nonzero() for row in rows for mask in row.unbind(dim=1)]
         self.counts += torch.stack(counts).view_as(self.counts)
 
@@ -137,7 +139,7 @@ class BoundaryScore(Metric):
         return BoundaryScores(precision, recall, f)
 
     def _boundaries(self, label: Tensor, counted: Tensor) -> Tensor:
-        """(N, C, H, W): which pixels are on the boundary of which class."""
+        """Mask of the pixels on the boundary of each class, (N, C, H, W)."""
         differs = torch.zeros_like(counted)
         for dim in (1, 2):
             size = label.shape[dim] - 1
@@ -150,15 +152,15 @@ class BoundaryScore(Metric):
 
 
 class InstanceIoUs(NamedTuple):
-    """Float64 on the CPU."""
+    """Instance-wise IoU, float64 on the CPU."""
 
     by_class: Tensor
-    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. Of a class without instances NaN,
-    with the variant "authors" 0.
+    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. A class without instances has
+    NaN; with the variant "authors", 0.
     """
     mean: Tensor
-    """Over the classes with instances, a scalar, NaN if there is none; with the variant "authors"
-    over all C.
+    """Mean over the classes with instances, a scalar, NaN if no class has any; with the variant
+    "authors", mean over all C classes.
     """
 
 
@@ -167,26 +169,26 @@ class InstanceMeanIoU(Metric):
 
         U_c = sum_m n_mc IoU_mc / sum_m n_mc
 
-    over images m, with IoU_mc the intersection over union of all of class c in the image, and n_mc
-    the number of instances of class c in it: of distinct ids among the pixels that have label c. A
-    prediction of c in an image without it changes nothing but the IoU of other classes.
+    over images m, where IoU_mc is the intersection over union of class c in the image, and n_mc is
+    the number of instances of class c in the image: the number of distinct ids among the pixels
+    with label c. A prediction of c in an image without c changes only the IoU of other classes.
 
-    This is not Cityscapes' iIoU, which weighs pixels by the size of their instance: here the size
-    of an instance never enters.
+    This metric is not Cityscapes' iIoU, which weighs pixels by the size of their instance: here the
+    size of an instance never enters.
 
     Args:
         num_classes: C, at least 1.
         ignore_index: label of the pixels to leave out.
         variant: ``"paper"``, the equation above; ``"authors"``, the published script:
 
-            - an id is one instance, of the class that most of its pixels have, the lower one in a
-              tie; if all its pixels are left out, it is an instance of class 0;
-            - of the distinct ids of an image, in ascending order, only the first 255 count: the
-              script leaves out one by its position among them and not by its value, so that ids of
+            - an id is one instance, of the class that most of its pixels have, in a tie of the
+              lower class; an id whose pixels are all left out is an instance of class 0;
+            - only the first 255 distinct ids of an image count, in ascending order: the script
+              leaves out an id by its position in this order and not by its value, so that ids of
               background and void are instances;
             - labels outside [0, C) are left out as ``ignore_index`` is;
-            - a predicted value C is a false positive of class C - 1, other values outside [0, C)
-              of no class;
+            - a predicted value C is a false positive of class C - 1; other values outside [0, C)
+              are false positives of no class;
             - IoU = intersection / (union + 1e-12), U_c = sum / (sum_m n_mc + 1e-12); a class
               without instances is 0 and counts in the mean.
         kwargs: options of ``torchmetrics.Metric``.
@@ -227,7 +229,7 @@ class InstanceMeanIoU(Metric):
         self.variant = variant
         zeros = torch.zeros(self.num_classes, dtype=torch.int64)
         self.add_state("instance_count", zeros, dist_reduce_fx="sum")
-        # As digits, see _digits: not every device has float64.
+        # As digits, see _digits: some devices have no float64.
         self.add_state("weighted_iou", zeros.repeat(3, 1), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, instance_ids: Tensor) -> None:
@@ -257,7 +259,9 @@ class InstanceMeanIoU(Metric):
         return InstanceIoUs(by_class, by_class.nanmean())
 
     def _iou(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """(C,) float64 on the CPU: of the pixels that count in one image; 0 for a class without."""
+        """IoU over the pixels that count in one image: (C,) float64 on the CPU; 0 for a class
+        without such pixels.
+        """
         hits = self._pixels(true[predicted == true])
         if self.variant == "authors":
             predicted = predicted.where(predicted != self.num_classes, self.num_classes - 1)
@@ -269,13 +273,13 @@ class InstanceMeanIoU(Metric):
         return hits / union.clamp(min=1)
 
     def _pixels(self, classes: Tensor) -> Tensor:
-        """(C,): how many there are of each class."""
+        """Number of pixels of each class, (C,)."""
         return torch.bincount(classes, minlength=self.num_classes)
 
     def _instance_count(self, true: Tensor, counted: Tensor, ids: Tensor) -> Tensor:
-        """(C,): the instances of each class in one image."""
+        """Number of instances of each class in one image, (C,)."""
         distinct, number = torch.unique(ids, return_inverse=True)
-        # Pixels by instance and class.
+        # A cell for each instance and class: the table counts pixels.
         cells = number[counted] * self.num_classes + true[counted]
         table = torch.bincount(cells, minlength=len(distinct) * self.num_classes)
         table = table.view(-1, self.num_classes)
@@ -285,8 +289,8 @@ class InstanceMeanIoU(Metric):
 
 
 def _digits(value: Tensor) -> Tensor:
-    """(3, C) int64 for (C,) float64 of at least 0: its digits to the base 2**31, the first before
-    the point. Sums of them are exact, whatever their order, for 2**32 images.
+    """Digits (3, C) int64, to the base 2**31, of numbers (C,) float64 of at least 0; the first
+    digit is before the point. Sums of digits are exact, whatever their order, for 2**32 images.
     """
     digits = []
     for _ in range(3):
@@ -296,30 +300,30 @@ def _digits(value: Tensor) -> Tensor:
 
 
 def _number(digits: Tensor) -> Tensor:
-    """(C,) float64 of sums of digits (3, C)."""
+    """The numbers (C,) float64 that sums of digits (3, C) stand for."""
     first, second, third = digits.double().unbind()
     return first + (second + third / 2**31) / 2**31
 
 
 class AffinityAccuracies(NamedTuple):
-    """Fractions of the signals that are predicted right, float64 on the CPU; NaN where there is
-    none.
+    """Fractions of the signals that are predicted right, float64 on the CPU; NaN where there is no
+    signal.
     """
 
     by_category: Tensor
     """(R, 9), by rate and category n0 ... n8 of the pixel."""
     overall: Tensor
-    """Of all signals, a scalar."""
+    """Fraction of all signals, a scalar."""
 
 
 class AffinityAccuracy(Metric):
-    """How many of the signals of dilated affinity are predicted right, by rate and by category of
-    the pixel, as a torchmetric.
+    """Accuracy of dilated affinity by rate and by category of the pixel, as a torchmetric: the
+    fraction of signals that are predicted right.
 
     A signal, a pixel and one of its 8 neighbours at a rate, is predicted as "same label" if its
-    logit is above 0. The category n0 ... n8 of a pixel at a rate is that of
-    :func:`tritonaff.neighbor_categories`. Most pixels are n8: :attr:`AffinityAccuracies.overall` is
-    high even for a head that always says "same".
+    logit is above 0. :func:`tritonaff.neighbor_categories` defines the category n0 ... n8 of a
+    pixel at a rate. Most pixels are n8: :attr:`AffinityAccuracies.overall` is high even for a head
+    that always says "same".
 
     Args:
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
@@ -328,8 +332,8 @@ class AffinityAccuracy(Metric):
 
     Raises:
         ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
-        TypeError, ValueError: a wrong option; from ``update``, what
-            :func:`tritonaff.dilated_affinity_terms` raises.
+        TypeError, ValueError: a wrong option; from ``update``, as
+            :func:`tritonaff.dilated_affinity_terms`.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Fig. 4, which
     :func:`tritonaff.plotting.plot_affinity_accuracy` draws.
@@ -356,7 +360,7 @@ class AffinityAccuracy(Metric):
         super().__init__(**kwargs)
         self.rates = checks.check_rates(rates)
         self.ignore_index = checks.check_ignore_index(ignore_index)
-        # By rate, category, and whether the neighbour's label is different (0) or the same (1).
+        # By rate, category and target, (different, same).
         shape = len(self.rates), 9, 2
         for name in ("signal_count", "correct_count"):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
@@ -377,36 +381,37 @@ class AffinityAccuracy(Metric):
 
 
 class Refinement(NamedTuple):
-    """What a refinement has done, by distance of the pixel to the nearest boundary of the labels.
+    """Changes by a refinement, by the pixel's distance to the nearest boundary of the labels.
 
-    Printed, it is a table. The counts are (D + 1,) int64 on the CPU, for pixels at most
-    ``distances[0]`` away, farther and at most ``distances[1]``, ..., farther than the last.
+    ``print`` shows them as lines and columns. The counts are (D + 1,) int64 on the CPU: pixels at
+    most ``distances[0]`` away, farther and at most ``distances[1]``, ..., farther than the last
+    distance.
     """
 
     distances: tuple[int, ...]
     pixel_count: Tensor
     """Pixels that are not ignored."""
     became_right: Tensor
-    """Of these, those that were wrong before and are right after."""
+    """Pixels that were wrong before and are right after."""
     became_wrong: Tensor
-    """Those that were right before and are wrong after."""
+    """Pixels that were right before and are wrong after."""
     stayed_wrong: Tensor
-    """Those that were wrong before and have another class after, which is wrong too."""
+    """Pixels that were wrong before and have another class after, which is wrong too."""
 
     @property
     def changed(self) -> Tensor:
-        """(D + 1,) int64, the pixels with another class after than before."""
+        """Pixels with another class after than before, (D + 1,) int64."""
         return self.became_right + self.became_wrong + self.stayed_wrong
 
     @property
     def changed_fraction(self) -> Tensor:
-        """(D + 1,) float64, of the pixels; NaN where there is none."""
+        """Fraction of the pixels that changed, (D + 1,) float64; NaN where there is no pixel."""
         return self.changed.double() / self.pixel_count
 
     @property
     def fractions(self) -> Tensor:
-        """(3, D + 1) float64, of the changed pixels: became right, became wrong, stayed wrong; NaN
-        where none changed.
+        """Fractions of the changed pixels that became right, became wrong and stayed wrong:
+        (3, D + 1) float64; NaN where no pixel changed.
         """
         counts = torch.stack((self.became_right, self.became_wrong, self.stayed_wrong))
         return counts.double() / self.changed
@@ -430,24 +435,24 @@ def _percent(part: int, whole: int) -> str:
 
 
 class RefinementReport(Metric):
-    """What a refinement such as :func:`tritonaff.affinity_propagation` changes, and whether for the
-    better, by distance to the nearest boundary of the labels, as a torchmetric.
+    """Changes by a refinement such as :func:`tritonaff.affinity_propagation`, for better or worse,
+    by distance to the nearest boundary of the labels, as a torchmetric.
 
-    The distance of a pixel is that to the nearest pixel of another label, the larger one of rows
-    and columns: 1 beside a boundary. Ignored pixels are not counted and belong to no boundary; a
-    boundary that they cover lies between the labels on their two sides.
+    The distance of a pixel is the distance to the nearest pixel of another label, the larger of
+    rows and columns: 1 beside a boundary. Ignored pixels are not counted and belong to no boundary;
+    a boundary that they cover lies between the labels on their two sides.
 
     Args:
-        distances: D ascending distances, each at least 1: the last pixel of each bin. What is
-            farther away than the last one is a bin too.
+        distances: D ascending distances, each at least 1: the last pixel of each bin. Pixels
+            farther away than the last distance are a bin too.
         ignore_index: label of the pixels to leave out.
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
         ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
-            device, and on a CPU a label below 0 that is not ``ignore_index``: elsewhere it is a
-            class.
+            device, and on a CPU a label below 0 that is not ``ignore_index``: elsewhere such a
+            label is a class.
 
     Example:
         >>> import torch
@@ -488,7 +493,7 @@ class RefinementReport(Metric):
         counted = target.to(torch.int64) != self.ignore_index
         kinds = torch.stack((counted, ~was_right & is_right, was_right & ~is_right, stayed_wrong))
         near = self._near_boundary(target, counted)
-        # Those within each distance, and all; their differences are the bins.
+        # Pixels within each distance, and all pixels; the differences are the bins.
         within = torch.stack([(kinds & n).sum(dim=(1, 2, 3)) for n in (*near, counted)], dim=1)
         self.counts += torch.diff(within, dim=1, prepend=torch.zeros_like(within[:, :1]))
 
@@ -497,8 +502,10 @@ class RefinementReport(Metric):
         return Refinement(self.distances, *self.counts.cpu().unbind())
 
     def _near_boundary(self, target: Tensor, counted: Tensor) -> Iterator[Tensor]:
-        """For each distance, (N, H, W): which pixels that count have another label within it."""
-        # Numbered as they come: float32 tells these apart, not any label.
+        """For each distance, a mask (N, H, W) of the pixels that count and have another label
+        within it.
+        """
+        # The numbers of the distinct labels: float32 tells these apart, but not all labels.
         _, number = torch.unique(target, return_inverse=True)
         label, ignored = number[:, None].float(), ~counted[:, None]
         # The largest and the smallest label within the distance: they differ across a boundary.
@@ -519,17 +526,17 @@ def _check_like_target(name: str, value: Any, target: Tensor) -> Tensor:
 
 
 def _counted(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Which pixels have a class that is not to be left out."""
-    # As int64: the numbers must not wrap around in a narrower target.
+    """Mask of the pixels whose label is a class and not ignored."""
+    # As int64: ignore_index and num_classes must not wrap around in a narrower dtype.
     label = target.to(torch.int64)
     return (label != ignore_index) & (label >= 0) & (label < num_classes)
 
 
 def _dilate(image: Tensor, distance: int) -> Tensor:
-    """(N, K, H, W): the maximum within the distance, in rows and columns; of masks, where any is.
+    """The maximum of (N, K, H, W) within the distance in rows and columns; of masks, the union.
 
-    By shifts, each at most one longer than what the last ones reach: at a border, a longer one
-    would leave pixels out.
+    The image is shifted repeatedly, each time at most one pixel farther than the shifts before
+    reach together: at a border, a longer shift would leave pixels out.
     """
     for dim in (2, 3):
         size, reach = image.shape[dim], 0

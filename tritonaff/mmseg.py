@@ -15,16 +15,18 @@ from tritonaff.modules import AdaptiveAffinityFieldLoss
 class AAFLoss(AdaptiveAffinityFieldLoss):
     """:class:`tritonaff.AdaptiveAffinityFieldLoss` for a decode head's ``loss_decode``.
 
-    A head builds it from ``dict(type="AAFLoss", num_classes=19)`` beside its other losses, calls it
-    with logits as large as the labels, and gives it its own ignore_index, which it keeps in place
-    of that of the options. Its weights are parameters of the head: the runner's optimiser trains
-    them, and ``paramwise_cfg=dict(custom_keys={"edge_scores": dict(decay_mult=0.0)})`` spares both
-    of them the weight decay.
+    A head builds the loss from ``dict(type="AAFLoss", num_classes=19)`` beside its other losses and
+    calls it with logits as large as the labels and with the head's ignore_index, which replaces the
+    ignore_index of the options. The loss's weights are parameters of the head: the runner's
+    optimiser trains them, and
+    ``paramwise_cfg=dict(custom_keys={"edge_scores": dict(decay_mult=0.0)})`` spares both weights
+    the weight decay.
 
     Args:
-        num_classes, options: of :class:`tritonaff.AdaptiveAffinityFieldLoss`.
+        num_classes, options: see :class:`tritonaff.AdaptiveAffinityFieldLoss`.
         loss_weight: factor of the loss, at least 0.
-        loss_name: under which it is logged; it is trained with if this begins with ``loss_``.
+        loss_name: name of the loss in the log; the head trains with the loss if the name begins
+            with ``loss_``.
 
     Shapes:
         ``forward(cls_score, label, ...)`` with cls_score (N, C, H, W), label (N, H, W) gives a
@@ -33,7 +35,7 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
             called; a weight (as a pixel sampler gives), an avg_factor or a reduction other than
-            "mean": pairs of pixels have neither.
+            "mean": pairs of pixels have none of them.
 
     Example:
         >>> import torch
@@ -80,7 +82,7 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
 
 
 try:
-    # Of MMEngine: MMSegmentation's own registry looks here too.
+    # MMEngine's registry: MMSegmentation's own registry looks here too.
     from mmengine.registry import MODELS
 except ImportError:
     pass

@@ -1,6 +1,6 @@
 """The options of each operation: one tuple, checked when it is made, before any work.
 
-Functions and modules make it from their arguments; :mod:`tritonaff.ops` takes it as it is.
+Functions and modules make the tuple from their arguments; :mod:`tritonaff.ops` trusts it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Pictures of what structured losses see. Needs the extra ``plot``, which is matplotlib; no window
-opens, and pyplot's figures stay as they are.
+"""Pictures of affinities, neighbours and accuracies. The module needs the extra ``plot``, which is
+matplotlib; no window opens, and pyplot's figures stay as they are.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ IGNORED = "0.6"  # gray
 def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Draws affinity matrices side by side as heat maps: blue is 0, red is 1, gray is ignored.
 
-    All share the scale from 0 to 1, whatever they hold; what is beyond looks like its nearer end.
-    Row and column 0 are at the top left. Gray is NaN: where points do not count, fill their rows
-    and columns with it, as in the example.
+    All share the scale from 0 to 1, whatever they hold; a value beyond looks like the nearer end.
+    Row and column 0 are at the top left. NaN is gray: fill the rows and columns of points that do
+    not count with NaN, as in the example.
 
     Args:
         matrices: title -> matrix (L, L) or (1, L, L), at least one, of any floating (16 to 64
             bits), integer or boolean dtype, on any device; L may differ from matrix to matrix.
-        path: where the picture goes, a PNG whatever its suffix. Folders that are missing are made.
+        path: file of the picture, a PNG whatever its suffix. Missing folders are made.
 
     Raises:
-        TypeError, ValueError: no mapping, an empty one, or what is in it is no such matrix.
+        TypeError, ValueError: no mapping, an empty mapping, or an entry that is no such matrix.
 
     Paper: Cao, "Use Square Root Affinity to Regress Label in Semantic Segmentation", Fig. 4.
 
@@ -68,7 +68,7 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     _check_mapping("matrices", matrices)
     pictures = {title: _check_matrix(title, matrix) for title, matrix in matrices.items()}
 
-    # Its middle is yellow, where others have gray: here gray is what is ignored.
+    # The middle of this colour map is yellow; others have gray, which stands for "ignored" here.
     colours = matplotlib.colormaps["RdYlBu_r"].with_extremes(bad=IGNORED)
     figure = Figure((3.3 * len(pictures) + 0.7, 3.7), layout="compressed")
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
@@ -85,16 +85,16 @@ def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) 
 
 
 def plot_neighbor_frequencies(statistics: NeighborStatistics, path: str | os.PathLike[str]) -> None:
-    """Draws how many of the 8 neighbours have a pixel's own label: the proportion of n0 to n8 by
-    rate, on a logarithmic scale.
+    """Draws the proportions of n0 to n8, the pixels with 0 to 8 neighbours of their own label, by
+    rate and on a logarithmic scale.
 
     Args:
-        statistics: what has been counted; rates are drawn in its order. A category without pixels
-            is left out.
-        path: where the picture goes, a PNG whatever its suffix. Folders that are missing are made.
+        statistics: the counts; rates are drawn in their order. A category without pixels is left
+            out.
+        path: file of the picture, a PNG whatever its suffix. Missing folders are made.
 
     Raises:
-        TypeError: no statistics.
+        TypeError: ``statistics`` is no :class:`tritonaff.NeighborStatistics`.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Fig. 3.
 
@@ -134,17 +134,17 @@ def plot_affinity_accuracy(
     rates: Sequence[int | tuple[int, int]],
     path: str | os.PathLike[str],
 ) -> None:
-    """Draws the accuracy of affinity by category n0 to n8, a line for each rate; side by side for
-    each of the titles, and, of several, their means over the rates in a last panel.
+    """Draws the accuracy of affinity by category n0 to n8: a panel for each title, with a line for
+    each rate. If there are several titles, a last panel compares their means over the rates.
 
     Args:
-        accuracies: title -> accuracies (R, 9) in [0, 1], floating, on any device: those of
-            :class:`tritonaff.metrics.AffinityAccuracy`. NaN is left out.
+        accuracies: title -> accuracies (R, 9) in [0, 1], floating, on any device, such as
+            :class:`tritonaff.metrics.AffinityAccuracy` computes. NaN is left out.
         rates: the R rates, as given to the metric.
-        path: where the picture goes, a PNG whatever its suffix. Folders that are missing are made.
+        path: file of the picture, a PNG whatever its suffix. Missing folders are made.
 
     Raises:
-        TypeError, ValueError: no mapping, an empty one, or what is in it is no such tensor.
+        TypeError, ValueError: no mapping, an empty mapping, or an entry that is no such tensor.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Fig. 4.
 
@@ -192,7 +192,7 @@ def _rate_name(rate: tuple[int, int]) -> str:
 
 
 def _shade(k: int, count: int) -> tuple[float, float, float, float]:
-    """The k-th of some colours in an order that is seen: dark violet to yellow-green."""
+    """The k-th of ``count`` colours from dark violet to yellow-green: their order is visible."""
     return matplotlib.colormaps["viridis"](0.9 * k / max(count - 1, 1))
 
 
@@ -215,7 +215,7 @@ def _check_mapping(name: str, value: Any) -> None:
 
 
 def _check_matrix(title: str, matrix: Tensor) -> Tensor:
-    """(L, L) float32 on the CPU."""
+    """The matrix (L, L) as float32 on the CPU."""
     name = f"matrices[{title!r}]"
     if isinstance(matrix, Tensor) and matrix.dim() == 3:
         checks.check_tensor(name, matrix, MATRIX_DTYPES, (1, "L", "L"))

@@ -1,4 +1,4 @@
-"""Dilation rates, and the neighbours that they stand for: what affinity heads, losses and
+"""Dilation rates and the neighbours that they stand for, which affinity heads, losses and
 propagation have in common.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tritonaff import checks
 
-# Of {-1, 0, 1} x {-1, 0, 1} without the centre, row by row: the order of the affinity's channels.
+# {-1, 0, 1} x {-1, 0, 1} without the centre, row by row: the order of the affinity's channels.
 DIRECTIONS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 
 
@@ -23,7 +23,7 @@ def expand_rates(rates: Sequence[int | tuple[int, int]]) -> tuple[tuple[int, int
 
     Raises:
         TypeError: ``rates`` is no sequence, or an entry neither an int nor a pair of ints.
-        ValueError: no rate, one below 1, or one twice.
+        ValueError: no rate, a rate below 1, or a rate given twice.
 
     Example:
         >>> import tritonaff
@@ -39,7 +39,7 @@ def expand_rates(rates: Sequence[int | tuple[int, int]]) -> tuple[tuple[int, int
 
 
 def rate_offsets(rates: Sequence[tuple[int, int]]) -> list[int]:
-    """Where the 8 R neighbours are: dy0, dx0, dy1, dx1, ... in the order of the channels."""
+    """Offsets of the 8 R neighbours: dy0, dx0, dy1, dx1, ... in the order of the channels."""
     return [
         step * rate
         for pair in rates

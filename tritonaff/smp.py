@@ -1,4 +1,4 @@
-"""The losses as segmentation_models_pytorch calls its own; that library itself is not needed."""
+"""The losses in the calling convention of segmentation_models_pytorch, which need not be there."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ MODES = ("binary", "multiclass")
 
 
 class SegmentationModelsLoss(nn.Module):
-    """A loss of this library, called as those of segmentation_models_pytorch are.
+    """A loss of this library with the calling convention of segmentation_models_pytorch.
 
     Args:
         loss: :class:`tritonaff.AffinityFieldLoss`, :class:`tritonaff.AdaptiveAffinityFieldLoss` or
             :class:`tritonaff.AffinityRegressionLoss`. Its own ignore_index may be any label but a
             class.
-        mode: ``"multiclass"``, or ``"binary"``: then the one channel is the logit of class 1, and
-            the loss sees two classes, the other with the logit 0. Their "multilabel" has no
-            counterpart: affinity compares the one label of a pixel with that of another.
-        from_logits: whether ``y_pred`` holds logits; if not, probabilities.
-        ignore_index: label of the pixels to leave out; None, the default as theirs: all count.
+        mode: ``"multiclass"``, or ``"binary"``: the single channel is the logit of class 1, and the
+            loss sees two classes, where class 0 has the logit 0. The mode "multilabel" has no
+            counterpart: affinity compares two pixels that have a single label each.
+        from_logits: True: ``y_pred`` holds logits. False: ``y_pred`` holds probabilities.
+        ignore_index: label of the pixels to leave out. None, the default here as there: all pixels
+            count.
 
     Shapes:
         ``forward(y_pred, y_true)`` with y_pred (N, C, H, W), y_true (N, H, W) gives a scalar.
@@ -99,7 +100,7 @@ class SegmentationModelsLoss(nn.Module):
         if 0 <= ignored_by_loss < num_classes and ignored_by_loss != ignored:
             raise ValueError(
                 f"loss.ignore_index must be no class in [0, {num_classes}) with the ignore_index "
-                f"{ignored}, got {ignored_by_loss}: make the loss with another one"
+                f"{ignored}, got {ignored_by_loss}: make the loss with another ignore_index"
             )
         label = y_true.to(torch.int64)
         if checks.may_look_into(label):

@@ -1,5 +1,5 @@
-"""Counts how many neighbours have a pixel's own label, over a folder of label images: what weighs
-the dilated affinity loss and starts its head. Writes the statistics as JSON and draws them.
+"""Counts how many neighbours have a pixel's own label, over a folder of label images. These counts
+weigh the dilated affinity loss and start its head. Writes the statistics as JSON and draws them.
 
 Command line: ``tritonaff-stats`` or ``python -m tritonaff.statistics_cli``. Needs the extra
 ``stats``: pillow, matplotlib, rich.
@@ -34,7 +34,7 @@ Result = list[Any] | str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 1 where an image had to be skipped."""
+    """Runs the command; the exit status is 1 if an image had to be skipped."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
@@ -96,7 +96,7 @@ def _workers(text: str) -> int:
 
 
 def _cpus() -> int:
-    """Those that this process may use."""
+    """Number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -157,7 +157,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _label_paths(folder: Path, leave_out: Path) -> list[Path]:
-    """Links are followed; a file or a folder that is reached twice is read once."""
+    """Paths of the label images in a folder. Links are followed; a file or a folder that is reached
+    twice is read once.
+    """
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
     paths: dict[str, Path] = {}
@@ -167,12 +169,12 @@ def _label_paths(folder: Path, leave_out: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
-        folders.sort()  # the order of a disk would decide which way is the first
+        folders.sort()  # or the order of the disk would decide which of two paths is kept
         for path in (Path(root, file) for file in sorted(files)):
-            # A link that leads nowhere is no image either, which reading it says.
+            # A link that leads nowhere is kept: reading it reports the error.
             if path.suffix.lower() == ".png" and (path.is_file() or not path.exists()):
                 paths.setdefault(os.path.realpath(path), path)
-    # A picture that an earlier run has left beside the labels is none of them.
+    # A picture that an earlier run has left beside the labels is no label image.
     paths.pop(os.path.realpath(leave_out), None)
     if not paths:
         raise ValueError(f"no PNG files in {folder}")
@@ -193,7 +195,7 @@ def _check_outputs(json: Path, plot: Path) -> None:
 
 
 def _check_counts(statistics: NeighborStatistics, sizes: set[tuple[int, int]]) -> None:
-    """ValueError where a rate has nothing to count: its frequencies would mean nothing."""
+    """ValueError if a rate has nothing to count: its frequencies would mean nothing."""
     too_far = [
         (down, across)
         for down, across in statistics.rates
@@ -221,7 +223,7 @@ def _names(rates: list[tuple[int, int]]) -> str:
 def _results(
     paths: list[Path], rates: Rates, ignore_index: int, workers: int
 ) -> Iterator[Iterator[Result]]:
-    """What :func:`count_file` returns for each path, in their order."""
+    """The results of :func:`count_file` for the paths, in their order."""
     workers = min(workers, len(paths))
     if workers == 1:
         yield (count_file(path, rates, ignore_index) for path in paths)
@@ -232,7 +234,7 @@ def _results(
         initializer=_use_one_thread,
     )
     try:
-        with _interrupts_held_back():  # workers inherit that: Ctrl-C is for this process alone
+        with _interrupts_held_back():  # workers inherit the mask: Ctrl-C is for this process alone
             futures = [executor.submit(count_file, path, rates, ignore_index) for path in paths]
         yield (future.result() for future in futures)
     finally:
@@ -241,7 +243,7 @@ def _results(
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C takes effect afterwards."""
+    """Holds Ctrl-C back: it takes effect after the ``with`` block."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -257,19 +259,20 @@ def _use_one_thread() -> None:
 
 
 def count_file(path: Path, rates: Rates, ignore_index: int) -> Result:
-    """The size of an image and its counts (R, 9) of pixels and (R, 9, 2) of signals; why not, if it
-    is no label image. Not as tensors: sending one to another process costs a file descriptor.
+    """The size of an image and its counts of pixels (R, 9) and signals (R, 9, 2); an error message
+    if the file is no label image. The counts are lists: sending a tensor to another process costs
+    a file descriptor.
     """
     try:
         target = read_label(path)
-    except Exception as error:  # Pillow's decoders raise what they like
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
         return str(error) or type(error).__name__
     counts = neighbor_counts(target[None], rates, ignore_index=ignore_index)
     return [tuple(target.shape), *(count.tolist() for count in counts)]
 
 
 def _progress(results: Iterator[Result], total: int) -> Iterable[Result]:
-    """A bar on a terminal; nothing elsewhere."""
+    """Shows a progress bar on a terminal, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import track
 

@@ -665,8 +665,8 @@ MUTANTS = [
         ("the other gradient", "grad_a.sub_(grad_b)", "grad_a.add_(grad_b)"),
         (
             "gradient without its log",
-            "grad_b[there].addcmul_(from_kl, log_b.add_(1))",
-            "grad_b[there].addcmul_(from_kl, log_b)",
+            "grad_b[there].addcmul_(kl_grad, log_b.add_(1))",
+            "grad_b[there].addcmul_(kl_grad, log_b)",
         ),
         ("edges among others", "kl * (pair - edge)\n", "kl * pair\n"),
     ),
@@ -743,8 +743,8 @@ MUTANTS = [
         ("pixels without signals", "pixels[:, :, 1:].sum(dim=2)", "pixels.sum(dim=2)"),
         (
             "sign of same signals",
-            "addcmul_(block.same, of_same, value=-1)",
-            "addcmul_(block.same, of_same)",
+            "addcmul_(block.same, same_grad, value=-1)",
+            "addcmul_(block.same, same_grad)",
         ),
         ("slope of the focus", "minus_log_pt, pt, value=gamma, out=x)", "minus_log_pt, pt, out=x)"),
         (

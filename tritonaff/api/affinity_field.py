@@ -20,7 +20,7 @@ from tritonaff.portable.blocks import precision
 class AffinityFieldTerms(NamedTuple):
     """Sums and counts of the affinity field by class and neighbourhood size, each of shape (C, K).
 
-    Tables add up: those of a batch are the sums of those of its images.
+    The tables of a batch are the sums of its images' tables.
     """
 
     edge_sum: Tensor
@@ -45,16 +45,17 @@ def affinity_field_terms(
     ignore_index: int = 255,
     variant: Variant = "paper",
 ) -> AffinityFieldTerms:
-    r"""The sums and counts that affinity field losses are made of, in one pass over the logits.
+    r"""Sums and counts from which affinity field losses are computed, in one pass over the logits.
 
-    With p = softmax(logits) clamped to [eps, 1 - eps], pixel i, its 8 neighbours j at distance d =
-    (k - 1) / 2 (rows and columns, so a dilated 3 x 3), and every class c, an entry (i, j, c) has
+    Let p = softmax(logits), clamped to [eps, 1 - eps]. Each pixel i, each of its 8 neighbours j at
+    distance d = (k - 1) / 2 (in rows and in columns: a dilated 3 x 3) and each class c make an
+    entry (i, j, c) with
 
     .. math:: f = KL(p_j(c) \| p_i(c)) = p_j \log(p_j / p_i) + (1 - p_j) \log((1 - p_j) / (1 - p_i))
 
-    It is an *edge* if exactly one of the two pixels has label c and adds max(0, margin - f) to
-    ``edge_sum[c, k]``; else it is a *non-edge* and adds f to ``non_edge_sum[c, k]``. Pairs with a
-    pixel outside the image or ignored do not count.
+    The entry is an *edge* if exactly one of the two pixels has label c, and adds max(0, margin - f)
+    to ``edge_sum[c, k]``. Every other entry is a *non-edge* and adds f to ``non_edge_sum[c, k]``.
+    Pairs with a pixel that is ignored or outside the image do not count.
 
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
@@ -62,13 +63,14 @@ def affinity_field_terms(
         target: (N, H, W) of uint8, int32 or int64.
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
         margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
-        eps: clamp of the probabilities, at least a rounding of 1 (1.2e-7; float64 2.2e-16), < 0.5.
-        ignore_index: label of the pixels to leave out, even if it is one of more than 255 classes.
-            255, where torch's own losses have -100.
-        variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code:
-            tables by the label of the centre i for all its channels, pairs only where the pixel
-            opposite to j counts as well, p and 1 - p clamped to [eps, 1] separately, and every
-            label outside [0, C) ignored.
+        eps: clamp of the probabilities, at least the machine epsilon (float32 1.2e-7, float64
+            2.2e-16) and below 0.5.
+        ignore_index: label of the pixels to leave out, even where a class has this number. The
+            default is 255; torch's own losses have -100.
+        variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code: all
+            channels of a pair go to the table row of the centre's label, a pair counts only if the
+            pixel opposite to j counts as well, p and 1 - p are clamped to [eps, 1] separately, and
+            every label outside [0, C) is ignored.
 
     Returns:
         :class:`AffinityFieldTerms`. Differentiable with respect to the logits: once, in
@@ -122,7 +124,7 @@ def affinity_field_loss(
         L = \sum_k \lambda_e \frac{\sum_c w^e_{ck} \, edge\_sum_{ck}}{\sum_c edge\_count_{ck}}
             + \lambda_n \frac{\sum_c w^n_{ck} \, non\_edge\_sum_{ck}}{\sum_c non\_edge\_count_{ck}}
 
-    on the tables of :func:`affinity_field_terms`. A size without edges (or without non-edges)
+    with the tables of :func:`affinity_field_terms`. A size without edges (or without non-edges)
     contributes 0 with a zero gradient.
 
     Args:
@@ -136,12 +138,14 @@ def affinity_field_loss(
         non_edge_lambda: factor of the non-edge term, at least 0.
         margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
         normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to divide
-            by, in place of the batch's own: :meth:`AffinityFieldLoss.normalizer`. The losses of the
-            parts of a batch, each divided by the numbers of all of it, add up to its loss.
-        process_group: None: the loss of this process's batch. A group: the loss of the batches of
-            all its processes as one, which must all call it; see :func:`distributed.all_reduce`.
-            The same in each of them, with gradients multiplied by their number, which the averaging
-            of DistributedDataParallel and FSDP cancels.
+            by, in place of the batch's own; :meth:`AffinityFieldLoss.normalizer` counts them. If
+            every part of a batch is divided by the numbers of the full batch, the losses of the
+            parts add up to the loss of the batch.
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call this function; see
+            :func:`distributed.all_reduce`. The loss is the same in every process, and its gradient
+            is multiplied by the number of processes, a factor that the averaging of
+            DistributedDataParallel and FSDP cancels.
 
     Returns:
         A scalar: float32, float64 for float64 logits. In nats.
@@ -198,14 +202,14 @@ def affinity_field_cross_entropy(
     variant: Variant = "paper",
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits once less
-    than the two.
+    r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits one time
+    fewer than the two losses apart.
 
     .. math:: L = \frac{\sum_i w_{y_i} \, (-\log p_i(y_i))}{\sum_i w_{y_i}} + L_{affinity}
 
-    over the pixels i that are not ignored, p = softmax(logits) unclamped, and the second term that
-    of :func:`affinity_field_loss`. Without any such pixel it is 0 with a zero gradient, where
-    :func:`torch.nn.functional.cross_entropy` gives NaN.
+    The first term is a mean over the pixels i that are not ignored, with p = softmax(logits)
+    unclamped; the second term is :func:`affinity_field_loss`. If every pixel is ignored, the loss
+    is 0 with a zero gradient, where :func:`torch.nn.functional.cross_entropy` gives NaN.
 
     Args:
         logits, target, kernel_sizes: see :func:`affinity_field_terms`.
@@ -257,7 +261,7 @@ def affinity_field_cross_entropy(
 
 
 class AffinityFieldLoss(Loss):
-    """:func:`tritonaff.affinity_field_loss` with fixed options and the papers' decay.
+    """:func:`tritonaff.affinity_field_loss` with fixed options and the authors' decay.
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
@@ -270,12 +274,12 @@ class AffinityFieldLoss(Loss):
     Shapes:
         ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
         target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
-        multiplies it by 10 ** -progress as the authors do, but not cross-entropy. (A tensor is
-        held to that range where labels are looked at: on a CPU, in eager mode.) Under
-        torch.compile pass a 0-d tensor: a Python float that changes compiles a second time. In a
-        CUDA graph it must be on the logits' device: another is read once, when it is captured.
-        ``normalizer``, (2, K), is that of :func:`tritonaff.affinity_field_loss`; cross-entropy,
-        which divides by another number, must then be computed beside the loss.
+        multiplies the affinity field loss by 10 ** -progress as the authors do, but not
+        cross-entropy. (The range of a tensor is checked where labels are: on a CPU, in eager mode.)
+        Under torch.compile pass a 0-d tensor: a Python float that changes compiles a second time.
+        In a CUDA graph the tensor must be on the logits' device: a tensor elsewhere is read once,
+        at capture. ``normalizer``, (2, K): see :func:`tritonaff.affinity_field_loss`;
+        cross-entropy, which divides by another number, must then be computed beside the loss.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -333,10 +337,10 @@ class AffinityFieldLoss(Loss):
         return self._loss(logits, target, progress, normalizer)
 
     def normalizer(self, target: Tensor, num_classes: int) -> Tensor:
-        """(2, K) int64: how many edge and non-edge entries labels (N, H, W) of C classes have.
+        """Numbers of edge and non-edge entries, (2, K) int64, in labels (N, H, W) of C classes.
 
-        It adds up over the parts of a batch, and ``forward`` of a part divides by it: gradients are
-        accumulated to those of the batch.
+        Add up the numbers of a batch's parts and give ``forward`` the total with every part: the
+        accumulated gradient is then the gradient of the batch.
         """
         num_classes = checks.check_num_classes(num_classes)
         target = checks.check_target(target)
@@ -378,10 +382,10 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     the gradient of the weights is reversed inside, so one ordinary optimiser step does both. Give
     the weights no weight decay: :meth:`optimizer_group`.
 
-    The weights are parameters of this module: move it to the logits' device. With a process_group
-    their gradients are the same in all processes, inside a wrapped module or beside it. Without
-    one, compute the loss inside the module that DistributedDataParallel wraps, or the processes'
-    weights drift apart.
+    The weights are parameters of this module: move the module to the logits' device. With a
+    process_group the gradients of the weights are the same in all processes, whether the loss is
+    inside a wrapped module or beside it. Without a process_group, compute the loss inside the
+    module that DistributedDataParallel wraps, or the processes' weights drift apart.
 
     Args:
         num_classes: C, at least 2.
@@ -451,27 +455,27 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
 
     @property
     def edge_weight(self) -> Tensor:
-        """(C, K) weights of the sizes in the edge term; each row sums to 1. Sharded by FSDP they
-        are gathered: all processes must ask for them.
+        """Weights of the sizes in the edge term, (C, K); each row sums to 1. Weights that FSDP has
+        sharded are gathered: all processes must read this property.
         """
         return _full(self.edge_scores).softmax(dim=1)
 
     @property
     def non_edge_weight(self) -> Tensor:
-        """(C, K) weights of the sizes in the non-edge term, as :attr:`edge_weight`."""
+        """Weights of the sizes in the non-edge term, (C, K), as :attr:`edge_weight`."""
         return _full(self.non_edge_scores).softmax(dim=1)
 
     def effective_kernel_size(self) -> tuple[Tensor, Tensor]:
-        """The mean kernel size of every class, (C,), by the edge weights and by the non-edge
-        weights (paper, 5.4).
+        """Mean kernel size of every class by the edge weights, (C,), and by the non-edge weights,
+        (C,) (paper, 5.4).
         """
         edge_weight, non_edge_weight = self.edge_weight.detach(), self.non_edge_weight.detach()
         sizes = edge_weight.new_tensor(self.kernel_sizes)
         return edge_weight @ sizes, non_edge_weight @ sizes
 
     def optimizer_group(self, lr: float) -> dict[str, Any]:
-        """The weights as a parameter group for a torch optimiser: this learning rate and no weight
-        decay.
+        """A parameter group of the weights for a torch optimiser, with this learning rate and no
+        weight decay.
         """
         checks.check_number("lr", lr, at_least=0)
         return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
@@ -509,12 +513,13 @@ def _adversarial_softmax(scores: Tensor) -> Tensor:
     over the scores.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    # Exactly the scores. An autograd.Function would lose its gradient in torch.export.
+    # 2 s - s is exactly s, with the gradient -1. An autograd.Function would lose its gradient in
+    # torch.export.
     return (2 * scores.detach() - scores).softmax(dim=1)
 
 
 def _full(parameter: Tensor) -> Tensor:
-    """The parameter in full, where FSDP has shared it out."""
+    """The full parameter, gathered from all processes if FSDP has sharded it."""
     if not hasattr(parameter, "full_tensor"):
         return parameter
     full: Tensor = parameter.full_tensor()
@@ -540,11 +545,9 @@ def _loss(
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The affinity field loss, less of it with progress, and cross-entropy where options ask for
-    it.
-    """
-    # Everything is checked before the first collective: a process that refused after it would leave
-    # the others waiting.
+    """The affinity field loss, decayed by progress, plus cross-entropy if options ask for it."""
+    # Everything is checked before the first collective: a process that raised an error later would
+    # leave the others waiting.
     logits, target = checks.check_logits_and_target(logits, target)
     c, k = logits.shape[1], len(options.kernel_sizes)
     weight = checks.check_weight("weight", weight, (c,), logits)
@@ -574,20 +577,22 @@ def _loss(
     if log_loss_coefficients is not None:
         loss = loss + (log_loss_coefficients * log_loss).sum()
     if zero is not None:
-        # Not in the collective, in which all processes must have the same tables.
+        # The zero stays out of the collective, for which all processes must have the same tables.
         loss = loss + (zero if process_group is None else process_group.size() * zero)
     return loss
 
 
 def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
-    """10 ** -progress, a tensor if progress is one."""
+    """10 ** -progress, as a tensor if progress is a tensor."""
     if isinstance(progress, Tensor):
         return torch.pow(10.0, -progress).to(coefficients.dtype)
     return float(10.0**-progress)
 
 
 def _log_loss_coefficients(weight: Tensor | None, pixel_count: Tensor, logits: Tensor) -> Tensor:
-    """Coefficients (C,) of a weighted mean over pixels; 0 where the weights are 0."""
+    """Coefficients (C,) of the log loss table in a weighted mean over pixels; 0 where the weights
+    are 0.
+    """
     dtype = precision(logits)
     if weight is None:
         total = pixel_count.sum()
@@ -604,23 +609,23 @@ def _coefficients(
     totals: Tensor,
     logits: Tensor,
 ) -> Tensor:
-    """Coefficients (2, C, K) of the sum over sizes of lambda * weighted sum over classes / total; 0
-    where nothing counts.
+    """Coefficients (2, C, K) of the table entries in the loss: lambda * weight / the size's total;
+    0 where nothing counts.
     """
     lambdas = options.edge_lambda, options.non_edge_lambda
     dtype, shape = precision(logits), (logits.shape[1], totals.shape[1])
-    # The coefficient of an empty size is 0, not 1: beside the others' 1 / millions, 1 would drown
-    # them in rounding.
-    of_size = torch.where(totals > 0, totals.to(dtype).reciprocal(), 0)[:, None]
+    # The coefficient of an empty size is 0, not 1: the other sizes' coefficients are about 1 /
+    # millions, and rounding beside a 1 would drown them.
+    scale_by_size = torch.where(totals > 0, totals.to(dtype).reciprocal(), 0)[:, None]
     if lambdas[0] == lambdas[1]:
-        of_size = lambdas[0] * of_size
-    else:  # not a stack of two: that would be a launch for each under torch.compile
+        scale_by_size = lambdas[0] * scale_by_size
+    else:  # a stack of two would be a launch for each of them under torch.compile
         is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
-        of_size = torch.where(is_edge, lambdas[0] * of_size, lambdas[1] * of_size)
+        scale_by_size = torch.where(is_edge, lambdas[0] * scale_by_size, lambdas[1] * scale_by_size)
     if weights[0] is None and weights[1] is None:
-        return (of_size / shape[1]).expand(2, *shape).contiguous()
+        return (scale_by_size / shape[1]).expand(2, *shape).contiguous()
     tables = [
-        of_size.new_full(shape, 1 / shape[1]) if weight is None else weight.to(dtype)
+        scale_by_size.new_full(shape, 1 / shape[1]) if weight is None else weight.to(dtype)
         for weight in weights
     ]
-    return torch.stack(tables) * of_size
+    return torch.stack(tables) * scale_by_size

@@ -20,39 +20,39 @@ def affinity_propagation(
     steepness: float = 7.0,
     from_logits: bool = True,
 ) -> Tensor:
-    r"""Refines a segmentation: every pixel takes over from the neighbours that it is affine to.
+    r"""Refines a segmentation: every pixel takes over probabilities from its affine neighbours.
 
-    One iteration makes of the class probabilities p of every pixel i
+    One iteration replaces the class probabilities p of every pixel i by
 
     .. math::
 
         p'_i = N\Big(\lambda \, p_i \max_c p_i(c) + \sum_s a_{is} \, p_s\Big), \qquad
         a_{is} = \frac{\mu^{x_{is}}}{1 + \mu^{x_{is}}}
 
-    where s runs over the neighbours of all rates that are inside the image, x is the affinity logit
-    and N divides by the sum over classes. A sure pixel keeps its class, an unsure one follows its
+    where s runs over the neighbours at all rates that are inside the image, x is the affinity logit
+    and N divides by the sum over classes. A sure pixel keeps its class; an unsure pixel follows its
     neighbours.
 
     Args:
         probs: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides: probabilities,
             not logits. They need not sum to 1, but should be finite and not negative. Half
             precision is read as it is and iterated in float32.
-        affinity: (N, 8 R, H, W) of the same dtypes, not necessarily that of ``probs``. Channels are
-            rate by rate and, within a rate (r1, r2), the neighbours at {-r1, 0, r1} rows x {-r2, 0,
-            r2} columns without the centre, row by row.
+        affinity: (N, 8 R, H, W) of one of these dtypes, which may differ from the dtype of
+            ``probs``. Channels are ordered by rate and, within a rate (r1, r2), by neighbour:
+            {-r1, 0, r1} rows x {-r2, 0, r2} columns without the centre, row by row.
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). No
-            rate is too large for an image: what is outside is no neighbour. The paper's bracket
+            rate is too large for an image: pixels outside are no neighbours. The paper's bracket
             notation: :func:`expand_rates`.
-        iterations: how often; 0 gives a copy.
+        iterations: number of iterations; 0 gives a copy.
         self_weight: lambda, above 0.
         steepness: mu, above 1; e would be the ordinary sigmoid.
-        from_logits: whether ``affinity`` holds logits x. If not, it is a itself, in [0, 1] (not
-            checked), and steepness is of no effect.
+        from_logits: True: ``affinity`` holds the logits x. False: ``affinity`` holds a itself, in
+            [0, 1] (not checked), and steepness has no effect.
 
     Returns:
         (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A
-        pixel where the sum to divide by is 0 (all of its probabilities are, and nothing comes from
-        neighbours) is 0, with a zero gradient. Differentiable with respect to ``probs`` and
+        pixel whose divisor is 0 (its probabilities are all 0, and its neighbours add nothing) is 0
+        in every class, with a zero gradient. Differentiable with respect to ``probs`` and
         ``affinity``: once, in reverse mode. The backward pass computes the iterations again and
         holds them all.
 
@@ -60,11 +60,11 @@ def affinity_propagation(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or range.
 
-    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 6 and 7. Copies of it that
-    lost the exponent show Eq. 7 as mu x / (1 + mu x); only the power is the steeper sigmoid that
-    the text describes. The paper leaves open what happens at the border and how max is
-    differentiated: we sum over the neighbours inside, and max passes its gradient to the first of
-    the largest classes, as ``torch.max(dim)`` does.
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 6 and 7. Copies of the paper
+    that lost the exponent show Eq. 7 as mu x / (1 + mu x); only the power is the steeper sigmoid
+    that the text describes. The paper leaves open the border and the derivative of max: we sum over
+    the neighbours inside, and max passes its gradient to the first of the largest classes, as
+    ``torch.max(dim)`` does.
 
     Example:
         >>> import torch, tritonaff

@@ -18,7 +18,7 @@ from tritonaff.options import AffinityRegressionOptions, affinity_regression_opt
 
 
 class AffinityRegressionTerms(NamedTuple):
-    """What the affinity regression loss is made of, each of shape (N,)."""
+    """Sums and counts of affinity regression by image, each of shape (N,)."""
 
     squared_error: Tensor
     """Sum of (A - M)^2 over the pairs of points; float32, float64 for float64 logits.
@@ -43,9 +43,9 @@ def affinity_regression_terms(
 
     over all pairs of points that are not ignored, i = j included. The points of a grid size g are
     the rows floor(i H / g) and columns floor(j W / g), i, j = 0 ... g - 1, as nearest-neighbour
-    interpolation takes them, and L is the sum of the g^2. No L x L matrix is built. Time is linear
-    in L, except on a GPU for grids of up to 4096 points, where comparing all pairs is as quick: so
-    ``grid_sizes=None``, every pixel, is as good as any other choice.
+    interpolation takes them, and L is the sum of g^2 over the sizes. No L x L matrix is built. Time
+    is linear in L, except on a GPU for grids of up to 4096 points, where comparing all pairs is as
+    quick. Therefore ``grid_sizes=None``, every pixel, is as good as any other choice.
 
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
@@ -66,7 +66,7 @@ def affinity_regression_terms(
             "reference", matrices that do not fit.
 
     Paper: Cao, "Use Square Root Affinity to Regress Label in Semantic Segmentation", Eq. 3 to 6.
-    It knows no ignored points, and names grids of 12 and 6.
+    The paper knows no ignored points, and names grids of 12 and 6.
 
     Example:
         >>> import torch, tritonaff
@@ -93,13 +93,13 @@ def affinity_regression_loss(
     distance.
 
     The mean over images of squared_error / pair_count of :func:`affinity_regression_terms`: a mean
-    square. Images without any point that counts are left out; without any such image it is 0 with
-    a zero gradient.
+    square. Images without any point that counts are left out; if no image remains, the loss is 0
+    with a zero gradient.
 
     Args:
         logits, target, grid_sizes, ignore_index: see :func:`affinity_regression_terms`.
         normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
-            batch's own: :meth:`AffinityRegressionLoss.normalizer`.
+            batch's own; :meth:`AffinityRegressionLoss.normalizer` counts them.
         process_group: see :func:`affinity_field_loss`; the mean is over the images of all
             processes.
 
@@ -110,8 +110,8 @@ def affinity_regression_loss(
         TypeError, ValueError: as :func:`affinity_regression_terms`; a normalizer of a wrong type,
             dtype, shape or device; a wrong process_group.
 
-    Paper: Cao, Eq. 6; added to cross-entropy with the weight 0.1 (Eq. 7) when training with
-    cross-entropy alone has reached its peak.
+    Paper: Cao, Eq. 6. The paper adds the loss to cross-entropy with the weight 0.1 (Eq. 7) when
+    training with cross-entropy alone has reached its peak.
 
     Example:
         >>> import torch, tritonaff
@@ -128,8 +128,8 @@ def affinity_regression_loss(
 class AffinityRegressionLoss(Loss):
     """:func:`tritonaff.affinity_regression_loss` with fixed options.
 
-    The paper adds it to cross-entropy with the weight 0.1, for fine-tuning, when training with
-    cross-entropy alone has reached its peak.
+    The paper adds the loss to cross-entropy with the weight 0.1, for fine-tuning, when training
+    with cross-entropy alone has reached its peak.
 
     Args:
         grid_sizes, ignore_index, process_group: see :func:`tritonaff.affinity_regression_loss`.
@@ -163,8 +163,8 @@ class AffinityRegressionLoss(Loss):
         return _loss(logits, target, self.options, normalizer, self.process_group)
 
     def normalizer(self, target: Tensor) -> Tensor:
-        """int64 scalar: how many of the labels (N, H, W) have a point that counts. It adds up over
-        the parts of a batch, and ``forward`` of a part divides by it.
+        """Number of images with a point that counts among labels (N, H, W): an int64 scalar. Add up
+        the numbers of a batch's parts and give ``forward`` the total with every part.
         """
         target = checks.check_target(target)
         grid_sizes, ignore_index = self.options
@@ -178,16 +178,17 @@ class AffinityRegressionLoss(Loss):
 def square_root_affinity(
     logits: Tensor, grid_sizes: Sequence[int] | int | None = (12, 6)
 ) -> Tensor:
-    r"""The affinity of all pairs of sample points that the logits predict, as matrices.
+    r"""Matrices of the affinity that the logits predict for all pairs of sample points.
 
     .. math:: A_{ij} = \sum_c \sqrt{p_i(c) \, p_j(c)}, \quad p = softmax(logits)
 
-    the Bhattacharyya coefficient of two predictions: in [0, 1], and 1 exactly if they are equal.
+    A is the Bhattacharyya coefficient of two predictions: in [0, 1], and 1 exactly if they are
+    equal.
 
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides.
-        grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
-            pixel, L = H W.
+        grid_sizes: grids of the L points, see :func:`affinity_regression_terms`. None: every pixel,
+            L = H W.
 
     Returns:
         (N, L, L): float32, float64 for float64 logits. Differentiable: once, in reverse mode.
@@ -196,8 +197,8 @@ def square_root_affinity(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape or size; matrices of more than 8 GB.
 
-    Paper: Cao, Eq. 5 and 8. :func:`tritonaff.plotting.plot_affinity` draws it as the paper's Fig. 4
-    does.
+    Paper: Cao, Eq. 5 and 8. :func:`tritonaff.plotting.plot_affinity` draws the matrices as in the
+    paper's Fig. 4.
 
     Example:
         >>> import torch, tritonaff
@@ -214,17 +215,17 @@ def square_root_affinity(
 def label_affinity(
     target: Tensor, grid_sizes: Sequence[int] | int | None = (12, 6), ignore_index: int = 255
 ) -> tuple[Tensor, Tensor]:
-    """The affinity of all pairs of sample points that the labels ask for, as matrices.
+    """Matrices of the affinity that the labels ask for between all pairs of sample points.
 
     Args:
         target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
-        grid_sizes: where the L points are, see :func:`affinity_regression_terms`. None: every
-            pixel, L = H W.
+        grid_sizes: grids of the L points, see :func:`affinity_regression_terms`. None: every pixel,
+            L = H W.
         ignore_index: label of the points that do not count.
 
     Returns:
         affinity: (N, L, L) float32, 1 where two points that count have the same label, else 0.
-        valid: (N, L) bool, which points count.
+        valid: (N, L) bool, True for the points that count.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

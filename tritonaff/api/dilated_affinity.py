@@ -21,8 +21,8 @@ from tritonaff.rates import DIRECTIONS
 class DilatedAffinityTerms(NamedTuple):
     """Sums and counts of dilated affinity by rate and neighbour category n0 ... n8.
 
-    The last index of the first three is the target, (different, same). Tables add up: those of a
-    batch are the sums of those of its images.
+    The last index of the first three tables is the target, (different, same). The tables of a batch
+    are the sums of its images' tables.
     """
 
     loss_sum: Tensor
@@ -32,7 +32,7 @@ class DilatedAffinityTerms(NamedTuple):
     signal_count: Tensor
     """(R, 9, 2): number of signals; int64."""
     correct_count: Tensor
-    """(R, 9, 2): of those, the ones predicted right; int64. ``correct_count / signal_count`` is the
+    """(R, 9, 2): number of signals predicted right; int64. ``correct_count / signal_count`` is the
     accuracy.
     """
     pixel_count: Tensor
@@ -47,21 +47,21 @@ def dilated_affinity_terms(
     gamma: float = 2.0,
     ignore_index: int = 255,
 ) -> DilatedAffinityTerms:
-    r"""The sums and counts that dilated affinity losses are made of, in one pass over the logits.
+    r"""Sums and counts from which dilated affinity losses are computed, in one pass over logits.
 
-    A signal is a pixel and one of its 8 neighbours at a rate. Its target y is 1 if the two have the
-    same label, else 0; with p the sigmoid of its logit x its loss is
+    A signal is a pixel and one of its 8 neighbours at a rate. The target y of the signal is 1 if
+    the two have the same label, else 0; with p the sigmoid of the logit x, the loss of a signal is
 
     .. math:: FL = -(1 - p_t)^\gamma \log p_t, \quad p_t = p \text{ if } y = 1 \text{ else } 1 - p
 
     computed as exp(-gamma softplus(u)) softplus(-u), u = x or -x: finite, with finite gradients,
-    for every logit. It is predicted right if (x > 0) = (y = 1). Signals with a pixel outside the
-    image or ignored do not count.
+    for every logit. A signal is predicted right if (x > 0) = (y = 1). Signals with a pixel that is
+    ignored or outside the image do not count.
 
     Args:
         affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
-            finite; the channels are those of :func:`dilated_affinity_target`. Half precision is
-            read as it is and computed in float32.
+            finite, with the channels of :func:`dilated_affinity_target`. Half precision is read as
+            it is and computed in float32.
         target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
         rates, ignore_index: see :func:`dilated_affinity_target`.
         gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
@@ -103,15 +103,15 @@ def dilated_affinity_loss(
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    r"""The dilated affinity loss: predict which neighbours share a pixel's label.
+    r"""The dilated affinity loss: the head predicts which neighbours share a pixel's label.
 
     .. math::
 
         L = \beta \sum_r \frac{1}{n_r} \sum_{k, t} w_{rkt} \, loss\_sum_{rkt},
         \quad n_r = \sum_k pixel\_count_{rk}
 
-    on the tables of :func:`dilated_affinity_terms` and the weights of :func:`signal_weight`, which
-    are constants for the gradient. A rate at which nothing counts contributes 0 with a zero
+    with the tables of :func:`dilated_affinity_terms` and the weights of :func:`signal_weight`,
+    which are constants for the gradient. A rate at which nothing counts contributes 0 with a zero
     gradient.
 
     Args:
@@ -123,16 +123,15 @@ def dilated_affinity_loss(
         weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
         statistics: the counts that the weights are computed from: ``NeighborStatistics`` of a data
             set with the same rates and ignore_index, or a pair (pixel_count (R, 9), signal_count
-            (R, 9, 2)) of int32 or int64, on the logits' device. None: those of the batch, or of the
-            normalizer; with a process_group, of all its processes.
+            (R, 9, 2)) of int32 or int64, on the logits' device. None: the counts of the batch, or
+            of the normalizer; with a process_group, the counts of all its processes.
         gamma: the focusing parameter, at least 0.
         beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
             neighbor, 1.3 for signal, 1.1 for none (with gamma 0). The best depends on the
             normaliser, which the paper leaves open: with ours, try 0.1 first.
         ignore_index: label of the pixels to leave out.
-        normalizer: (R, 9, 3) of int32 or int64, the counts to use in place of the batch's own,
-            those of pixels and of signals (different, same):
-            :meth:`DilatedAffinityLoss.normalizer`.
+        normalizer: (R, 9, 3) of int32 or int64, counts (pixels, different signals, same signals) to
+            use in place of the batch's own; :meth:`DilatedAffinityLoss.normalizer` counts them.
         process_group: see :func:`affinity_field_loss`.
 
     Returns:
@@ -140,12 +139,12 @@ def dilated_affinity_loss(
 
     Raises:
         TypeError, ValueError: as :func:`dilated_affinity_terms`; an unknown weighting; statistics
-            or a normalizer of a wrong type, dtype, shape (as of other rates) or device; a wrong
-            process_group.
+            or a normalizer of a wrong type, dtype, shape (of other rates, for example) or device; a
+            wrong process_group.
 
-    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 5. It leaves the normaliser
-    open: ours is the number of the batch's pixels that count at the rate. Its printed formula is
-    that of "neighbor", its text and its best results are those of "sqrt".
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 5. The paper leaves the
+    normaliser open: ours is the number of the batch's pixels that count at the rate. The printed
+    formula is "neighbor"; the text and the best results of the paper are "sqrt".
 
     Example:
         >>> import torch, tritonaff
@@ -217,8 +216,8 @@ class DilatedAffinityLoss(Loss):
         return _loss(affinity_logits, target, self.options, given, normalizer, self.process_group)
 
     def normalizer(self, target: Tensor) -> Tensor:
-        """(R, 9, 3) int64: how many pixels, and signals of different and of same labels, the labels
-        (N, H, W) have. It adds up over the parts of a batch, and ``forward`` of a part uses it.
+        """Counts (pixels, different signals, same signals) of labels (N, H, W): (R, 9, 3) int64.
+        Add up the counts of a batch's parts and give ``forward`` the total with every part.
         """
         options = self.options
         counts = neighbor_counts(target, options.rates, ignore_index=options.ignore_index)
@@ -234,11 +233,12 @@ class DilatedAffinityHead(nn.Conv2d):
     frequency of "same label".
 
     Args:
-        in_channels: of the features, at least 1.
-        rates: R distinct rates, those of the loss and the propagation.
-        positive_frequency: fraction of the signals whose target is "same", in (0, 1): one for all
-            rates, R of them, or a :class:`tritonaff.NeighborStatistics` of the same rates, whose
-            counts n are then n + 1, so that never or always is finite too. None: 0.5.
+        in_channels: number of channels of the features, at least 1.
+        rates: R distinct rates, the same as for the loss and the propagation.
+        positive_frequency: fraction of the signals whose target is "same", in (0, 1): one number
+            for all rates, R numbers, or a :class:`tritonaff.NeighborStatistics` of the same rates,
+            whose counts n are read as n + 1: frequencies of 0 and 1 give a finite bias too. None:
+            0.5.
 
     Shapes:
         ``forward(features)`` with features (N, in_channels, H, W) gives logits (N, 8 R, H, W),
@@ -247,10 +247,10 @@ class DilatedAffinityHead(nn.Conv2d):
     Raises:
         TypeError, ValueError: a wrong option when the module is made.
 
-    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 4.1. It prints the bias as
-    -log(pi / (1 - pi)), after RetinaNet, whose formula is -log((1 - pi) / pi): only the latter
-    predicts pi, the frequency of positive signals. As in RetinaNet, weights start with a deviation
-    of 0.01, so that they hardly disturb it.
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 4.1. The paper prints the
+    bias as -log(pi / (1 - pi)), after RetinaNet, whose formula is -log((1 - pi) / pi): only
+    RetinaNet's formula predicts pi, the frequency of positive signals. As in RetinaNet, weights
+    start with a standard deviation of 0.01: they hardly disturb this prediction.
 
     Example:
         >>> import torch, tritonaff
@@ -274,7 +274,7 @@ class DilatedAffinityHead(nn.Conv2d):
     def reset_parameters(self) -> None:
         assert self.bias is not None
         nn.init.normal_(self.weight, std=0.01)
-        # On the host, whatever the default device: not every one has float64.
+        # On the host, whatever the default device: some devices have no float64.
         frequency = torch.tensor(self.positive_frequency, dtype=torch.float64, device="cpu")
         bias = frequency.logit().repeat_interleave(len(DIRECTIONS))
         with torch.no_grad():
@@ -286,8 +286,8 @@ class DilatedAffinityHead(nn.Conv2d):
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The same tensor in all processes, on the parameter's device and in its dtype, as a DTensor
-    where the parameter is one (FSDP).
+    """A tensor that all processes have alike, moved to the parameter's device and dtype, and made a
+    DTensor if the parameter is a DTensor (FSDP).
     """
     tensor = tensor.to(parameter.dtype).to(parameter.device)
     if not hasattr(parameter, "device_mesh"):
@@ -299,7 +299,7 @@ def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _check_positive_frequency(value: Any, rates: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
-    """One for each rate."""
+    """One frequency for each rate."""
     if isinstance(value, NeighborStatistics):
         if value.rates != rates:
             raise ValueError(f"positive_frequency must be of the rates {rates}, got {value.rates}")
@@ -355,10 +355,10 @@ def _loss(
         pixel_count, signal_count = normalizer[..., 0], normalizer[..., 1:]
     tables = loss_sum, signal_count, pixel_count
     loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
-    weighed_by = statistics or (pixel_count, signal_count)
-    weight = signal_weight(options.weighting, *(count.to(loss_sum.dtype) for count in weighed_by))
+    counts = statistics or (pixel_count, signal_count)
+    weight = signal_weight(options.weighting, *(count.to(loss_sum.dtype) for count in counts))
     total = (loss_sum * weight).sum(dim=(1, 2))
     counted = pixel_count.sum(dim=1)
-    # The coefficient of a rate at which nothing counts is 0, not 1: beside 1 / millions of the
-    # others, 1 would drown them in rounding.
+    # The coefficient of a rate at which nothing counts is 0, not 1: the other rates' coefficients
+    # are about 1 / millions, and rounding beside a 1 would drown them.
     return options.beta * (total * (counted > 0) / counted.clamp(min=1)).sum()

@@ -12,7 +12,7 @@ from tritonaff import checks
 
 
 class OptionsModule(nn.Module):
-    """A module with the options of an operation, each of them an attribute."""
+    """A module that holds the options of an operation as attributes."""
 
     def __init__(self, options: NamedTuple) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class OptionsModule(nn.Module):
 
     @property
     def options(self) -> Any:
-        """The attributes as the tuple that an operation takes."""
+        """The attributes as the options tuple that the operation takes."""
         return self._kind(*(getattr(self, name) for name in self._kind._fields))
 
     def extra_repr(self) -> str:
@@ -30,8 +30,8 @@ class OptionsModule(nn.Module):
 
 
 class Loss(OptionsModule):
-    """A loss with a process_group, which copies of the module share, as averages of weights make
-    them: a group is the processes themselves.
+    """A loss with a process_group. Deep copies of the module, as averaging of weights makes them,
+    share the group: a group stands for the processes themselves and cannot be copied.
     """
 
     def __init__(self, options: NamedTuple, process_group: dist.ProcessGroup | None) -> None:

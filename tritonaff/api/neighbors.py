@@ -16,27 +16,27 @@ from tritonaff.portable.blocks import precision
 
 
 def dilated_affinity_target(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> Tensor:
-    """What an affinity head should predict: whether a pixel and its neighbours have one label.
+    """Target of an affinity head: 1 where a neighbour has the pixel's label, 0 where it has not.
 
-    For people and tests; the loss never builds it.
+    This tensor is for people and tests; the loss never builds it.
 
     Args:
-        target: (N, H, W) of uint8, int32 or int64. Any label of at least 0 but ignore_index is a
-            class: how many there are is not known here.
-        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). What
-            is outside the image is no neighbour. The paper's bracket notation:
+        target: (N, H, W) of uint8, int32 or int64. Every label of at least 0 except ignore_index is
+            a class: the number of classes is not known here.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
+            Pixels outside the image are no neighbours. The paper's bracket notation:
             :func:`expand_rates`.
         ignore_index: label of the pixels to leave out.
 
     Returns:
-        (N, 8 R, H, W) of uint8: 1 for the same label, 0 for a different one, 255 where one of the
-        two pixels is outside or ignored. Channels are rate by rate and, within a rate (r1, r2), the
-        neighbours at {-r1, 0, r1} rows x {-r2, 0, r2} columns without the centre, row by row.
+        (N, 8 R, H, W) of uint8: 1 for the same label, 0 for a different label, 255 where one of the
+        two pixels is ignored or outside. Channels are ordered by rate and, within a rate (r1, r2),
+        by neighbour: {-r1, 0, r1} rows x {-r2, 0, r2} columns without the centre, row by row.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape or range. A label below 0 other than ignore_index raises in eager
-            mode on the CPU; elsewhere it is a class.
+            mode on the CPU; elsewhere such a label is a class.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 3.
 
@@ -51,19 +51,21 @@ def dilated_affinity_target(target: Tensor, rates: Rates, *, ignore_index: int =
 
 
 class NeighborCounts(NamedTuple):
-    """How many pixels and signals are in each neighbour category, at each of R rates; int64.
+    """Numbers of pixels and signals in each neighbour category, at each of R rates; int64.
 
-    Tables add up: those of a data set are the sums of those of its images.
+    The counts of a data set are the sums of its images' counts.
     """
 
     pixel_count: Tensor
     """(R, 9): pixels of category n0 ... n8."""
     signal_count: Tensor
-    """(R, 9, 2): signals of those pixels by target, (different, same)."""
+    """(R, 9, 2): signals of the pixels of each category by target, (different, same)."""
 
 
 def neighbor_counts(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> NeighborCounts:
-    """Pixels and signals by rate and neighbour category: what a data set's statistics add up.
+    """Numbers of pixels and signals by rate and neighbour category.
+
+    :class:`NeighborStatistics` adds them up over a data set.
 
     Args:
         target, rates, ignore_index: see :func:`dilated_affinity_target`.
@@ -86,11 +88,11 @@ def neighbor_counts(target: Tensor, rates: Rates, *, ignore_index: int = 255) ->
 
 
 def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> Tensor:
-    """How many pixels have how many neighbours of their own label: n0 ... n8.
+    """Numbers of pixels by the number of neighbours of their own label, n0 ... n8.
 
     The category of a pixel at a rate is 8 minus the number of its valid neighbours with a different
-    label; a neighbour is valid if it is in the image and neither pixel is ignored. A pixel counts
-    if it has a valid neighbour.
+    label; a neighbour is valid if it is in the image and neither of the two pixels is ignored. A
+    pixel counts if it has a valid neighbour.
 
     Args:
         target, rates, ignore_index: see :func:`dilated_affinity_target`.
@@ -101,8 +103,9 @@ def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int = 255
     Raises:
         TypeError, ValueError: as :func:`dilated_affinity_target`.
 
-    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 3.2 and Fig. 3. It speaks of
-    full neighbourhoods only; here the border of a uniform region is n8, as its inside is.
+    Paper: "Improving Semantic Segmentation via Dilated Affinity", Sec. 3.2 and Fig. 3. The paper
+    speaks of full neighbourhoods only; here a pixel at the border of a uniform image is n8, like
+    the pixels inside.
 
     Example:
         >>> import torch, tritonaff
@@ -114,7 +117,7 @@ def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int = 255
 
 
 def signal_weight(weighting: Weighting, pixel_count: Tensor, signal_count: Tensor) -> Tensor:
-    r"""What each signal weighs in the dilated affinity loss, by rate, neighbour category, target.
+    r"""Weight of each signal in the dilated affinity loss, by rate, neighbour category and target.
 
     ================  ============================================
     ``"none"``        1
@@ -123,12 +126,13 @@ def signal_weight(weighting: Weighting, pixel_count: Tensor, signal_count: Tenso
     ``"signal"``      1 for same, same / different for different
     ================  ============================================
 
-    with nk the pixels of category k at the rate, and same and different its signals in all
-    categories. Every count n is n + 1 here: nothing divides by zero, and no missing category
-    silences the loss. Pixels of category n8 weigh 1, but for "signal".
+    where nk is the number of pixels of category k at the rate, and same and different are the
+    numbers of its signals in all categories. Every count n is read as n + 1: nothing divides by
+    zero, and no missing category silences the loss. Pixels of category n8 weigh 1, except with
+    "signal".
 
     Args:
-        weighting: one of the four.
+        weighting: one of the four names.
         pixel_count: (R, 9) counts, integer or floating.
         signal_count: (R, 9, 2) counts, likewise.
 
@@ -164,12 +168,12 @@ def signal_weight(weighting: Weighting, pixel_count: Tensor, signal_count: Tenso
 
 
 class NeighborStatistics:
-    """How many neighbours at each rate have a pixel's own label, counted over a data set.
+    """Statistics of a data set: how often neighbours at each rate have a pixel's own label.
 
-    Adds up :func:`tritonaff.functional.neighbor_counts`, on the targets' device and without reading
-    anything back. :class:`tritonaff.DilatedAffinityLoss` weighs signals by them, and
-    :class:`tritonaff.DilatedAffinityHead` starts with their frequency. Rates are in pixels of the
-    affinity map: labels must come at its resolution.
+    :meth:`update` adds up :func:`tritonaff.functional.neighbor_counts`, on the targets' device and
+    without reading anything back. :class:`tritonaff.DilatedAffinityLoss` weighs signals by these
+    counts, and :class:`tritonaff.DilatedAffinityHead` starts with the frequency of "same label".
+    Rates are in pixels of the affinity map: labels must have the resolution of this map.
 
     Args:
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). The
@@ -178,8 +182,7 @@ class NeighborStatistics:
 
     Attributes:
         pixel_count: (R, 9) int64, pixels by rate and category n0 ... n8.
-        signal_count: (R, 9, 2) int64, signals by rate, category and whether the neighbour's label
-            is different (0) or the same (1).
+        signal_count: (R, 9, 2) int64, signals by rate, category and target, (different, same).
 
     Raises:
         TypeError, ValueError: a wrong option; from ``update``, a target of a wrong type, dtype or
@@ -212,7 +215,7 @@ class NeighborStatistics:
         self._add(*neighbor_counts(target, self.rates, ignore_index=self.ignore_index))
 
     def merge(self, other: NeighborStatistics) -> None:
-        """Adds what another one has counted, with the same rates and ignore_index."""
+        """Adds the counts of other statistics with the same rates and ignore_index."""
         if not isinstance(other, NeighborStatistics):
             raise TypeError(f"other must be a NeighborStatistics, got {type(other).__name__}")
         self._check_same(other.rates, other.ignore_index)
@@ -220,8 +223,8 @@ class NeighborStatistics:
         self._add(other.pixel_count.to(device), other.signal_count.to(device))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Adds up the counts of all processes, in each of them. Call it once, at the end: a second
-        call would count everything again.
+        """Gives every process the total of all processes' counts. Call this method once, at the
+        end: a second call would count everything again.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
@@ -232,7 +235,8 @@ class NeighborStatistics:
                 "call torch.distributed.init_process_group first"
             )
         counts = torch.cat((self.pixel_count[..., None], self.signal_count), dim=-1)
-        # By the group alone: a process that has seen no image must choose as the others do.
+        # The group alone decides: the counts of a process without images are still on the CPU, and
+        # all processes must choose one device.
         if "cpu:" in dist.get_backend_config(group):
             counts = counts.cpu()
         else:
@@ -241,27 +245,27 @@ class NeighborStatistics:
         self.pixel_count, self.signal_count = counts[..., 0].clone(), counts[..., 1:].clone()
 
     def frequencies(self) -> Tensor:
-        """(R, 9) float64 on the CPU: the proportions of n0 ... n8 among the pixels that count at
-        each rate; zeros where none does.
+        """Proportions of n0 ... n8 among the pixels that count at each rate: (R, 9) float64 on the
+        CPU; zeros at a rate where no pixel counts.
         """
         count = self.pixel_count.cpu().double()
         return count / count.sum(dim=1, keepdim=True).clamp(min=1)
 
     def positive_frequency(self) -> Tensor:
-        """(R,) float64 on the CPU: the fraction of signals at each rate whose target is "same"; 0
-        where there is none.
+        """Fraction of the signals at each rate whose target is "same": (R,) float64 on the CPU; 0
+        at a rate without signals.
         """
         count = self.signal_count.cpu().double().sum(dim=1)
         return count[:, 1] / count.sum(dim=1).clamp(min=1)
 
     def weight(self, weighting: Weighting = "sqrt") -> Tensor:
-        """(R, 9, 2), what each signal weighs in the loss; see
+        """Weight of each signal in the loss, (R, 9, 2); see
         :func:`tritonaff.functional.signal_weight`.
         """
         return signal_weight(weighting, self.pixel_count, self.signal_count)
 
     def state_dict(self) -> dict[str, Any]:
-        """All there is to know, of plain types and tensors."""
+        """Rates, ignore_index and both counts, as plain types and tensors."""
         return {
             "rates": self.rates,
             "ignore_index": self.ignore_index,
@@ -271,7 +275,7 @@ class NeighborStatistics:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the counts of a state dict with the same rates and ignore_index, or of the JSON
-        file that ``tritonaff-stats`` has written; what else is in it is left alone.
+        file that ``tritonaff-stats`` has written; other entries are not read.
 
         Example:
             >>> import json, tritonaff

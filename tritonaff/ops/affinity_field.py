@@ -1,7 +1,8 @@
 """The affinity field as custom ops.
 
 A loss is a sum of coefficients times table entries, and the coefficients depend on counts alone.
-So :func:`count` comes first, and what it returns computes the sums, of which there are three ops:
+Therefore :func:`count` comes first; the :class:`Counted` that it returns then computes the sums.
+Three ops do the work:
 
     affinity_field_statistics      counts, labels and softmax statistics: no gradient
     affinity_field_with_gradient   the sums, and in the same pass the gradient of the loss
@@ -27,17 +28,17 @@ GRADS = "Tensor grad_sums, Tensor? grad_log_loss"  # (2, C, K), (C,)
 
 
 def count(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> Counted:
-    """Counts the entries and pixels of a batch, and makes its sums ready to be computed."""
+    """Counts the entries and pixels of a batch; the result can compute the sums."""
     backend = current_backend()
     counted = CountedByReference if backend == "reference" else Counted
     return counted(logits, target, options, backend)
 
 
 class Counted:
-    """The counts of a batch, and on request the sums over the same entries.
+    """The counts of a batch, with methods that compute the sums over the counted entries.
 
-    totals: (2, K) int64, edge and non-edge entries of each size, all classes together.
-    pixel_count: (C,) int64, pixels of each label.
+    totals: (2, K) int64, numbers of edge and non-edge entries of each size over all classes.
+    pixel_count: (C,) int64, number of pixels of each label.
     """
 
     def __init__(
@@ -52,17 +53,17 @@ class Counted:
         self.pixel_count = self.counts[: logits.shape[1], -1]
 
     def entry_counts(self) -> tuple[Tensor, Tensor]:
-        """Edge and non-edge entries by class and size, each (C, K) int64."""
+        """Numbers of edge and non-edge entries by class and size, each (C, K) int64."""
         c = self.logits.shape[1]
         edge_count, non_edge_count = self.counts[:c, :-1], self.counts[c:, :-1]
         if not len(non_edge_count):
-            # Every class has as many entries.
+            # Every class has the same number of entries, edges and non-edges together.
             non_edge_count = self.totals.sum(dim=0) // c - edge_count
         return edge_count.contiguous(), non_edge_count.contiguous()
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Sums (2, C, K), edges first, and log loss (C,): the sum of -log p over the pixels of each
-        label. Differentiable.
+        """Sums (2, C, K), edges first, and log loss (C,), the sum of -log p over the pixels of each
+        label. Both are differentiable.
         """
         sums, log_loss = affinity_field(self.logits, *self.pixels, *self.options)
         return sums, log_loss
@@ -70,9 +71,9 @@ class Counted:
     def sums_with_gradient(
         self, coefficients: Tensor, log_loss_coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sums and log loss as constants, and the number 0. Given the coefficients that they are
-        multiplied by, add the 0 to the loss: it carries the gradient of the logits. None in its
-        place: sums and log loss are differentiable as they are.
+        """Sums and log loss as constants, and the number 0, which carries the gradient of the
+        logits: multiply sums and log loss by the given coefficients and add the 0 to the loss. If
+        the third value is None, sums and log loss themselves are differentiable.
         """
         if not (self.logits.requires_grad and torch.is_grad_enabled()):
             return *self.sums(), None
@@ -82,8 +83,8 @@ class Counted:
         return sums, log_loss, zero
 
     def differentiable_once(self, coefficients: Tensor) -> Tensor:
-        """The coefficients. If they are learned, their gradient refuses to be differentiated: it is
-        made of the sums, constants that a second derivative would drop silently.
+        """The coefficients. If they are learned, differentiating their gradient raises: the
+        gradient consists of the sums, constants that a second derivative would drop silently.
         """
         learned = coefficients.requires_grad and self.logits.requires_grad
         if learned and torch.is_grad_enabled():
@@ -92,7 +93,7 @@ class Counted:
 
 
 class CountedByReference(Counted):
-    """The same of the equations, which autograd differentiates."""
+    """Counts and sums by the reference's equations, which autograd differentiates."""
 
     def __init__(
         self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
@@ -142,10 +143,10 @@ def affinity_field_statistics(
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """totals (2, K): edge and non-edge entries over all classes. counts (C, K + 1): edge entries of
-    each class and size, and in the last column pixels of each label; with variant "authors" as many
-    rows of non-edge entries below, (2 C, K + 1). label (N, 1, H, W): -1 where a pixel does not
-    count. top and rest (N, 1, H, W): the softmax statistics.
+    """totals (2, K): numbers of edge and non-edge entries over all classes. counts (C, K + 1): edge
+    entries of each class and size, and pixels of each label in the last column; with variant
+    "authors" (2 C, K + 1), where C more rows hold the non-edge entries. label (N, 1, H, W): -1
+    where a pixel does not count. top and rest, each (N, 1, H, W): the softmax statistics.
     """
     tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _implementation(
         logits, variant, backend
@@ -231,8 +232,8 @@ register_gradients(affinity_field, _backward, setup_context=_setup_context)
 def affinity_field_with_gradient(
     logits: Tensor, grad_sums: Tensor, grad_log_loss: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums and log loss as constants; the number 0, which carries the gradient of the logits in
-    autograd; and this gradient, for the given gradients of sums and log loss.
+    """Sums (2, C, K) and log loss (C,) as constants; the number 0, which carries the gradient of
+    the logits in autograd; and this gradient, given the gradients of sums and log loss.
     """
     tables: tuple[Tensor, Tensor, Tensor, Tensor] = _compute(
         logits, *others, grads=(grad_sums, grad_log_loss)
@@ -284,17 +285,17 @@ def _gradient_backward(
     if scale is None:
         return {}
     if ctx.grad is None or torch.is_grad_enabled():
-        # A second pass through the same graph; or create_graph, which this op refuses when it is
-        # differentiated.
+        # This is a second pass through the same graph, or a pass with create_graph: the op below
+        # has no autograd formula, so that differentiating it raises.
         grad_sums, grad_log_loss, *pixels = ctx.saved_tensors
         grad_log_loss = None if grad_log_loss is None else scale * grad_log_loss
         grad = affinity_field_backward(scale * grad_sums, grad_log_loss, *pixels, *ctx.options)
         return {"logits": grad}
-    # The first pass hands the waiting gradient on and lets go of it.
+    # The first pass hands on the gradient that the forward pass computed, and keeps no reference.
     grad, ctx.grad = ctx.grad, None
     if type(grad) is Tensor:
         affinity_field_scale(grad, scale, ctx.options[-1])
-    else:  # traced: Inductor fuses the product with what follows
+    else:  # traced: Inductor fuses the product with the operations that follow
         grad = grad * scale
     return {"logits": grad.to(ctx.dtype)}
 

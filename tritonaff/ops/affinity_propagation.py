@@ -1,4 +1,4 @@
-"""Affinity propagation as custom ops. Rates are flat: r1, r2, r1, r2, ..."""
+"""Affinity propagation as custom ops. Rates are one flat list: r1, r2, r1, r2, ..."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIONS = "SymInt[] rates, SymInt iterations, float self_weight, float steepness
 
 
 def propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptions) -> Tensor:
-    """The refined probs, (N, C, H, W), in their dtype and memory format."""
+    """The refined probs (N, C, H, W), in the dtype and memory format of ``probs``."""
     backend = current_backend()
     if backend == "reference":
         equations = reference("affinity_propagation")
@@ -59,8 +59,8 @@ def affinity_propagation_backward(
     rates: list[int],
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of probs and affinity, in the dtype and memory format of each; an empty tensor
-    in place of a gradient that is not needed.
+    """The gradients of probs and affinity, each in the dtype and memory format of its tensor; an
+    empty tensor in place of a gradient that is not needed.
     """
     *others, backend = options
     grads: tuple[Tensor, Tensor] = implementation("affinity_propagation", backend, probs).backward(
@@ -86,7 +86,8 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     probs, affinity, *ctx.options = inputs
-    # The backward pass computes the iterates again: saved, they would hold memory until then.
+    # The iterates are not saved, as they would hold memory until the backward pass, which computes
+    # them again.
     ctx.save_for_backward(probs, affinity)
     ctx.set_materialize_grads(False)
 

@@ -14,7 +14,7 @@ from tritonaff.portable import affinity_regression as portable
 from tritonaff.portable.blocks import precision, sum_dtype
 
 NAME = "affinity_regression"
-# The tiles hold a block of points with all their classes several times over.
+# The tiles hold several copies of a block of points with all their classes.
 MAX_TILE_CLASSES = 256
 # The tiles for grids compare all pairs: beyond this number the portable, linear form is faster.
 MAX_TILE_POINTS = 4096
@@ -25,7 +25,7 @@ OPTIONS = "SymInt[] grid_sizes, SymInt ignore_index, str backend"
 def terms(
     logits: Tensor, target: Tensor, options: AffinityRegressionOptions
 ) -> tuple[Tensor, Tensor]:
-    """Squared error and number of pairs, each (N,)."""
+    """Squared error (N,) and number of pairs (N,)."""
     backend = current_backend()
     if backend == "reference":
         with without_autocast(logits):
@@ -40,7 +40,7 @@ def terms(
 
 
 def predicted_affinity(logits: Tensor, grid_sizes: tuple[int, ...] | None) -> Tensor:
-    """The matrices (N, L, L) of the logits."""
+    """The affinity matrices (N, L, L) that the logits predict."""
     backend = current_backend()
     if backend == "reference":
         with without_autocast(logits):
@@ -53,8 +53,8 @@ def predicted_affinity(logits: Tensor, grid_sizes: tuple[int, ...] | None) -> Te
 def true_affinity(
     target: Tensor, grid_sizes: tuple[int, ...] | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """The matrices (N, L, L) of the labels, and the points (N, L) that count. Labels are compared
-    in plain torch on any device: there is no gradient, and nothing to fuse.
+    """The affinity matrices (N, L, L) of the labels, and a mask (N, L) of the points that count.
+    Labels are compared in plain torch on any device: there is no gradient, and nothing to fuse.
     """
     if current_backend() == "reference":
         matrices: tuple[Tensor, Tensor] = reference(NAME).label_affinity(
@@ -68,8 +68,8 @@ def true_affinity(
 def affinity_regression(
     logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error (N,), number of pairs (N,), and Gram matrices for the backward pass: (N, 3, C,
-    C) of every pixel, (N, 0, C, C) of grids.
+    """Squared error (N,), number of pairs (N,), and Gram matrices for the backward pass:
+    (N, 3, C, C) if every pixel is a point, (N, 0, C, C) with grids.
     """
     with without_autocast(logits):
         tables: tuple[Tensor, Tensor, Tensor] = _implementation(
@@ -137,7 +137,7 @@ register_gradients(affinity_regression, _backward, setup_context=_setup_context)
 
 @define("square_root_affinity", "(Tensor logits, SymInt[] grid_sizes, str backend) -> Tensor")
 def square_root_affinity(logits: Tensor, grid_sizes: list[int], backend: str) -> Tensor:
-    """The matrices (N, L, L)."""
+    """The affinity matrices (N, L, L) that the logits predict."""
     with without_autocast(logits):
         matrices: Tensor = _implementation(logits, (), backend).square_root_affinity(
             logits, list(grid_sizes)

@@ -1,4 +1,4 @@
-"""Which implementation runs: the tensors decide, or the user, for tests and bug reports."""
+"""Choice of the implementation: by the tensors, or by the user, for tests and bug reports."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "portable", "reference")
-# Most tiles hold a pixel's classes in one block of this size at most.
+# Most tiles hold a pixel's classes in one block, of at most this size.
 MAX_TILE_CLASSES = 1024
 LEAST_TRITON = (3, 6)
-# Older GPUs make Triton's assembler fail.
+# Triton's assembler fails for older GPUs.
 LEAST_CAPABILITY = (7, 0)
 
 _current = "auto"
@@ -35,8 +35,8 @@ def use_backend(backend: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run.
 
-    The choice holds for the whole process, and a backward pass runs what its forward pass ran. A
-    call without ``with`` chooses nothing.
+    The choice holds for the whole process, and a backward pass runs the implementation that its
+    forward pass ran. A call without ``with`` chooses nothing.
 
     Example:
         >>> import torch, tritonaff
@@ -72,10 +72,10 @@ def tile_runs(
     max_classes: int | None = MAX_TILE_CLASSES,
     obstacle: str | None = None,
 ) -> bool:
-    """True if a tile takes this call; ValueError where the user insists on one and none can.
+    """True if a tile takes this call; ValueError if the user asks for a tile and none can run.
 
-    ``max_classes`` is how many the logits may have, None where their channels are no classes;
-    ``obstacle`` says what speaks against a tile in the operation's own options.
+    ``max_classes`` is the largest number of classes that the tile takes, None where channels are no
+    classes; ``obstacle`` says why the operation's own options rule out a tile.
     """
     if backend == "portable":
         return False
@@ -95,8 +95,8 @@ def implementation(
 ) -> Any:
     """The module that computes the operation ``name`` for this call: tiles or portable torch.
 
-    The arguments are explained in :func:`tile_runs`. "reference" never comes here: it runs outside
-    the ops, so that autograd differentiates the equations themselves.
+    :func:`tile_runs` explains the arguments. "reference" never comes here: the reference runs
+    outside the ops, so that autograd differentiates the equations themselves.
     """
     runs = tile_runs(backend, tensor, max_classes=max_classes, obstacle=obstacle)
     return importlib.import_module(f"tritonaff.{'kernels' if runs else 'portable'}.{name}")
@@ -108,7 +108,7 @@ def reference(name: str) -> Any:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """What an operation computes in float32 stays float32: under autocast products would not."""
+    """Turns autocast off, which would compute an operation's float32 products in half precision."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
@@ -155,8 +155,8 @@ def _no_triton() -> str | None:
 
 
 def _interprets() -> bool:
-    """True if tiles are interpreted. Triton looks at the environment when it is imported: a
-    variable set later would mix interpreted and compiled functions.
+    """True if tiles are interpreted. Triton reads the environment when it is imported: a variable
+    set later would mix interpreted and compiled functions.
     """
     triton = sys.modules.get("triton")
     if triton is None:

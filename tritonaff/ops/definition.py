@@ -1,4 +1,4 @@
-"""How an operation becomes a custom op: opaque to the compiler, differentiable by a formula."""
+"""Definition of custom ops: opaque to the compiler, differentiable by a formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._library.custom_ops import CustomOpDef
 def define(
     name: str, schema: str, mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """A decorator that makes the op ``tritonaff::name`` of a function with this schema."""
+    """A decorator that turns a function into the op ``tritonaff::name`` with this schema."""
     return torch.library.custom_op(f"tritonaff::{name}", mutates_args=mutates, schema=schema)
 
 
@@ -24,7 +24,7 @@ def register_gradients(
     setup_context: Callable[..., None],
 ) -> None:
     """Registers ``formula(ctx, *grads)``, which returns the gradients of some of the op's
-    arguments by name. All others have none.
+    arguments by name. All other arguments have no gradient.
     """
     names = [argument.name for argument in op._opoverload._schema.arguments]
 
@@ -35,7 +35,7 @@ def register_gradients(
 
 
 def in_order(names: list[str], grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """One entry per name: autograd takes gradients by position."""
+    """One gradient or None per name: autograd takes gradients by position."""
     unknown = grads.keys() - set(names)
     if unknown:
         raise RuntimeError(f"gradients of {sorted(unknown)}, which are no arguments")

@@ -1,6 +1,6 @@
 """Dilated affinity as custom ops.
 
-``offsets`` are dy0, dx0, dy1, dx1, ...: the 8 neighbours of each of R rates, see
+``offsets`` are dy0, dx0, dy1, dx1, ...: the 8 neighbours at each of R rates, see
 :func:`tritonaff.rates.rate_offsets`. Logits have a channel per neighbour, tables a row per rate.
 """
 
@@ -28,7 +28,8 @@ def terms(
     affinity_logits: Tensor, target: Tensor, options: DilatedAffinityOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Focal loss sums, signal counts and correct counts, each (R, 9, 2); pixel counts (R, 9)."""
-    backend, (rates, gamma, ignore_index) = current_backend(), _of_terms(options)
+    backend, rates = current_backend(), options.rates
+    gamma, ignore_index = options.gamma, options.ignore_index
     tables: tuple[Tensor, Tensor, Tensor, Tensor]
     if backend == "reference":
         tables = reference(NAME).dilated_affinity_terms(
@@ -61,10 +62,6 @@ def signals(target: Tensor, rates: Pairs, ignore_index: int) -> Tensor:
     return result
 
 
-def _of_terms(options: DilatedAffinityOptions) -> tuple[Pairs, float, int]:
-    return options.rates, options.gamma, options.ignore_index
-
-
 @define(NAME, f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def dilated_affinity(
     logits: Tensor,
@@ -74,8 +71,8 @@ def dilated_affinity(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Focal loss sums, signal counts, correct counts (R, 9, 2): by rate, neighbour category and
-    target, different first. Pixel counts (R, 9).
+    """Focal loss sums, signal counts and correct counts, each (R, 9, 2): by rate, neighbour
+    category and target, (different, same). Pixel counts (R, 9).
     """
     tables: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(logits, backend).forward(
         logits, target, list(offsets), gamma, ignore_index
@@ -169,5 +166,5 @@ def _(target: Tensor, offsets: list[int], ignore_index: int) -> Tensor:
 
 
 def _implementation(logits: Tensor, backend: str) -> Any:
-    # A tile reads one channel at a time: their number has no limit.
+    # A tile reads one channel at a time: the number of channels has no limit.
     return implementation(NAME, backend, logits, max_classes=None)

@@ -1,16 +1,17 @@
 """The affinity field (variant "paper") in torch operations: any device, no Triton.
 
-Dense plus sparse; docs/affinity_field.md derives it. With l = log(p / q), the two directed terms of
-a pair add up to (p_i - p_j)(l_i - l_j), so the sum over *all* pairs of one size is a linear stencil
-of p and l: the dense part. Pairs of different labels are edges in two of the C channels only: the
-sparse part takes those out of the non-edge sum again and adds their hinge to the edge sum.
+The sums are a dense plus a sparse part; docs/affinity_field.md derives both. With l = log(p / q),
+the two directed terms of a pair add up to (p_i - p_j)(l_i - l_j), so the sum over *all* pairs of
+one size is a linear stencil of p and l: the dense part. Pairs of different labels are edges in two
+of the C channels only: the sparse part takes these edges out of the non-edge sum again and adds
+their hinges to the edge sum.
 
-The dense part runs on u = p - 1 = -q in the channel of a pixel's own label and u = p elsewhere.
-Non-edge pairs do not notice, and in an edge pair the product to take out is small where the network
-is right: nothing cancels.
+The dense part uses u = p - 1 = -q in the channel of a pixel's own label and u = p elsewhere. In a
+non-edge entry u_i - u_j equals p_i - p_j; in an edge entry the product to take out is small where
+the network is right: nothing cancels.
 
-Masks are floating-point tensors: comparisons into those are vectorised on CPUs, into boolean ones
-they are not.
+Masks are floating-point tensors: CPUs vectorise comparisons into floating-point tensors, but not
+into boolean tensors.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ CPU_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 22
 def statistics(
     logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Totals (2, K) and counts (C, K + 1) as ops/affinity_field.py has them; labels and the softmax
-    statistics top and rest (N, 1, H, W).
+    """Totals (2, K) and counts (C, K + 1) as ops/affinity_field.py defines them; labels and the
+    softmax statistics top and rest, each (N, 1, H, W).
     """
     num_classes = logits.shape[1]
     label = counted_labels(target, num_classes, ignore_index)
@@ -54,8 +55,8 @@ def statistics(
     pair_count = counts.new_zeros(len(kernel_sizes))
     valid = torch.ge(label, 0, out=torch.empty_like(rest))
     for k, d, boxes in sizes_with_pairs(valid, kernel_sizes):
-        # Summed in two steps: float32 counts the pairs of one row exactly, not those of a large
-        # image.
+        # Summed in two steps: float32 counts the pairs of one row exactly, but not the pairs of a
+        # large image.
         pair_count[k] = (valid * (boxes - 1)).sum(dim=-1).to(torch.int64).sum()
         for a, _, weight in pairs_of_different_labels(label.squeeze(1), d):
             channel = label.view(-1).index_select(0, a).clamp_(min=0)
@@ -78,8 +79,8 @@ def compute(
     grad_sums: Tensor | None,
     grad_log_loss: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """If asked for, sums (2, C, K), edges first, log loss (C,) and the number 0; and, given the
-    gradients with respect to sums and log loss, that with respect to the logits.
+    """Sums (2, C, K), edges first, log loss (C,) and the number 0, if asked for; and the gradient
+    of the logits, if the gradients of sums and log loss are given. None in place of the others.
     """
     given, logits = logits, at_least_float32(logits).contiguous()
     label, top = label.to(torch.int64), top.to(logits.dtype)
@@ -102,7 +103,7 @@ def compute(
             for buffer in (all_boxes, grad_u, grad_l):
                 buffer.zero_()
         for k, d, boxes in image.sizes:
-            # The sum of u_i - u_j over the valid neighbours j.
+            # Sum of u_i - u_j over the valid neighbours j.
             u_step = block.box_sum(block.u_padded, d).neg_()
             u_step.addcmul_(boxes[block.images], block.u)
             if grad_sums is not None:
@@ -129,7 +130,10 @@ def compute(
 
 
 def add_to_tables(sums: Tensor, edge: Edge, margin: float) -> None:
-    """To those of one size (2, C): hinges; what the dense sums hold of edges is taken out."""
+    """Adds hinges to the edge sums of one size, and takes the edges out of its non-edge sums.
+
+    sums: (2, C).
+    """
     hinge = F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba())).mul_(edge.weight)
     product = edge.u_step().mul_(edge.l_step()).mul_(edge.weight)
     sums[0].index_add_(0, edge.channel, hinge.to(sums.dtype))
@@ -137,28 +141,28 @@ def add_to_tables(sums: Tensor, edge: Edge, margin: float) -> None:
 
 
 def add_to_gradient(grad_p: Tensor, grad_sums: Tensor, edge: Edge, margin: float) -> None:
-    """The same of the gradient with respect to p, given that of the sums of one size (2, C)."""
-    from_edge, from_non_edge = (
+    """Adds the edges' part to the gradient of p, given the gradient (2, C) of one size's sums."""
+    edge_grad, non_edge_grad = (
         grad.index_select(0, edge.channel).mul_(edge.weight) for grad in grad_sums
     )
-    ab = torch.lt(edge.kl_ab(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
-    ba = torch.lt(edge.kl_ba(), margin, out=torch.empty_like(from_edge)).mul_(from_edge)
-    u_step = edge.u_step().mul_(from_non_edge)
+    ab = torch.lt(edge.kl_ab(), margin, out=torch.empty_like(edge_grad)).mul_(edge_grad)
+    ba = torch.lt(edge.kl_ba(), margin, out=torch.empty_like(edge_grad)).mul_(edge_grad)
+    u_step = edge.u_step().mul_(non_edge_grad)
     p_step, l_step = edge.p_a - edge.p_b, edge.l_step()
     grad_a = torch.addcmul(u_step, ab, p_step).div_(edge.p_a * edge.q_a)
     grad_b = torch.addcmul(u_step, ba, p_step).div_(edge.p_b * edge.q_b)
-    grad_a.addcmul_(ba.add_(from_non_edge), l_step)
-    grad_b.addcmul_(ab.add_(from_non_edge), l_step)
+    grad_a.addcmul_(ba.add_(non_edge_grad), l_step)
+    grad_b.addcmul_(ab.add_(non_edge_grad), l_step)
     grad_p.view(-1).scatter_add_(0, edge.at_a, grad_a.neg_())
     grad_p.view(-1).scatter_add_(0, edge.at_b, grad_b)
 
 
 class Size(NamedTuple):
-    """A kernel size that has pairs in the image at all."""
+    """A kernel size that has pairs in the image."""
 
-    k: int  # its column in the tables
+    k: int  # column of the size in the tables
     d: int
-    boxes: Tensor  # (N, 1, H, W): how many of a pixel and its 8 neighbours are valid
+    boxes: Tensor  # (N, 1, H, W): number of valid pixels among a pixel and its 8 neighbours
 
 
 def sizes_with_pairs(valid: Tensor, kernel_sizes: list[int]) -> list[Size]:
@@ -172,17 +176,17 @@ def sizes_with_pairs(valid: Tensor, kernel_sizes: list[int]) -> list[Size]:
 
 
 class Image(NamedTuple):
-    """A batch, and what both parts need of it."""
+    """A batch, with the tensors that the dense and the sparse part need."""
 
     logits: Tensor  # (N, C, H, W)
     top: Tensor  # (N, 1, H, W): the largest logit
     rest: Tensor  # (N, 1, H, W): the sum of exp(logit - top) over the other classes
     label: Tensor  # (N, 1, H, W), -1 at pixels that do not count
-    float_label: Tensor  # the same, to compare with
+    float_label: Tensor  # (N, 1, H, W): the label as a float, for comparisons
     valid: Tensor  # (N, 1, H, W), 1 and 0
     own_p: Tensor  # (N, 1, H, W): p in the channel of the pixel's label
-    own_q: Tensor
-    own_channel: Tensor  # (N, 1, H, W): add a pixel's index, get its place in flattened logits
+    own_q: Tensor  # (N, 1, H, W): 1 - own_p
+    own_channel: Tensor  # (N, 1, H, W): plus a pixel's index, the place in flattened logits
     sizes: list[Size]
     eps: float
 
@@ -223,7 +227,8 @@ class Image(NamedTuple):
 
 
 class Dense:
-    """Whole images, or classes of one image: (n, c, H, W) tensors in buffers that blocks share.
+    """A block of whole images, or of some classes of one image: tensors (n, c, H, W) in buffers
+    that all blocks share.
 
     l and u are 0 at pixels that do not count and, in their padded forms, outside the image.
     """
@@ -252,7 +257,7 @@ class Dense:
 
 
 def dense_blocks(image: Image) -> Iterator[Dense]:
-    """The blocks of a batch, one after the other in the same buffers."""
+    """The blocks of a batch, one after another in the same buffers."""
     slices = list(blocks(image.logits))
     if not slices or not image.sizes:
         return
@@ -267,7 +272,9 @@ def dense_blocks(image: Image) -> Iterator[Dense]:
 def box_sum(
     padded: Tensor, d: int, out: Tensor, rows: Tensor | None = None, margin: int = 0
 ) -> Tensor:
-    """Sum over a pixel and its 8 neighbours at distance d; d + ``margin`` zeros are around."""
+    """Sum over each pixel and its 8 neighbours at distance d; ``padded`` has d + ``margin`` zeros
+    on every side.
+    """
     height, width = out.shape[-2:]
     above, here, below = (padded[..., margin + y : margin + y + height, :] for y in (0, d, 2 * d))
     rows = torch.add(above, here, out=rows).add_(below)
@@ -276,12 +283,12 @@ def box_sum(
 
 
 class Edge(NamedTuple):
-    """One channel of pairs of different labels: that of the label of a, which b does not have."""
+    """Edge entries: pairs (a, b) of different labels, in the channel of a's label."""
 
     weight: Tensor
     channel: Tensor
-    at_a: Tensor  # where in the flattened logits
-    at_b: Tensor
+    at_a: Tensor  # index of a in the flattened logits
+    at_b: Tensor  # index of b in the flattened logits
     p_a: Tensor
     q_a: Tensor
     p_b: Tensor
@@ -321,14 +328,16 @@ def edges(image: Image, d: int) -> Iterator[Edge]:
 
 
 def _selects_pairs(device: torch.device) -> bool:
-    """Whether only pairs of different labels are taken: the host must know their number then, which
-    only a CPU has at hand. Other devices take all, with weight 0 for those of equal labels.
+    """True if only pairs of different labels are taken. The host must know their number then, which
+    only a CPU has at hand: other devices take all pairs, with weight 0 for equal labels.
     """
     return device.type == "cpu"
 
 
 def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels a, their neighbours b of another label, indices into flattened labels, and weights."""
+    """Pixels a and their neighbours b of another label, as indices into flattened labels, and the
+    weights of these pairs.
+    """
     pixel = torch.arange(label.numel(), device=label.device).view(label.shape)
     pixel = F.pad(pixel, (d, d, 0, d)).view(-1)
     # 0 = does not count. With these margins a shift of the flattened map never reaches another row
@@ -347,7 +356,7 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
         else:
             first = torch.arange(len(weight), device=label.device)
         waiting.append((pixel.index_select(0, first), pixel.index_select(0, first + shift), weight))
-        # Few pairs wait for those of the next shifts: many short steps would take longer.
+        # A few pairs wait for the pairs of the next shifts: many short steps would take longer.
         if shift != shifts[-1] and sum(len(pairs[2]) for pairs in waiting) < step:
             continue
         i, j, w = (torch.cat(parts) for parts in zip(*waiting, strict=True))
@@ -359,10 +368,11 @@ def pairs_of_different_labels(label: Tensor, d: int) -> Iterator[tuple[Tensor, T
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per pixel (N, 1, H, W): the largest logit; the sum of exp(logit - largest) over the OTHERS.
+    """Softmax statistics top, the largest logit, and rest, the sum of exp(logit - top) over the
+    OTHER classes; each (N, 1, H, W).
 
-    Not one log-sum-exp: where the network is confident, 1 - p is that sum, and 1 + sum would round
-    it away.
+    One log-sum-exp would not do: where the network is confident, 1 - p is about rest, and 1 + rest
+    would round it away.
     """
     top, rest = torch.empty_like(logits[:, :1]), torch.empty_like(logits[:, :1])
     for images, rows in bands(logits):
@@ -379,7 +389,9 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
 def numbers_where_ignored(
     logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros in place of what is no number at pixels that do not count: 0 times it would be none."""
+    """Logits, top and rest, with numbers at ignored pixels whose rest is NaN: 0 times NaN would be
+    NaN.
+    """
     wrong = rest.isnan().logical_and_(label < 0)
     if not may_hold(wrong):
         return logits, top, rest
@@ -394,10 +406,12 @@ def numbers_where_ignored(
 def tables_of(
     sums: Tensor, logits: Tensor, label: Tensor, top: Tensor, rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums; of -log p, unclamped, the sum over the pixels of each label (C,); and the number 0."""
+    """Sums (2, C, K); log loss (C,), the sum of -log p, unclamped, over the pixels of each label;
+    and the number 0.
+    """
     own = label.clamp(min=0)
     log_loss = torch.log1p(rest).sub_(logits.gather(1, own).sub_(top))
-    # It may be infinite: pixels that do not count are not multiplied by 0.
+    # Log loss may be infinite, so pixels that do not count are masked, not multiplied by 0.
     log_loss = log_loss.where(label >= 0, 0)
     total = logits.new_zeros(logits.shape[1], dtype=sum_dtype(logits.device))
     total.index_add_(0, own.view(-1), log_loss.view(-1).to(total.dtype))
@@ -405,7 +419,7 @@ def tables_of(
 
 
 def count_by_label(label: Tensor, num_classes: int) -> Tensor:
-    """The number of pixels of each label (C,)."""
+    """Number of pixels of each label, (C,)."""
     counted = (label >= 0).view(-1).to(torch.int64)
     pixels = counted.new_zeros(num_classes)
     return pixels.index_add_(0, label.clamp(min=0).view(-1), counted)
@@ -419,10 +433,11 @@ def softmax_backward_(
     top: Tensor,
     rest: Tensor,
 ) -> None:
-    """From the gradient of the softmax to that of the logits, in place; adds cross-entropy's.
+    """Turns the gradient of the softmax into the gradient of the logits, in place, and adds the
+    gradient of cross-entropy.
 
-    Over the classes of a pixel the result sums to 0. What is missing to that is the rounding error
-    of the largest class: where p is near 1, p (g - sum p g) subtracts nearly equal numbers.
+    The result sums to 0 over the classes of a pixel. A sum other than 0 is the rounding error of
+    the largest class: where p is near 1, p (g - sum p g) subtracts nearly equal numbers.
     """
     for images, rows in bands(logits):
         p = (logits[images, :, rows] - top[images, :, rows]).exp_()
@@ -446,7 +461,7 @@ def probabilities(
 ) -> tuple[Tensor, Tensor]:
     """p = softmax (in place of e) and q = 1 - p, both clamped to [eps, 1 - eps].
 
-    q is not computed from p: it keeps its digits where p is near 1.
+    q is not computed from p, so that q keeps its digits where p is near 1.
     """
     total = 1 + rest
     q = torch.sub(e.new_ones(()), e, out=out).add_(rest).div_(total).clamp_(eps, 1 - eps)

@@ -1,9 +1,9 @@
 """The affinity field (variant "authors") in torch operations: any device, no Triton.
 
-The published code's rules: p and 1 - p are clamped separately, a table's row is the label of the
-pair's centre, and a pair counts only if the pixel opposite to the neighbour counts too. The last
-rule is no product of two masks, so the sums do not separate as those of the equations do: this
-walks over the pairs, one direction at a time, in place.
+The published code has rules of its own: p and 1 - p are clamped separately, a table's row is the
+label of the pair's centre, and a pair counts only if the pixel opposite to the neighbour counts
+too. The last rule is no product of two masks, so the sums do not separate as in the equations: this
+file walks over the pairs, one direction at a time, in place.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tritonaff.portable.blocks import (
 def statistics(
     logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Totals (2, K) and counts (2 C, K + 1) as ops/affinity_field.py has them; labels and the
-    softmax statistics top and rest (N, 1, H, W).
+    """Totals (2, K) and counts (2 C, K + 1) as ops/affinity_field.py defines them; labels and the
+    softmax statistics top and rest, each (N, 1, H, W).
     """
     num_classes = logits.shape[1]
     label = counted_labels(target, num_classes, ignore_index)
@@ -69,8 +69,8 @@ def compute(
     grad_sums: Tensor | None,
     grad_log_loss: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """If asked for, sums (2, C, K), edges first, log loss (C,) and the number 0; and, given the
-    gradients with respect to sums and log loss, that with respect to the logits.
+    """Sums (2, C, K), edges first, log loss (C,) and the number 0, if asked for; and the gradient
+    of the logits, if the gradients of sums and log loss are given. None in place of the others.
     """
     given, logits = logits, at_least_float32(logits).contiguous()
     label, top = label.to(torch.int64), top.to(logits.dtype)
@@ -93,12 +93,12 @@ def compute(
                     table.index_add_(0, row.flatten(), value.sum(dim=1).view(-1).to(table.dtype))
             if grad_sums is not None:
                 active = torch.lt(kl, margin, out=kl).mul_(edge)
-                from_edge, from_non_edge = grad_sums[:, row, k]
-                from_kl = (pair - edge).mul_(from_non_edge).addcmul_(active, from_edge, value=-1)
-                grad_a[there].addcmul_(from_kl, log_a.add_(1))
-                grad_b[there].addcmul_(from_kl, log_b.add_(1))
-                grad_a[here].addcmul_(from_kl, ratio_a, value=-1)
-                grad_b[here].addcmul_(from_kl, ratio_b, value=-1)
+                edge_grad, non_edge_grad = grad_sums[:, row, k]
+                kl_grad = (pair - edge).mul_(non_edge_grad).addcmul_(active, edge_grad, value=-1)
+                grad_a[there].addcmul_(kl_grad, log_a.add_(1))
+                grad_b[there].addcmul_(kl_grad, log_b.add_(1))
+                grad_a[here].addcmul_(kl_grad, ratio_a, value=-1)
+                grad_b[here].addcmul_(kl_grad, ratio_b, value=-1)
         if grad_sums is not None:
             grad_a.mul_(a > eps)
             grad_b.mul_(b > eps)
@@ -120,7 +120,9 @@ def fields(
     images: slice,
     classes: slice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """p and 1 - p, each clamped to [eps, 1], and the one-hot labels, of a block (n, c, H, W)."""
+    """p and 1 - p, both clamped to [eps, 1], and the one-hot labels of a block, each
+    (n, c, H, W).
+    """
     e = (logits[images, classes] - top[images]).exp_()
     total = 1 + rest[images]
     b = (1 - e).add_(rest[images]).div_(total).clamp_(eps, 1)
@@ -135,14 +137,16 @@ Slices = tuple[slice, slice, slice, slice]
 def directions(
     label: Tensor, kernel_sizes: list[int]
 ) -> Iterator[tuple[int, Slices, Slices, Tensor]]:
-    """Per size and direction: k, where centres and their neighbours are, which pairs count."""
+    """For each size and direction: k, the slices of centres and of their neighbours, and a mask of
+    the pairs that count.
+    """
     height, width = label.shape[-2:]
     every = slice(None)
     for k, size in enumerate(kernel_sizes):
         d = (size - 1) // 2
         for dy, dx in [(dy, dx) for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]:
-            # A centre has both its neighbour and the opposite pixel in the image: |dy| and |dx|
-            # away from the border.
+            # A centre has both its neighbour and the opposite pixel in the image, so it is |dy| and
+            # |dx| away from the border.
             rows, columns = (abs(dy), height - abs(dy)), (abs(dx), width - abs(dx))
             if rows[0] >= rows[1] or columns[0] >= columns[1]:
                 continue

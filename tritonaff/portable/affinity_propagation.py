@@ -1,11 +1,11 @@
 """Affinity propagation in torch operations: any device, no Triton.
 
 Pixels are flat, (N, C, H W): the neighbour at (dy, dx) is dy W + dx further on, so each neighbour
-is one addcmul_ of two ranges and nothing is padded or copied. At the image's sides such a range
+takes one addcmul_ of two ranges and nothing is padded or copied. At the image's sides such a range
 runs on into the next row; the gates, which are the affinities after the sigmoid, are 0 there.
 
-docs/dilated_affinity.md derives the backward pass. In both passes images are independent: memory is
-that of one image, or of as many small ones as make up a block.
+docs/dilated_affinity.md derives the backward pass. In both passes images are independent: they need
+the memory of one image, or of as many small images as make up a block.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from tritonaff.portable.blocks import at_least_float32
 from tritonaff.rates import rate_offsets
 
-# Elements in one step. On a CPU what the neighbours of a step read stays in its cache; a GPU wants
-# fewer launches.
+# Elements in one step. On a CPU the elements that all neighbours of a step read stay in its cache;
+# a GPU wants fewer launches.
 CPU_BLOCK, DEVICE_BLOCK = 1 << 20, 1 << 24
 
 
@@ -34,7 +34,7 @@ def forward(
     steepness: float,
     from_logits: bool,
 ) -> Tensor:
-    """The refined probs, in their dtype and memory format."""
+    """The refined probs (N, C, H, W), in the dtype and memory format of ``probs``."""
     result = torch.empty_like(probs)
     for images in groups(probs):
         p = flat(probs[images])
@@ -59,7 +59,7 @@ def backward(
     steepness: float,
     from_logits: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to probs and affinity; one that is not needed is empty."""
+    """The gradients of probs and affinity; a gradient that is not needed is an empty tensor."""
     grad_probs = torch.empty_like(probs) if needs_probs else probs.new_empty(0)
     grad_affinity = torch.zeros_like(affinity) if needs_affinity else affinity.new_empty(0)
     for images in groups(probs):
@@ -91,13 +91,13 @@ class Neighbor(NamedTuple):
     channel: int
     dy: int
     dx: int
-    shift: int  # from a pixel to it, in flattened pixels
+    shift: int  # from a pixel to this neighbour, in flattened pixels
 
 
 class Stencil:
     """The sum over neighbours of Eq. 6 for some images, its normalisation, and their adjoints.
 
-    Tensors over pixels are (n, C, H W), ``gates`` (n, neighbors, H W).
+    Tensors over pixels are (n, C, H W), ``gates`` is (n, neighbors, H W).
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Stencil:
         return cls(gates.flatten(2), neighbors, (height, width), self_weight, slope)
 
     def step(self, p: Tensor, out: Tensor, total: Tensor) -> Tensor:
-        """One iteration, p to ``out``. What y was divided by goes to ``total`` (n, 1, H W)."""
+        """One iteration from p to ``out``; the divisor of y goes to ``total`` (n, 1, H W)."""
         for pixels in blocks(p):
             p_i, y, class_sum = p[..., pixels], out[..., pixels], total[..., pixels]
             torch.amax(p_i, dim=1, keepdim=True, out=class_sum)
@@ -150,22 +150,22 @@ class Stencil:
         return out
 
     def normalize_backward(self, grad_p: Tensor, p: Tensor, total: Tensor, out: Tensor) -> None:
-        """From the gradient of p = y / total to that of y."""
+        """Turns the gradient of p = y / total into the gradient of y, in ``out``."""
         for pixels in blocks(p):
             g, grad_y = grad_p[..., pixels], out[..., pixels]
             common = torch.mul(g, p[..., pixels], out=grad_y).sum(dim=1, keepdim=True)
             torch.sub(g, common, out=grad_y).div_(total[..., pixels])
 
     def step_backward(self, grad_y: Tensor, p: Tensor, out: Tensor) -> Tensor:
-        """From the gradient of y to that of the p it was made of."""
-        # Of several largest classes the first has the highest rank.
+        """Turns the gradient of y into the gradient of the p from which y was computed."""
+        # The first of several largest classes has the highest rank.
         rank = torch.arange(p.shape[1], 0, -1, dtype=p.dtype, device=p.device)[:, None]
         for pixels in blocks(p):
             p_i, grad_y_i, grad_p = p[..., pixels], grad_y[..., pixels], out[..., pixels]
             largest = p_i.amax(dim=1, keepdim=True)
-            to_largest = torch.mul(grad_y_i, p_i, out=grad_p).sum(dim=1, keepdim=True)
+            largest_grad = torch.mul(grad_y_i, p_i, out=grad_p).sum(dim=1, keepdim=True)
             first = torch.eq(p_i, largest, out=grad_p).mul_(rank)
-            torch.eq(first, first.amax(dim=1, keepdim=True), out=grad_p).mul_(to_largest)
+            torch.eq(first, first.amax(dim=1, keepdim=True), out=grad_p).mul_(largest_grad)
             grad_p.addcmul_(grad_y_i, largest).mul_(self.self_weight)
             for k, there, here in self.ranges(pixels, backwards=True):
                 out[..., here].addcmul_(self.gates[:, k : k + 1, there], grad_y[..., there])
@@ -181,7 +181,9 @@ class Stencil:
                 grad_gates[:, k, here].add_(product.sum(dim=1))
 
     def affinity_backward(self, grad_gates: Tensor, out: Tensor) -> None:
-        """From the gradient of the gates, which it overwrites, to that of the affinity."""
+        """Turns the gradient of the gates, which is overwritten, into the gradient of the affinity,
+        in ``out``.
+        """
         planes = *grad_gates.shape[:2], *self.size
         grads, gates = grad_gates.view(planes).unbind(1), self.gates.view(planes).unbind(1)
         for grad, gate, neighbor in zip(grads, gates, self.neighbors, strict=True):
@@ -191,7 +193,8 @@ class Stencil:
             out[:, neighbor.channel].copy_(grad)
 
     def ranges(self, pixels: slice, backwards: bool = False) -> Iterator[tuple[int, slice, slice]]:
-        """For every neighbour, those of ``pixels`` and their neighbours that are pixels at all.
+        """For every neighbour: its number, the range of ``pixels`` whose flat neighbour exists, and
+        the range of these neighbours.
 
         Backwards, ``pixels`` are the neighbours.
         """
@@ -207,7 +210,7 @@ class Stencil:
 
 
 def clear_outside(plane: Tensor, neighbor: Neighbor) -> None:
-    """Zero, in (n, H, W), at pixels whose neighbour is outside the image."""
+    """Sets (n, H, W) to zero at pixels whose neighbour is outside the image."""
     height, width = plane.shape[-2:]
     plane[:, beyond(neighbor.dy, height)].zero_()
     plane[:, :, beyond(neighbor.dx, width)].zero_()
@@ -218,7 +221,7 @@ def beyond(step: int, size: int) -> slice:
 
 
 def groups(probs: Tensor) -> Iterator[slice]:
-    """Cuts a batch into groups of whole images that make up a block, or single images."""
+    """Cuts a batch into groups of whole images that make up a block, or into single images."""
     n, *image = probs.shape
     images = max(1, block_size(probs) // math.prod(image))
     for i in range(0, n, images):
@@ -226,7 +229,7 @@ def groups(probs: Tensor) -> Iterator[slice]:
 
 
 def blocks(p: Tensor) -> Iterator[slice]:
-    """Cuts flattened pixels into blocks of all classes."""
+    """Cuts flattened pixels into blocks, each with all classes."""
     num_pixels, step = p.shape[2], block_pixels(p)
     for i in range(0, num_pixels, step):
         yield slice(i, min(i + step, num_pixels))
@@ -241,5 +244,5 @@ def block_size(tensor: Tensor) -> int:
 
 
 def flat(images: Tensor) -> Tensor:
-    """(n, C, H W) in at least float32, contiguous; the images themselves if they are all that."""
+    """Images as (n, C, H W), contiguous and in at least float32; a view if the images are so."""
     return at_least_float32(images).contiguous().flatten(2)

@@ -1,9 +1,9 @@
 """Affinity regression in torch operations: any device, no Triton, linear in the number of points.
 
-docs/affinity_regression.md derives it. With the square roots of the probabilities S (C, L), the
-one-hot labels Y, D = S - Y and M = S + Y, the squared error over all pairs of points needs only the
-C x C matrices D D^T, D M^T and M M^T, and its gradient one product of such a matrix with D and M.
-No L x L matrix exists.
+docs/affinity_regression.md derives the formulas. With the square roots of the probabilities S
+(C, L), the one-hot labels Y (C, L), D = S - Y and M = S + Y, the squared error over all pairs of
+points needs only the C x C matrices D D^T, D M^T and M M^T, and its gradient needs one product of
+such a matrix with D and M. No L x L matrix exists.
 
 These matrices are added up in float64: their products cancel where the prediction is nearly the
 same at all points of a label.
@@ -28,10 +28,10 @@ from tritonaff.portable.blocks import (
 def forward(
     logits: Tensor, target: Tensor, grid_sizes: list[int], ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error and number of pairs (N,), and the Gram matrices (N, 3, C, C).
+    """Squared error (N,), number of pairs (N,), and the Gram matrices (N, 3, C, C).
 
-    No grid sizes mean every pixel. At the few points of grids the backward pass computes the Gram
-    matrices again: (N, 0, C, C).
+    An empty list of grid sizes means every pixel. For the few points of grids the backward pass
+    computes the Gram matrices again, and the returned tensor is (N, 0, C, C).
     """
     n, c = logits.shape[:2]
     gram = logits.new_zeros(n, 3, c, c, dtype=sum_dtype(logits.device))
@@ -57,7 +57,7 @@ def backward(
     grid_sizes: list[int],
     ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the squared errors."""
+    """The gradient of the logits, given the gradient (N,) of the squared errors."""
     if grid_sizes:
         points = Points(sampled(logits, grid_sizes), sampled(target, grid_sizes), ignore_index)
         grad = points.gradient(factors(points.gram(), grad_squared_error))
@@ -71,9 +71,9 @@ def backward(
 
 
 class Points:
-    """The square roots of the probabilities S at some points, and D = S - Y over M = S + Y.
+    """Square roots S of the probabilities at some points, and D = S - Y stacked over M = S + Y.
 
-    All are 0 at points that do not count.
+    S, D and M are 0 at points that do not count.
     """
 
     def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
@@ -83,14 +83,15 @@ class Points:
         label = counted_labels(target.flatten(1), num_classes, ignore_index)
         self.own = label.clamp(min=0)
         self.valid = valid = label.ge(0).to(x.dtype)
-        # The square root of exp(x - max) as half the exponent: not 0 where p underflows.
+        # Half the exponent gives the square root of exp(x - max): not 0 where p underflows.
         s = (x - x.amax(dim=1, keepdim=True)).div_(2).exp_()
         own_s = s.gather(1, self.own)
-        # 1 - p in the label's channel is the sum of the others: all digits where p is near 1.
+        # 1 - p in the label's channel is the sum of the other channels: all digits are right where
+        # p is near 1.
         others = s.square().scatter_(1, self.own, 0).sum(dim=1, keepdim=True)
         total = others + own_s.square()
         wrong = total.isnan().logical_and_(label < 0)
-        if may_hold(wrong):  # 0 times what is no number would be none
+        if may_hold(wrong):  # 0 times NaN would be NaN
             for tensor, number in ((s, 0), (own_s, 0), (others, 0), (total, 1)):
                 tensor.masked_fill_(wrong, number)
         scale = total.rsqrt().mul_(valid)
@@ -101,13 +102,13 @@ class Points:
         wide = x.new_empty(n, 2, num_classes, count, dtype=sum_dtype(x.device))
         wide.copy_(self.s[:, None])
         d, m = wide.unbind(1)
-        # sqrt(p) - 1 would round away what is left of it near 1.
+        # sqrt(p) - 1 would lose its digits to rounding where p is near 1.
         d.scatter_(1, self.own, -(self.own_q / (1 + self.own_s)).to(wide.dtype))
         m.scatter_(1, self.own, (self.own_s + valid).to(wide.dtype))
         self.d_over_m = wide.view(n, 2 * num_classes, count)
 
     def count(self) -> Tensor:
-        """The number of points that count: (n,)."""
+        """Number of points that count, (n,)."""
         return self.valid.sum(dim=(1, 2), dtype=torch.int64)
 
     def gram(self) -> Tensor:
@@ -117,11 +118,14 @@ class Points:
         return torch.stack((product[:, :c, :c], product[:, :c, c:], product[:, c:, c:]), dim=1)
 
     def gradient(self, factor: Tensor) -> Tensor:
-        """With G = factor [D; M] for d/dS: the gradient of the logits, (S G - p <S, G>) / 2."""
+        """The gradient of the logits, (S G - p <S, G>) / 2, where G = factor [D; M] is the gradient
+        of S.
+        """
         product = torch.bmm(factor, self.d_over_m).to(self.s.dtype).mul_(self.s)
         own = product.gather(1, self.own)
         others = product.scatter_(1, self.own, 0).sum(dim=1, keepdim=True)
-        # Where p is near 1 its channel would subtract nearly equal numbers.
+        # Where p is near 1, the general formula would subtract nearly equal numbers in the label's
+        # channel.
         own_grad = self.own_q * own - self.own_s.square() * others
         grad = product.sub_(self.s.square().mul_(others.add_(own)))
         return grad.scatter_(1, self.own, own_grad).div_(2)
@@ -134,7 +138,7 @@ def squared_error_of(gram: Tensor) -> Tensor:
 
 
 def factors(gram: Tensor, grad_squared_error: Tensor) -> Tensor:
-    """What to multiply D over M with for the gradient of S: (N, C, 2C)."""
+    """The matrices (N, C, 2 C) whose product with D over M is the gradient of S."""
     dd, dm, mm = gram.unbind(1)
     return torch.cat((mm + dm, dm.mT + dd), dim=2) * grad_squared_error[:, None, None]
 
@@ -148,7 +152,7 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
 def square_root_affinity_backward(
     grad_affinity: Tensor, logits: Tensor, grid_sizes: list[int]
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the matrices."""
+    """The gradient of the logits, given the gradient (N, L, L) of the matrices."""
     s = square_roots(sampled(logits, grid_sizes))
     product = torch.bmm(s, grad_affinity + grad_affinity.mT).mul_(s)
     grad = product.sub_(s.square().mul_(product.sum(dim=1, keepdim=True))).div_(2)
@@ -160,14 +164,16 @@ def square_root_affinity_backward(
 
 
 def square_roots(logits: Tensor) -> Tensor:
-    """sqrt(softmax) of (N, C, L)."""
+    """Square roots of the softmax of logits (N, C, L)."""
     return at_least_float32(logits).log_softmax(dim=1).div_(2).exp_()
 
 
 def label_affinity(
     target: Tensor, grid_sizes: list[int], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """1 where two points have the same label (N, L, L), and which points count (N, L)."""
+    """Matrices (N, L, L), 1 where two points that count have the same label, and a mask (N, L) of
+    the points that count.
+    """
     label = sampled(target.to(torch.int64), grid_sizes)
     valid = label != ignore_index
     same = torch.eq(label[:, :, None], label[:, None, :])
@@ -175,7 +181,7 @@ def label_affinity(
 
 
 def sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
-    """(..., H, W) at the sample points: (..., L)."""
+    """Values (..., L) of an image (..., H, W) at the sample points."""
     if not grid_sizes:
         return x.flatten(-2)
     h, w = grid_points(x, grid_sizes)
@@ -183,7 +189,7 @@ def sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
 
 
 def grid_points(x: Tensor, grid_sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the sample points: (L,)."""
+    """Rows (L,) and columns (L,) of the sample points."""
     height, width = x.shape[-2:]
     grids = []
     for size in grid_sizes:
@@ -194,10 +200,10 @@ def grid_points(x: Tensor, grid_sizes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def times_sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
-    """How many of the sample points are the same pixel as each of them: (L,)."""
+    """Number of sample points on the pixel of each sample point, (L,)."""
 
     def steps(row: Tensor, height: int, size: int) -> Tensor:
-        """How many steps i have floor(i H / g) = row."""
+        """Number of steps i with floor(i H / g) = row."""
         return ((row + 1) * size + height - 1) // height - (row * size + height - 1) // height
 
     (h, w), (height, width) = grid_points(x, grid_sizes), x.shape[-2:]
@@ -207,9 +213,9 @@ def times_sampled(x: Tensor, grid_sizes: list[int]) -> Tensor:
 
 
 def at_points(grad: Tensor, logits: Tensor, grid_sizes: list[int]) -> Tensor:
-    """The gradient (N, C, L) of the pixels that the sample points are; other pixels get 0.
+    """Writes the gradient (N, C, L) to the pixels of the sample points; other pixels get 0.
 
-    Points that are the same pixel must have the same gradient: each of them writes it.
+    Points on the same pixel must have the same gradient: each of them writes its own.
     """
     h, w = grid_points(logits, grid_sizes)
     result = torch.zeros_like(logits)

@@ -1,4 +1,4 @@
-"""What the portable implementations share: steps of bounded memory, dtypes, layouts."""
+"""Steps of bounded memory, dtypes and layouts, which the portable implementations share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 24
 
 
 def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cuts (N, C, H, W) into blocks of several whole images, or of some classes of one."""
+    """Cuts (N, C, H, W) into blocks of several whole images, or of some classes of one image."""
     n, c, height, width = logits.shape
     images = max(1, block_size(logits) // (c * height * width))
     classes = c if images > 1 else max(1, block_size(logits) // (height * width))
@@ -23,7 +23,7 @@ def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def bands(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cuts (N, C, H, W) into bands of all classes: several whole images, or some rows of one."""
+    """Cuts (N, C, H, W) into bands of all classes: whole images, or some rows of one image."""
     n, c, height, width = logits.shape
     images = max(1, block_size(logits) // (c * height * width))
     rows = height if images > 1 else max(1, block_size(logits) // (c * width))
@@ -44,19 +44,19 @@ def counted_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tenso
 
 
 def may_hold(mask: Tensor) -> bool:
-    """Whether it does somewhere. A CPU can look; other devices would have to wait, and take it that
-    it does.
+    """True if any element of the mask is set. On devices other than the CPU, where reading would
+    synchronise, always True.
     """
     return mask.device.type != "cpu" or bool(mask.any())
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
-    """For labels that live until the backward pass."""
+    """The dtype of labels that live until the backward pass."""
     return torch.int16 if num_classes <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def precision(tensor: Tensor) -> torch.dtype:
-    """Of what is computed from it: float64 from float64, else float32."""
+    """The dtype of computations with a tensor: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -65,13 +65,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def grad_dtype(logits: Tensor) -> torch.dtype:
-    """Of a gradient that waits for a factor, which is large where float16 needs one."""
+    """The dtype of a gradient that waits for its factor: a loss scale for float16 is large."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
 def in_layout_of(logits: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The gradient in the strides that torch.empty_like gives for the logits, and their dtype if
-    not another.
+    """The gradient in the strides that torch.empty_like gives for the logits, and in ``dtype``, by
+    default the dtype of the logits.
     """
     like = torch.empty_like(logits, dtype=dtype, device="meta")
     if (like.dtype, like.stride()) == (grad.dtype, grad.stride()):
@@ -80,5 +80,5 @@ def in_layout_of(logits: Tensor, grad: Tensor, dtype: torch.dtype | None = None)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What to add up millions of terms in: float64 where the device has it."""
+    """The dtype for sums of millions of terms: float64 if the device has float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,12 +1,12 @@
 """Dilated affinity in torch operations: any device, no Triton.
 
-Bands of rows, one rate at a time, in buffers that stay in a CPU's cache. Whether a
-signal is valid, same or different is computed from the labels where it is needed. Focal terms are
-added up over the neighbours of a pixel first, so that only pixels, not signals, are sorted into
+The work goes by bands of rows, one rate at a time, in buffers that stay in a CPU's cache. Masks of
+the same and the different signals are computed from the labels where they are needed. Focal terms
+are added up over the neighbours of a pixel first, so that only pixels, not signals, are sorted into
 categories.
 
-Masks are floating-point tensors: comparisons into those are vectorised on CPUs, into boolean ones
-they are not.
+Masks are floating-point tensors: CPUs vectorise comparisons into floating-point tensors, but not
+into boolean tensors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from tritonaff.portable.blocks import bands, may_hold, precision, sum_dtype
 
 NOT_VALID = 255
-# Most pixels are of one category: neighbouring ones are added up in lanes of their own, because
-# adding to the number that has just been added to has to wait.
+# Most pixels are of one category. An addition to a number that has just been written has to wait,
+# so neighbouring pixels are added up in different lanes.
 LANES = 16
-# Float32 holds every integer up to here.
+# Float32 holds every integer up to this bound.
 EXACT_IN_FLOAT32 = 1 << 24
 
 
@@ -35,15 +35,15 @@ def forward(
     gamma: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss sums, signal counts and correct counts (R, 9, 2), pixel counts (R, 9)."""
+    """Loss sums, signal counts and correct counts, each (R, 9, 2); pixel counts (R, 9)."""
     shape = 2, len(offsets) // 16, 2, 9, LANES
-    # Of losses and of signals predicted right: by rate, target, category and lane.
+    # Sums of losses and of signals predicted right, by rate, target, category and lane.
     sums = logits.new_zeros(shape, dtype=sum_dtype(logits.device))
     histogram = Histogram(target, offsets)
     buffers: list[Tensor] = []
     for block in signals(target, offsets, ignore_index, precision(logits)):
         histogram.add(block)
-        x, pt, not_pt, product = block.of_its_size(buffers)
+        x, pt, not_pt, product = block.spare_tensors(buffers)
         copy_(x, logits, block)
         predicted_same = torch.gt(x, 0, out=pt)
         correct_same = torch.mul(predicted_same, block.same, out=product).sum(dim=1)
@@ -73,25 +73,25 @@ def backward(
     gamma: float,
     ignore_index: int,
 ) -> Tensor:
-    """The gradient with respect to the logits, given that with respect to the loss sums.
+    """The gradient of the logits, given the gradient (R, 9, 2) of the loss sums.
 
-    With u = x for a same and -x for a different signal, and pt = sigmoid(u), that of a focal term
-    with respect to u is -(1 - pt)^gamma (gamma pt (-log pt) + 1 - pt).
+    With u = x for a same and -x for a different signal, and pt = sigmoid(u), the derivative of a
+    focal term with respect to u is -(1 - pt)^gamma (gamma pt (-log pt) + 1 - pt).
     """
     grad = torch.empty_like(logits)
     buffers: list[Tensor] = []
     for block in signals(target, offsets, ignore_index, grad_loss_sum.dtype):
-        x, pt, not_pt, signed = block.of_its_size(buffers)
+        x, pt, not_pt, signed = block.spare_tensors(buffers)
         copy_(x, logits, block)
         minus_log_pt = probabilities(x, block, pt, not_pt, signed)
         slope = torch.addcmul(not_pt, minus_log_pt, pt, value=gamma, out=x)
         slope.mul_(not_pt.pow_(gamma))
-        of_different, of_same = (
+        different_grad, same_grad = (
             coefficient.index_select(0, block.category).view_as(block.same[:, :1])
             for coefficient in grad_loss_sum[block.rate].unbind(dim=1)
         )
-        torch.mul(block.different, of_different, out=signed)
-        signed.addcmul_(block.same, of_same, value=-1)
+        torch.mul(block.different, different_grad, out=signed)
+        signed.addcmul_(block.same, same_grad, value=-1)
         grad[block.place] = slope.mul_(signed)
     return grad
 
@@ -115,19 +115,19 @@ def affinity_target(target: Tensor, offsets: list[int], ignore_index: int) -> Te
 
 
 class Signals(NamedTuple):
-    """The signals of one rate for some images, or for some rows of one."""
+    """The signals of one rate for some images, or for some rows of one image."""
 
     rate: int
-    place: tuple[slice, slice, slice]  # of the signals in the logits
+    place: tuple[slice, slice, slice]  # images, channels and rows of the signals in the logits
     same: Tensor  # (n, 8, h, W), 1 and 0
     different: Tensor  # (n, 8, h, W), 1 and 0
     num_different: Tensor  # (n, h, W)
     category: Tensor  # (n h W,)
     bins: Tensor  # (n h W,), category * LANES + a lane
 
-    def of_its_size(self, buffers: list[Tensor]) -> list[Tensor]:
-        """Four tensors to write into, like ``same``: all blocks share the memory."""
-        if not buffers:  # the first block is as large as any
+    def spare_tensors(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Four tensors to write into, of the size of ``same``: all blocks share the memory."""
+        if not buffers:  # no other block is larger than the first
             buffers += [torch.empty_like(self.same) for _ in range(4)]
         n, _, rows, _ = self.same.shape
         return [buffer[:n, :, :rows] for buffer in buffers]
@@ -149,7 +149,7 @@ def signals(
     for images, band in bands(target[:, None].expand(-1, 8, -1, -1)):
         n = min(images.stop, len(target)) - images.start
         rows = min(band.stop, height) - band.start
-        if buffer is None:  # the first block is as large as any
+        if buffer is None:  # no other block is larger than the first
             buffer = counted.new_empty(2, n, 8, rows, width)
             lanes = torch.arange(n * rows * width, device=target.device) % LANES
         same, different = buffer[:, :n, :, :rows]
@@ -177,20 +177,24 @@ def signals(
 
 
 def copy_(x: Tensor, logits: Tensor, block: Signals) -> None:
-    """The logits of a block; but 0 where signals are not valid, if some logit is no number."""
+    """Copies the logits of a block to x; if some logit is no number, x is 0 where signals are not
+    valid.
+    """
     x.copy_(logits[block.place])
     if may_hold(x.sum().isfinite().logical_not_()):
         x.masked_fill_(block.same + block.different == 0, 0)
 
 
 def moved(window: Tensor, dy: int, dx: int) -> Tensor:
-    """The same window of a padded image, so far down and to the right. Slicing is slower."""
+    """The window of a padded image, moved dy rows down and dx columns right. Slicing is slower."""
     step = dy * window.stride(1) + dx * window.stride(2)
     return window.as_strided(window.shape, window.stride(), window.storage_offset() + step)
 
 
 def comparable(target: Tensor) -> Tensor:
-    """The labels in a dtype that tells them apart: on a CPU float32 if it does, it is faster."""
+    """The labels in a dtype that tells them apart: int64, or on a CPU float32, which is faster, if
+    all labels are exact in float32.
+    """
     if target.device.type == "cpu" and target.numel() > 0:
         smallest, largest = target.aminmax()
         if smallest > -EXACT_IN_FLOAT32 and largest < EXACT_IN_FLOAT32:
@@ -199,27 +203,30 @@ def comparable(target: Tensor) -> Tensor:
 
 
 def probabilities(x: Tensor, block: Signals, pt: Tensor, not_pt: Tensor, spare: Tensor) -> Tensor:
-    """Writes pt and 1 - pt, each with all its digits; x becomes -log(pt), which is returned."""
+    """Writes pt and 1 - pt, each with all its digits; x becomes -log(pt), the return value."""
     sign = torch.sub(block.same, block.different, out=pt)
     u = x.mul_(sign)
     torch.sigmoid(u, out=pt)
     minus_u = u.neg_()
     torch.sigmoid(minus_u, out=not_pt)
-    # -log(pt) = softplus(-u) = max(-u, 0) - log(1 - min(pt, 1 - pt)), and on CPUs sigmoids are
-    # cheaper than exponentials.
+    # -log(pt) = softplus(-u) = max(-u, 0) - log(1 - min(pt, 1 - pt)). On CPUs sigmoids are cheaper
+    # than exponentials.
     log = torch.minimum(pt, not_pt, out=spare).neg_().log1p_()
     return minus_u.clamp_(min=0).sub_(log)
 
 
 class Histogram:
-    """Pixels by rate, category and number of valid neighbours: every count comes from it."""
+    """Numbers of pixels by rate, category and number of valid neighbours, from which every count
+    follows.
+    """
 
     def __init__(self, target: Tensor, offsets: list[int]) -> None:
         shape = len(offsets) // 16, 9, 9, LANES
         self.pixels = target.new_zeros(shape, dtype=torch.int64)
 
     def add(self, block: Signals) -> None:
-        # Category k and v = 8 - k + same valid neighbours have bin 9 k + v, in LANES of them.
+        # A pixel of category k with v = 8 - k + same valid neighbours has bin 9 k + v, which is
+        # LANES numbers wide.
         same = block.same.sum(dim=1).flatten().to(torch.int64)
         more = torch.add(same + 8, block.category, alpha=7)
         place = torch.add(block.bins, more, alpha=LANES)
@@ -227,7 +234,7 @@ class Histogram:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Pixel counts (R, 9), without pixels that have no valid neighbour, and signal counts
-        (R, 9, 2).
+        (R, 9, 2), as ops/dilated_affinity.py defines them.
         """
         pixels = self.pixels.sum(dim=-1)
         number = torch.arange(9, device=pixels.device)

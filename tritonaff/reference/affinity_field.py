@@ -1,7 +1,7 @@
 """Affinity fields as Ke, Hwang, Liu and Yu (ECCV 2018) define them, in eager PyTorch.
 
-This file is the specification: every other implementation is tested against it in float64. It is
-written to be read beside the paper and never optimised.
+This file is the specification: every other implementation is tested against it in float64. The code
+is written to be read beside the paper and never optimised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def affinity_field_terms(
     ignore_index: int,
     variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums and counts of Eq. 3 by class and neighbourhood size: four tables of shape (C, K).
+    """Sums and counts of Eq. 3 by class and neighbourhood size: four tables, each (C, K).
 
     ``variant="paper"``: the equations; a table's row is the channel c. ``variant="authors"``: the
     published TensorFlow code; a table's row is the label of the pair's centre.
@@ -35,7 +35,7 @@ def affinity_field_terms(
     label = target.long()
     counted = (label >= 0) & (label < len(channels)) & (label != ignore_index)
     label = label.where(counted, NOT_COUNTED)  # (N, H, W)
-    logits = logits.where(counted[:, None], 0)  # what does not count may be no number
+    logits = logits.where(counted[:, None], 0)  # logits that do not count may be NaN
     has_label = label[:, None] == channels[:, None, None]  # (N, C, H, W)
 
     p = logits.softmax(dim=1)
@@ -51,8 +51,8 @@ def affinity_field_terms(
         edge_sum = non_edge_sum = logits.new_zeros(len(channels))
         edge_count = non_edge_count = label.new_zeros(len(channels))
         for dy, dx in DIRECTIONS:
-            # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Outside,
-            # any probability does: such pairs are not counted.
+            # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Any
+            # probability would do outside the image: such pairs are not counted.
             p_j, q_j = (shifted(t, d * dy, d * dx, 0.5) for t in (p, q))
             label_j = shifted(label, d * dy, d * dx, NOT_COUNTED)
             has_label_j = label_j[:, None] == channels[:, None, None]
@@ -83,7 +83,7 @@ def affinity_field_terms(
 def cross_entropy_terms(
     logits: Tensor, target: Tensor, *, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """By class (C,): the sum of -log p over the pixels of that label, and their number."""
+    """Sum of -log p over the pixels of each label (C,), and number of these pixels (C,)."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     channels = torch.arange(logits.shape[1], device=logits.device)
@@ -95,16 +95,17 @@ def cross_entropy_terms(
 
 
 def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
-    """x at (h + dy, w + dx) for every pixel (h, w); ``outside`` where that is not in the image."""
+    """x at (h + dy, w + dx) for every pixel (h, w); ``outside`` if this is not in the image."""
     height, width = x.shape[-2:]
-    dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))  # further is outside, too
+    # A longer shift is outside everywhere, too.
+    dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))
     pad_h, pad_w = abs(dy), abs(dx)
     padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h), value=outside)
     return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]
 
 
 def sum_by_class(values: Tensor, has_label: Tensor | None) -> Tensor:
-    """Sum (N, C, H, W) into (C,): by channel or, given one-hot labels, by the pixel's label."""
+    """Sums (N, C, H, W) into (C,): by channel or, given one-hot labels, by the pixel's label."""
     if has_label is not None:
         values = values.sum(dim=1, keepdim=True) * has_label
     return values.sum(dim=(0, 2, 3))

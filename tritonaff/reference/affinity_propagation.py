@@ -1,8 +1,8 @@
 """Affinity propagation of "Improving Semantic Segmentation via Dilated Affinity" (Sec. 3.3), in
 eager PyTorch.
 
-This file is the specification: every other implementation is tested against it in float64. It is
-written to be read beside the paper and never optimised.
+This file is the specification: every other implementation is tested against it in float64. The code
+is written to be read beside the paper and never optimised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def affinity_propagation(
     steepness: float,
     from_logits: bool,
 ) -> Tensor:
-    """Eq. 6, ``iterations`` times: probs (N, C, H, W), affinity (N, 8 R, H, W)."""
+    """Applies Eq. 6 ``iterations`` times to probs (N, C, H, W), with affinity (N, 8 R, H, W)."""
     p = probs.float() if probs.dtype in (torch.float16, torch.bfloat16) else probs.clone()
     a = affinity.to(p.dtype)
     if from_logits:
@@ -47,6 +47,6 @@ def steep_sigmoid(x: Tensor, mu: float) -> Tensor:
 
 
 def normalized(total: Tensor) -> Tensor:
-    """N of Eq. 6: makes the sum over classes 1; where there is nothing to divide, 0."""
+    """N of Eq. 6: divides by the sum over classes; a sum of 0 gives 0."""
     class_sum = total.sum(dim=1, keepdim=True)
     return total / class_sum.masked_fill(class_sum == 0, math.inf)

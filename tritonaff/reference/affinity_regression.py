@@ -1,8 +1,8 @@
 """Affinity regression as Cao ("Use Square Root Affinity to Regress Label in Semantic
 Segmentation") defines it, in eager PyTorch.
 
-This file is the specification: every other implementation is tested against it in float64. It is
-written to be read beside the paper and never optimised: it builds the matrices.
+This file is the specification: every other implementation is tested against it in float64. The code
+is written to be read beside the paper and never optimised: the matrices are built.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 def affinity_regression_terms(
     logits: Tensor, target: Tensor, grid_sizes: tuple[int, ...] | None, *, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Squared error and number of pairs of each image, (N,): the loss is a mean over pairs."""
+    """Squared error (N,) and number of pairs (N,) of each image: the loss is a mean over pairs."""
     label = target.long()
     is_class = (label >= 0) & (label < logits.shape[1])
     label = label.where(is_class, ignore_index)
-    logits = logits.where((label != ignore_index)[:, None], 0)  # others may be no numbers
+    logits = logits.where((label != ignore_index)[:, None], 0)  # ignored logits may be NaN
 
     a = square_root_affinity(logits, grid_sizes)
     m, valid = label_affinity(label, grid_sizes, ignore_index)
@@ -39,7 +39,9 @@ def square_root_affinity(logits: Tensor, grid_sizes: tuple[int, ...] | None) -> 
 def label_affinity(
     target: Tensor, grid_sizes: tuple[int, ...] | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """M (N, L, L), 1 where two points have the same label, and which points count (N, L)."""
+    """M (N, L, L), 1 where two points that count have the same label, and a mask (N, L) of the
+    points that count.
+    """
     label = sampled(target.long(), grid_sizes)
     valid = label != ignore_index
     same = (label[:, :, None] == label[:, None, :]) & valid[:, :, None] & valid[:, None, :]
@@ -47,8 +49,8 @@ def label_affinity(
 
 
 def sampled(x: Tensor, grid_sizes: tuple[int, ...] | None) -> Tensor:
-    """(..., H, W) to (..., L): nearest neighbours on a grid of g x g points for every grid size,
-    one grid after the other; every pixel if there are no grid sizes.
+    """Samples (..., H, W) to (..., L): nearest neighbours on a grid of g x g points for every grid
+    size, one grid after another; every pixel if ``grid_sizes`` is None.
     """
     if grid_sizes is None:
         return x.flatten(-2)

@@ -1,8 +1,8 @@
 """Dilated affinity and its loss as "Improving Semantic Segmentation via Dilated Affinity" defines
 them (sections 3.1 and 3.2), in eager PyTorch.
 
-This file is the specification: every other implementation is tested against it in float64. It is
-written to be read beside the paper and never optimised.
+This file is the specification: every other implementation is tested against it in float64. The code
+is written to be read beside the paper and never optimised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def dilated_affinity_target(
     signals = []
     for r1, r2 in rates:
         for dy, dx in DIRECTIONS:
-            # Outside the image nothing counts, and any label does.
+            # Any label would do outside the image, where nothing counts.
             label_j = shifted(label, r1 * dy, r2 * dx, 0)
             valid = (counted * shifted(counted, r1 * dy, r2 * dx, 0)).bool()
             signals.append((label == label_j).long().where(valid, NOT_VALID))
@@ -56,16 +56,18 @@ def dilated_affinity_terms(
     gamma: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums of the focal loss, signals, and signals predicted right, (R, 9, 2); pixels (R, 9)."""
+    """Sums of the focal loss, signal counts and correct counts, each (R, 9, 2); pixel counts
+    (R, 9).
+    """
     if affinity_logits.dtype in (torch.float16, torch.bfloat16):
         affinity_logits = affinity_logits.float()
     pixel_count, signal_count = neighbor_counts(target, rates, ignore_index=ignore_index)
     signals = dilated_affinity_target(target, rates, ignore_index=ignore_index)
     loss_sums, correct_counts = [], []
-    of_rates = torch.split(signals, 8, dim=1), torch.split(affinity_logits, 8, dim=1)
-    for signal, x in zip(*of_rates, strict=True):
+    rate_pairs = torch.split(signals, 8, dim=1), torch.split(affinity_logits, 8, dim=1)
+    for signal, x in zip(*rate_pairs, strict=True):
         in_category, different, same = categories(signal)
-        x = x.where(different | same, 0)  # others may be no numbers
+        x = x.where(different | same, 0)  # logits that do not count may be NaN
         # Eq. 4. The logit of pt is x where the target is 1 and -x where it is 0.
         u = x.where(same, -x)
         log_pt, log_not_pt = F.logsigmoid(u), F.logsigmoid(-u)
@@ -84,8 +86,8 @@ def dilated_affinity_terms(
 
 
 def categories(signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the signals (N, 8, H, W) of one rate: which pixels are in n0 ... n8 (9, N, H, W), which
-    signals are "different", and which are "same" (N, 8, H, W).
+    """Masks for one rate's signals (N, 8, H, W): pixels in n0 ... n8, (9, N, H, W); signals that
+    are "different", (N, 8, H, W); signals that are "same", (N, 8, H, W).
     """
     different, same = signal == 0, signal == 1
     counts = (different | same).any(dim=1)
@@ -95,6 +97,6 @@ def categories(signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sum_by_category(values: Tensor, in_category: Tensor) -> Tensor:
-    """Sum (N, 8, H, W) into (9,)."""
+    """Sums (N, 8, H, W) into (9,), by the category of the pixel."""
     per_pixel = values.sum(dim=1)
     return torch.stack([(per_pixel * chosen).sum() for chosen in in_category])
