@@ -83,7 +83,7 @@ def line(name: str, total: Counter[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="status 1 above a limit")
     parser.add_argument("--show", action="store_true", help="print the sentences at fault")
