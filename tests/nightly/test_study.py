@@ -486,7 +486,7 @@ def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*arguments, "--docs", str(tmp_path / "docs")])
     assert study.main() == 0
     page = (tmp_path / "docs/study.md").read_text()
-    for heading in ("CamVid", "What a step costs", "Propagation", "Where it fails"):
+    for heading in ("CamVid", "Cost of a step", "Propagation", "Failures"):
         assert f"## {heading}" in page
     for picture in ("camvid", "sizes", "affinity"):
         assert f"(study-{picture}.png)" in page
