@@ -1,5 +1,5 @@
-"""What several processes compute, with unequal numbers of images and of pixels that count, is what
-one process computes of all of them.
+"""Several processes, with unequal numbers of images and of counted pixels, compute the same as one
+process with all images.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def share(rank, size, *tensors):
 
 
 def make_batch():
-    """Images that differ in what counts: one has a single label, one nothing, one a few pixels."""
+    """Images with different counts: one has a single label, one nothing, one a few pixels."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(6, 3, 12, 14, dtype=torch.float64, generator=generator)
     target = torch.randint(0, 4, (6, 4, 7), generator=generator)
@@ -47,7 +47,7 @@ def results_of(rank, size):
 
 @pytest.fixture(scope="module")
 def results(size, tmp_path_factory):
-    """Of each process: losses and facts."""
+    """Losses and facts of each process."""
     return run_processes(__name__, "results_of", size, tmp_path_factory.mktemp("ranks"))
 
 
@@ -123,8 +123,8 @@ def step(module, images, target):
 
 
 def combinations(size):
-    """Of loss, wrapper and mode; all of them would take minutes. What is wrapped has parameters of
-    its own, "adaptive", or none.
+    """Some combinations of loss, wrapper and mode; all combinations would take minutes. The wrapped
+    module has parameters of its own, "adaptive", or none.
     """
     for name in LOSSES:
         yield name, "plain", "eager"
@@ -167,7 +167,7 @@ def test_losses_and_their_gradients(results, size):
                 torch.testing.assert_close(averages[key], grad, rtol=1e-9, atol=1e-14)
 
 
-# ----------------------------------------------------------------------- what surrounds a loss
+# ----------------------------------------------------------------------- around a loss
 
 
 def facts_of(rank, size):

@@ -1,4 +1,4 @@
-"""docs/performance.md, written from docs/results/: which of the figures aimed at hold."""
+"""Writes docs/performance.md from docs/results/: the figures with an aim, and the verdicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Criterion:
-    """A figure aimed at: its title, and the rows and the value that it is judged by."""
+    """A figure with an aim: its title, and the rows and the value that decide."""
 
     title: str
     row: str
@@ -19,7 +19,7 @@ class Criterion:
     least: float
     aim: float
     dtype: str | None = None
-    """Only rows of this dtype count; all, if none is given."""
+    """Only rows of this dtype count; without a dtype, all rows."""
 
     @property
     def more_is_better(self) -> bool:
