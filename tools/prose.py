@@ -25,11 +25,12 @@ OPENING = re.compile(r"(?:^|[.!?:]\s+|\n\s*\n\s*)[\"'(*_]*(?:What|Of|Those|That|
 
 
 def python_prose(text: str) -> list[str]:
-    """The docstrings of a Python file, and its comments, adjacent lines joined."""
-    passages = []
+    """The docstrings of a Python file without their examples, and its comments, lines joined."""
+    passages: list[str] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            passages.append(ast.get_docstring(node) or "")
+            docstring = ast.get_docstring(node) or ""
+            passages.append(re.sub(r"^ *(>>>|\.\.\.).*", "", docstring, flags=re.M))
     last = -2
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:

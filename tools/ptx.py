@@ -170,8 +170,8 @@ class Warp:
     def numbers_of_matrix(
         self, address: Array, i: int, trans: bool, mask: Array | None, what: str
     ) -> Iterator[Array]:
-        """Addresses of the two 16-bit numbers of each lane in the i-th matrix (8, 8). The lanes from
-        8 i on hold the addresses of its rows.
+        """Addresses of the two 16-bit numbers of each lane in the i-th matrix (8, 8). The lanes
+        from 8 i on hold the addresses of its rows.
         """
         lane = np.arange(LANES)
         rows = np.where(self.active(mask), address, 0)[:, 8 * i : 8 * i + 8]
