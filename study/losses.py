@@ -42,7 +42,7 @@ class Facts(NamedTuple):
     num_classes: int
     ignore_index: int
     stride: int  # pixels of the image for one of the target
-    targets: Sequence[np.ndarray]  # training labels, as they are compared
+    targets: Sequence[np.ndarray]  # training labels at the compared resolution
 
 
 class CrossEntropy(nn.Module):

@@ -1,6 +1,4 @@
-"""torch.compile: one graph per training step, whatever the image size; export; other
-transformations.
-"""
+"""torch.compile: one graph per training step, for any image size; export; other transformations."""
 
 import pytest
 import torch

@@ -171,7 +171,7 @@ def test_losses_and_their_gradients(results, size):
 
 
 def facts_of(rank, size):
-    """What the tests below look at, by name."""
+    """The results that the tests below compare, by name."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -242,7 +242,7 @@ def accumulated(rank, size):
 
 
 def copies_of(images, target):
-    """The loss of a module, and of what averages its weights."""
+    """The loss of a module, and the loss of its AveragedModel."""
     module = Segmenter("adaptive", dist.group.WORLD)
     averaged = torch.optim.swa_utils.AveragedModel(module)
     assert averaged.module.loss.process_group is dist.group.WORLD
@@ -260,7 +260,7 @@ def adaptive_loss():
 
 
 def weights_of(loss):
-    """The weights of the sizes and what follows from them, before and after a step."""
+    """The weights of the sizes and the sizes in effect, before and after a step."""
     optimizer = torch.optim.SGD([loss.optimizer_group(lr=0.5)], lr=0.1)
     values = []
     for _ in range(2):
@@ -279,7 +279,7 @@ def predictions():
 
 
 def counts_of(*tensors):
-    """What statistics and metrics have counted, image by image."""
+    """The counts of statistics and metrics, image by image."""
     from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
 
     statistics, accuracy = NeighborStatistics(RATES), AffinityAccuracy(RATES)
@@ -315,7 +315,7 @@ def test_counts_are_exact_and_tables_keep_shape_and_dtype(facts, size):
 
 
 def test_collectives_of_a_loss_and_none_for_its_gradient(facts):
-    """The affinity field's: counts, then sums."""
+    """The all-reduces of the affinity field: counts, then sums."""
     for by_rank in facts:
         assert by_rank["collectives"] == (2, 0)
 
@@ -338,7 +338,7 @@ def test_a_group_of_one_process_changes_nothing(facts):
 
 
 def test_some_processes_may_want_no_gradient(facts):
-    """They send as many numbers as the others."""
+    """Processes without a gradient send as many numbers as the others."""
     for by_rank in facts:
         torch.testing.assert_close(*by_rank["some"])
 
@@ -377,7 +377,7 @@ def test_statistics_and_metrics(facts):
 
 
 def refusals(group):
-    """Calls of the losses with one wrong argument each, by what is wrong."""
+    """Calls of the losses with one wrong argument each, by the mistake."""
     logits, affinity_logits = torch.zeros(1, 3, 4, 5), torch.zeros(1, 8, 4, 5)
     target = torch.zeros(1, 4, 5, dtype=torch.long)
     wrong = torch.ones(7)
@@ -414,7 +414,7 @@ def refusals(group):
 
 
 def refused_alone(rank, size):
-    """The second process refuses all of these; the first one makes none of the calls."""
+    """The second process refuses all bad calls; the first process makes no call."""
     if rank == 1:
         for name, call in refusals(dist.group.WORLD).items():
             with pytest.raises((TypeError, ValueError), match=f"^{name.split()[0]}"):
@@ -422,7 +422,7 @@ def refused_alone(rank, size):
 
 
 def test_everything_is_checked_before_the_first_collective(tmp_path):
-    """One too many would wait for the other process, and meet its next one."""
+    """An extra collective would wait for the other process, and meet its next collective."""
     run_processes(__name__, "refused_alone", 2, tmp_path)
 
 

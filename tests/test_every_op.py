@@ -1,4 +1,4 @@
-"""Each operation with each implementation, once, at a size that takes little time. This test runs
+"""Each operation with each implementation, once, at a small size. This test runs
 with every version of torch and Triton.
 """
 

@@ -105,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """The device, and how thoroughly it is measured."""
+    """The device, and the thoroughness of the measurement."""
 
     device: torch.device
     quick: bool
@@ -515,7 +515,7 @@ _log_lock = threading.Lock()
 
 
 def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, Any]:
-    """The last line that pytest prints; all of them go to the end of a file."""
+    """The last line of pytest's output; the whole output is appended to a file."""
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-rs"]
     options += ["--durations=10", "-o", "faulthandler_timeout=60"]
     if workers > 1:
@@ -607,7 +607,7 @@ def run_group(command: list[str], environment: dict[str, str]) -> subprocess.Com
 
 
 def kernel_names() -> list[str]:
-    """Names of our tiles."""
+    """Names of this library's kernels."""
     folder = Path(tritonaff.__file__).parent / "kernels"
     names = [
         re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.rglob("*.py")
@@ -616,7 +616,7 @@ def kernel_names() -> list[str]:
 
 
 def ncu_kernels(output: str) -> list[dict[str, Any]]:
-    """A row for every launch of ours: its name and metrics."""
+    """A row for every launch of this library's kernels: name and metrics."""
     table = output[output.index('"ID"') :] if '"ID"' in output else ""
     kernels: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(io.StringIO(table)):

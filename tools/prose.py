@@ -49,7 +49,7 @@ def markdown_prose(text: str) -> list[str]:
     text = re.sub(r"^[ ]*```.*?^[ ]*```", "", text, flags=re.M | re.S)
     paragraphs = re.split(r"\n\s*\n", text)
     in_list = False
-    passages = []
+    passages: list[str] = []
     for paragraph in paragraphs:
         if paragraph.startswith("    ") and not in_list:
             continue

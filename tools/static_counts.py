@@ -289,7 +289,7 @@ TILES = (
         GRIDS | PAIRS,
         19 * min(180, PAIRS["BLOCK"] * PAIRS["STEPS"]),
         moved=LOGIT + LABEL,
-        # The blocks on the diagonal of a symmetric matrix, and to one side of it.
+        # The blocks on the diagonal of a symmetric matrix, and on one side of the diagonal.
         trips=(PAIRS["STEPS"], (PAIRS["STEPS"] + 1) / 2, PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
         per_pixel=POINTS_PER_PIXEL,
     ),
@@ -598,7 +598,7 @@ def _run(*command: str) -> str:
 
 
 def count_instructions(assembly: str, *trips: float) -> dict[str, float]:
-    """Instructions that a thread executes, by kind. ``trips`` says how often loops run, the
+    """Instructions that a thread executes, by kind. ``trips`` are the trips of loops, the
     outermost first.
 
     Code that the entry does not reach is left out: padding, and subroutines for operands that do

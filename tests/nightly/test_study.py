@@ -376,7 +376,7 @@ def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
         study.main()
 
 
-# ---------------------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------------------- the whole study
 
 
 def test_the_plan_follows_what_the_validation_split_says(study, losses):
