@@ -1,10 +1,10 @@
-# Every target sets up what it needs in .venv; PYTHON=python3.12 chooses the interpreter it is made with.
+# Every target installs its needs in .venv; PYTHON=python3.12 chooses the interpreter of .venv.
 PYTHON ?= python3
 VENV := .venv
 TORCH :=
 BIN := $(VENV)/bin
 
-# The tiles as a GPU runs them, on a machine without one.
+# Tests of the tiles as a GPU runs them, on a machine without a GPU.
 TILE_TESTS := backend affinity_field affinity_propagation affinity_regression dilated_affinity compile
 
 .PHONY: demo test test-version test-ptx test-nightly bench lint format wheel clean
@@ -15,7 +15,7 @@ demo: $(VENV)/examples.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# Another version of torch: everything but what interprets tiles, of which one case per operation.
+# Another version of torch: all tests but the interpreted tiles, which run one case per operation.
 # make test-version VENV=.venv-oldest PYTHON=python3.10 TORCH=torch==2.6.0
 test-version: $(VENV)/test.stamp
 	$(BIN)/python -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', torch.__version__)"

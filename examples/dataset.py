@@ -111,7 +111,7 @@ def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tup
             x = rng.integers(max(label.shape[1] - width, 0) + 1)
             window = np.s_[y : y + height, x : x + width]
             mirror = np.s_[:, :: rng.choice((1, -1))]
-            # An image smaller than the crop fills a corner of it; the rest is ignored.
+            # An image smaller than the crop fills a corner; the rest of the crop is ignored.
             corner = np.s_[k, : label.shape[0], : label.shape[1]]
             images[corner] = image[window][mirror]
             labels[corner] = label[window][mirror]

@@ -1,8 +1,8 @@
 """Street scenes drawn with a seeded generator: the demo's own data set, nothing to download.
 
-Big regions behind thin things: poles, fences, bicycles, people. A pixel alone says little:
-lighting, shadows, texture, blur and noise spread every class over the colours of the others, so
-that a network has to use the shapes.
+Thin things stand in front of big regions: poles, fences, bicycles, people. A pixel alone says
+little: lighting, shadows, texture, blur and noise spread every class over the colours of the
+others, so that a network has to use the shapes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Scene:
 
     def tree(self) -> None:
         x, top, crown = self.between(0, WIDTH), self.between(10, 30), self.new_object("tree")
-        # Its trunk looks like a pole: only what it carries tells.
+        # Its trunk looks like a pole: only the crown tells them apart.
         self.line((x, top, x, self.horizon + 4), self.new_object("tree"), self.between(2, 4))
         for _ in range(6):
             a, b, r = x + self.between(-8, 8), top + self.between(-8, 12), self.between(4, 9)

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-# Milliseconds of spinning, the default, can stall a step for seconds on cores that others use too.
+# The default, milliseconds of spinning, can stall a step for seconds on cores in use by others.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch

@@ -42,7 +42,7 @@ class Facts(NamedTuple):
     num_classes: int
     ignore_index: int
     stride: int  # pixels of the image for one of the target
-    targets: Sequence[np.ndarray]  # training labels, as they are compared
+    targets: Sequence[np.ndarray]  # training labels at the compared resolution
 
 
 class CrossEntropy(nn.Module):
@@ -95,8 +95,8 @@ REGRESSION_FROM = 2 / 3  # of the progress
 
 class AffinityRegression(CrossEntropy):
     """Cross-entropy alone first, affinity regression beside it in the last third of the steps. The
-    paper adds it when the network has reached its peak and trains on; here every loss has the same
-    number of steps.
+    paper adds the loss when the network has reached its peak and trains on; here every loss has the
+    same number of steps.
     """
 
     def __init__(self, facts: Facts, weight: float) -> None:
@@ -180,8 +180,8 @@ class BoundaryWeights(CrossEntropy):
     1 + w0 exp(-d^2 / (2 sigma^2)), here w0 = weight.
 
     U-Net adds the distances to the two nearest cells. Segments of a label map leave no gap: the
-    distance to the nearest, the pixel's own, is 0. Its weights that balance classes are left out,
-    as no other loss here has any.
+    distance to the nearest segment, the pixel's own, is 0. U-Net's class weights are left out, as
+    no other loss here has class weights.
     """
 
     needs_distance = True

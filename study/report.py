@@ -1,7 +1,7 @@
 """The report of the study, docs/study.md with its plots, from the JSON files of its results.
 
-Everything that depends on a result is computed here from those files: every number, and every word
-on whether a loss helps.
+The report computes from these files everything that depends on a result: every number, and every
+verdict on a loss.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES = TITLES | {PROPAGATED: "+ dilated, then 10 iterations"}
 
 
 def iou(scores: Scores) -> np.ndarray:
-    """(C,) percent; NaN for a class that is neither there nor predicted."""
+    """(C,) percent; NaN for a class in neither labels nor predictions."""
     table = np.array(scores["confusion"], float)
     hits = np.diag(table)
     with np.errstate(invalid="ignore"):
@@ -202,7 +202,7 @@ class Report:
         return [run for run in runs if "scores" in run]
 
     def rows(self, name: str, label: Callable[[dict[str, Any]], str] | None = None) -> Rows:
-        """Scores by loss, or by the ``label`` of a run, only with the seeds that all have."""
+        """Scores by loss, or by the ``label`` of a run, with the seeds that all losses have."""
         rows: dict[str, dict[int, Scores]] = {}
         for result in self.named(name):
             run, scores = result["run"], result["scores"]
@@ -229,16 +229,16 @@ class Report:
             "# Does it help? A controlled study",
             "The same small network, trained on real images with each loss: the same initial "
             "weights, the same batches in the same order, the same number of steps, with "
-            f"{seeds} seeds. Everything on this page, words on what helps included, is written by "
-            "`study/study.py report` from [its results](results/study/study.json).",
+            f"{seeds} seeds. `study/study.py report` writes everything on this page, verdicts "
+            "included, from [the results](results/study/study.json).",
             "**How to read it.** Numbers are percent, of the test split if nothing else is said: "
-            "the mean over seeds and, in brackets, the smallest and the largest. A difference is "
-            "that to cross-entropy with the same seed: the mean and, in brackets, each seed's. It "
-            "is called a difference, and printed bold, only where the mean exceeds the spread over "
-            "seeds: the larger one of the two ranges, of this loss and of cross-entropy. With "
-            "three seeds, normally spread, and no effect, this would still happen one time in "
-            "twenty, and there are many cells below: look at single ones with that in mind. One "
-            "seed allows no judgement at all.",
+            "the mean over seeds and, in brackets, the smallest and the largest. Tables "
+            "of differences subtract cross-entropy with the same seed: the mean and, in brackets, "
+            "each seed's difference. This page calls a change a difference, and prints the mean "
+            "bold, only where the mean exceeds the spread over seeds: the larger range of the two, "
+            "this loss's and cross-entropy's. With three seeds, normally spread, and no effect, "
+            "the mean would still exceed the spread one time in twenty, and there are many cells "
+            "below: do not rely on a single cell. One seed allows no judgement at all.",
         )
         lines = []
         for data in self.study["data"]:
@@ -271,8 +271,8 @@ class Report:
         draw_differences(drawn, main, self.picture(data, f"Differences to cross-entropy, {data}"))
         self.say(
             "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range "
-            "of cross-entropy over seeds: a bar within it is no difference. Propagation is left "
-            "out: it would set the scale."
+            "of cross-entropy over seeds: a bar within the band is no difference. Propagation is "
+            "left out, because its bars would set the scale."
         )
         val: dict[str, list[float]] = {}
         for result in self.named(data):
@@ -311,7 +311,7 @@ class Report:
             f"Chosen on the validation split, with one seed and {steps} steps: for all losses the "
             f"learning rate at which cross-entropy does best, {rate:g}, then the weight of each. "
             "Most of these mIoUs are closer together than two seeds are; the weights are a fair "
-            "try, not the best there are.",
+            "try, not the best ones.",
             table(["loss", "weight", "mIoU on validation by weight"], rows),
         )
 
@@ -343,7 +343,7 @@ class Report:
         ]
         facts = self.cost["machine"]
         self.say(
-            "## What a step costs",
+            "## Cost of a step",
             f"Forward, backward and optimiser of the decoder, batch {self.cost['batch_size']}, "
             f"on {facts['device']}, {'compiled' if facts['compiled'] else 'eager'}: median, all "
             "losses in turn. Memory is the most that the step held beyond weights, optimiser and "
@@ -381,10 +381,10 @@ class Report:
         self.say(
             "## Affinity regression before and after",
             "The AR loss on the validation split after two thirds of the steps, when `ce+ar` "
-            "adds it, and at the end. Up to there the two are one training. The paper fine-tunes "
-            "from the peak of cross-entropy and reports 0.187 before, 0.165 after "
-            "(-12 %); training on with cross-entropy alone, which it does not report, is the other "
-            "row.",
+            "adds the loss, and at the end. Up to two thirds, both rows are one training. The "
+            "paper fine-tunes from the peak of cross-entropy and reports 0.187 before, 0.165 after "
+            "(-12 %); the paper does not report further training with cross-entropy alone, the "
+            "other row.",
             table(["", "before", "after", "change"], parts),
         )
         if "camvid" in self.study["data"]:
@@ -424,7 +424,8 @@ class Report:
             self.say(
                 "## Propagation",
                 "mIoU after some iterations at the logits' resolution, along the affinity that the "
-                "head predicts and along that of the labels, as Tables 3 and 4 of the paper:",
+                "head predicts and along the affinity of the labels, as Tables 3 and 4 of the "
+                "paper:",
                 table(["iterations", *map(str, ITERATIONS[:count])], lines),
             )
 
@@ -433,8 +434,8 @@ class Report:
         if runs:
             self.say(
                 "## Sizes of affinity fields",
-                "What the edge term's weights learned, by class, mean over seeds; they start at "
-                "1/3 each (Fig. 4 left of the paper).",
+                "The learned weights of the edge term, by class, mean over seeds; the weights "
+                "start at 1/3 each (Fig. 4 left of the paper).",
             )
             weights = np.mean([run["edge_weight"] for run in runs], axis=0)
             classes = self.study["data"]["camvid"]["classes"]
@@ -446,8 +447,8 @@ class Report:
             weight = next(run["weight"] for run in runs if run["loss"] == "ce+aaf")
             self.say(
                 f"Combinations of sizes on CamVid, {runs[0]['steps']} steps, all with the weight "
-                f"{weight:g} (Table 10). The size 3 alone has nothing to adapt: it is the affinity "
-                "loss with that weight.",
+                f"{weight:g} (Table 10). The size 3 alone has nothing to adapt: this row is the "
+                "affinity loss with the same weight.",
                 value_table(rows, SHORT),
                 difference_table(rows, SHORT),
             )
@@ -468,8 +469,8 @@ class Report:
             self.say(
                 "## Weighting and rates of dilated affinity",
                 f"CamVid, one seed, {weightings[0]['run']['steps']} steps (Table 1): these rows "
-                "show no more than a tendency. Accuracy is that of the affinity signals, mean over "
-                "rates and categories.",
+                "show no more than a tendency. Accuracy is the accuracy of the affinity signals, "
+                "mean over rates and categories.",
                 table(["weighting", "β", *SHORT, "accuracy n0-n4", "accuracy n5-n8"], lines),
             )
         rates = self.named("rates")
@@ -497,8 +498,8 @@ class Report:
             self.say(
                 "## From daylight to dusk",
                 "Trained on CamVid without its dusk clip, tested on that clip (0001TP, the images "
-                f"of the test and of the training split), {steps} steps: what section 5.5 of the "
-                "AAF paper asks, in small.",
+                f"of the test and of the training split), {steps} steps: the question of section "
+                "5.5 of the AAF paper, in small.",
                 value_table(rows, SHORT),
                 difference_table(rows, SHORT),
             )
@@ -516,8 +517,8 @@ class Report:
                 "## Labels at the logits' or at the image's resolution",
                 f"CamVid, one seed, {runs[0]['run']['steps']} steps, logits enlarged in the latter "
                 "case. The size 3 is then a quarter as far, and most pairs are within a segment. "
-                "The latter is trained in eager mode: of this graph Inductor (torch 2.13, CPU) "
-                'makes gradients that are 0; with the backend "aot_eager" they are right.',
+                "The latter is trained in eager mode: Inductor (torch 2.13, CPU) compiles this "
+                'graph to gradients of 0; with the backend "aot_eager" the gradients are right.',
                 table(["loss", "resolution", *SHORT, "training (s)"], lines),
             )
 
@@ -537,10 +538,11 @@ class Report:
                 lost = ", ".join(f"{classes[j]} {shares['ce'][j]:.0f}" for j in order)
                 lines.append([name, *(f"{share[k]:.0f}" for share in shares.values()), lost])
         self.say(
-            "## Where it fails",
-            "How much of the pixels of CamVid's thin classes is found, percent, all seeds, and "
-            "what cross-entropy takes most of the others for. A loss that thickens a class finds "
-            "more and takes pixels from its neighbours: the IoU above counts both.",
+            "## Failures",
+            "The share of pixels found in CamVid's thin classes, percent, all seeds, and the "
+            "classes that cross-entropy predicts for most of the others. A loss that thickens a "
+            "class finds more pixels and takes pixels from the neighbours of the class: the IoU "
+            "above counts both.",
             table(["class", *(NAMES[loss] for loss in rows), "cross-entropy: taken for"], lines),
         )
 
@@ -566,7 +568,7 @@ class Report:
                 f"{k['device']}, torch {k['torch']}, {'compiled' if k['compiled'] else 'eager'}"
                 for k in map(json.loads, kinds)
             )
-            + ". Times of training are those of a shared machine.",
+            + ". The machine was shared with other programs.",
             LIMITS,
         )
 
@@ -589,7 +591,7 @@ SHORT = {k: METRICS[k] for k in ("mIoU", "instance-wise mIoU", "boundary F")}
 SETTINGS = """\
 - Backbone: EfficientNet-Lite0 with ImageNet weights, frozen; its features at strides 4, 8, 16 and
   32 are computed once, of the image and of its mirror image, and kept as float16.
-- Decoder, all that is trained: 1 x 1 convolutions to 32 channels, from coarse to fine enlarged,
+- Decoder, the only trained part: 1 x 1 convolutions to 32 channels, from coarse to fine enlarged,
   added and merged by separable 3 x 3 convolutions with batch normalisation; logits at stride 4.
 - AdamW, weight decay 1e-4 (none on AAF's weights, which learn at the network's rate), learning rate
   times (1 - step / steps)^0.9. Every image once in random order, mirrored or not, then again.
@@ -603,17 +605,17 @@ SETTINGS = """\
   distance to the nearest other label."""
 
 LIMITS = """\
-## What this does not say
+## Limits
 
 - The backbone is frozen and small, the training short: far from the papers' networks, and from
-  their scores. What helps a small decoder need not help a network that is trained whole;
-  `--finetune` trains it so, where there is a GPU.
-- CamVid's validation split is one clip of near-identical frames; a choice by it is a weak one. Its
-  test split holds a clip that training holds another part of. Images are JPEG copies of the usual
-  PNGs. ISBI's 30 slices are one stack: neighbouring slices are alike across the splits, and with
-  five test images the spread over seeds says nothing about other tissue.
-- Boundary scores are not those of the BSDS benchmark, which the papers use: one predicted pixel may
-  stand for several, see `metrics.BoundaryScore`.
+  their scores. A loss that helps a small decoder need not help a network that is trained whole;
+  `--finetune` trains the whole network, where there is a GPU.
+- CamVid's validation split is one clip of near-identical frames; a choice by this split is weak.
+  The test split holds a clip whose other part is in the training split. Images are JPEG copies of
+  the usual PNGs. ISBI's 30 slices are one stack: neighbouring slices are alike across the splits,
+  and with five test images the spread over seeds says nothing about other tissue.
+- Boundary scores differ from the BSDS benchmark, which the papers use: one predicted pixel may
+  match several true pixels, see `metrics.BoundaryScore`.
 - CamVid is for non-commercial research, ISBI 2012 for research; both with citation, see
   [real-data.md](real-data.md). The plots and tables here hold statistics alone, no image."""
 

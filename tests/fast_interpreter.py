@@ -1,7 +1,8 @@
 """Triton's interpreter, faster: the same operations on the same numbers.
 
-Triton patches triton.language for every call of a helper, and makes a table of dtypes whenever it
-looks one of them up. Either takes longer than the arithmetic. Once per launch, and once, will do.
+Triton patches triton.language for every call of a helper, and makes a table of dtypes for every
+look-up of a dtype. Either takes longer than the arithmetic. Patching once per launch and one table
+are enough.
 """
 
 import functools
@@ -9,7 +10,7 @@ import inspect
 
 
 def speed_up_interpreter() -> None:
-    """Changes nothing where a Triton's interpreter is written differently."""
+    """Changes nothing if the interpreter of this Triton is written differently."""
     from triton.runtime import interpreter
 
     has_classes = {"GridExecutor", "_LangPatchScope"} <= vars(interpreter).keys()

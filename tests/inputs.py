@@ -24,7 +24,7 @@ ROWS = 12
 
 
 def maker(function):
-    """``function(pick, ...)`` as a function of its other arguments alone; ``pick`` comes later."""
+    """``function(pick, ...)`` as a function of its other arguments; ``pick`` comes later."""
 
     @functools.wraps(function)
     def with_arguments(*args, **options):
@@ -34,7 +34,7 @@ def maker(function):
 
 
 def given(*makers, rows=ROWS):
-    """The test, called with the value of each maker. A sequence makes one of its options."""
+    """The test, called with the value of each maker. In place of a maker, a sequence of options."""
 
     def decorate(test):
         def run(pick):
@@ -59,9 +59,9 @@ def given(*makers, rows=ROWS):
 
 
 class Row:
-    """One of several rows in which each choice takes every option equally often; of more options
-    than rows, both ends and options evenly between them. Orders differ from choice to choice, so
-    that the rows combine options differently.
+    """One row of several. Each choice takes every option equally often over the rows; if options
+    outnumber rows, a choice takes both ends and options evenly between. Orders differ from choice
+    to choice, so that the rows combine options differently.
     """
 
     def __init__(self, name, row, rows):

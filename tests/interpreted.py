@@ -1,8 +1,8 @@
-"""Block sizes for Triton's interpreter: it takes its time per program and per operation, whatever
-the size.
+"""Block sizes for Triton's interpreter, whose time depends on the number of programs and of
+operations, not on their size.
 
-Processes that interpret kernels enter ``override(**BLOCKS)``, as conftest.py does. Others would be
-right, and slow.
+Processes that interpret kernels enter ``override(**BLOCKS)``, as conftest.py does. Without these
+sizes results are the same, and slow.
 """
 
 BLOCKS = {

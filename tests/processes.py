@@ -14,14 +14,14 @@ from tritonaff.kernels.blocks import override
 
 
 def run_processes(module, function, size, folder):
-    """What ``function(rank, size)`` of a test module returns in each process."""
+    """The results of ``function(rank, size)`` of a test module, one for each process."""
     for code, errors in end_processes(module, function, size, folder):
         assert code == 0, errors
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def end_processes(module, function, size, folder):
-    """How each of these processes ends: its exit status and what it says."""
+    """The exit status and the standard error of each process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, __file__, module, function, str(size), str(folder)]
     processes = [

@@ -193,8 +193,8 @@ def test_portable_matches_the_reference(values, options):
     check_parity(case, "portable", logits, target)
 
 
-# The tiles march down the rows, one by one: interpreted, few rows are what makes them fast. These
-# are enough for what is kept of them to pass through once.
+# The dense kernel marches row by row: with few rows the interpreter is fast. These rows are enough
+# for every row in registers to pass through once.
 TILE_ROWS = 9
 
 
@@ -236,7 +236,7 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 
 def test_portable_without_selecting_pairs(monkeypatch):
-    """Devices that must not wait for the number of edges take all pairs, with weight 0 or 1."""
+    """Devices that cannot wait for the number of edges take all pairs, with weight 0 or 1."""
     from tritonaff.portable import affinity_field as portable
 
     monkeypatch.setattr(portable, "_selects_pairs", lambda device: False)
@@ -259,7 +259,7 @@ def test_tiles_do_not_depend_on_their_blocks(device, width, aligned):
 
 @pytest.mark.parametrize("kernel_sizes", [(3,), (13,), (3, 13)])
 def test_labels_that_meet_between_patches(device, kernel_sizes):
-    """Every patch holds one label: its edges are all to pixels of others."""
+    """Every patch holds one label: all edges lead to pixels of other patches."""
     pytest.importorskip("triton", minversion="3.6")
     logits, target = make_inputs((1, 2, 16, 8), device=device)
     target[:, :8], target[:, 8:] = 0, 1
@@ -285,8 +285,8 @@ def test_more_counts_than_pixels(device, poisoned_memory):
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
 def test_pixels_alone_among_others(device, kernel_size):
-    """All neighbours have one label, a larger or a smaller one; at 7 none of them is in the part of
-    the patch that is worked on.
+    """All neighbours have one label, larger or smaller; at size 7 no neighbour is in the same part
+    of the patch.
     """
     pytest.importorskip("triton", minversion="3.6")
     logits, target = make_inputs((1, 3, 17, 24), device=device)
@@ -302,19 +302,19 @@ def test_channels_last(backend, device):
 
 
 def test_several_largest_logits(backend, device):
-    """The gradient of a single one follows from the others."""
+    """The gradient of a single largest logit follows from the gradients of the other classes."""
     logits, target = make_inputs((1, 4, 6, 8), device=device, confidence=0.0)
     check_parity(case_with((3,)), backend, logits.round(), target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_edges_in_half_precision(backend, device, dtype):
-    """Where tiles replace the dense gradient."""
+    """The edge kernel replaces the dense gradient in bfloat16 and corrects it in float16."""
     check_parity(case_with((3, 5)), backend, *make_inputs((1, 3, 8, 12), dtype, device))
 
 
 def test_a_sure_and_wrong_pixel_in_float16(backend, device):
-    """At a usual loss scale: d loss / d p is 1 / eps times what the softmax makes of it."""
+    """At a usual loss scale: d loss / d p is 1 / eps times the gradient of the logits."""
     target = torch.zeros(1, 16, 16, dtype=torch.int64, device=device)
     target[:, :, 8:] = 1
     logits = 2.0 * torch.nn.functional.one_hot(target, 4).movedim(-1, 1)
@@ -330,7 +330,7 @@ def test_a_sure_and_wrong_pixel_in_float16(backend, device):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_a_number_shows(backend, device, bad, monkeypatch):
-    """With a GPU's maximum, which drops it, in place of the interpreter's."""
+    """With a GPU's maximum, which drops NaN, in place of the interpreter's."""
     if backend == "triton":
         from triton.runtime.interpreter import InterpreterBuilder
 
@@ -351,7 +351,7 @@ def test_what_is_not_a_number_shows(backend, device, bad, monkeypatch):
 
 @pytest.mark.parametrize("width", [56, 57, 61, 115, 116, 117, 250])
 def test_strips_of_any_width(device, width):
-    """Strips that end with an image, in it and between two; and sizes that reach out of them."""
+    """Strips that end with an image, inside one, between two; sizes that reach out of a strip."""
     pytest.importorskip("triton", minversion="3.6")
     for sizes in ((3, 9), (13, 3)):
         check_parity(case_with(sizes), "triton", *make_inputs((2, 2, 2, width), device=device))
@@ -359,7 +359,7 @@ def test_strips_of_any_width(device, width):
 
 @pytest.mark.parametrize(("between", "before"), [(0, 0), (1, 0), (0, 1), (4, 4)])
 def test_planes_that_begin_anywhere(backend, device, between, before):
-    """Four columns of a row are loaded at once only where addresses are multiples of that."""
+    """Four columns of a row are loaded at once only at addresses that are multiples of four."""
     logits, target = make_inputs((2, 3, 7, 12), device=device)
     memory = torch.zeros(before + 6 * (7 * 12 + between), device=device)
     planes = memory[before:].view(2, 3, -1)[..., : 7 * 12].view(2, 3, 7, 12)
@@ -451,7 +451,7 @@ def test_triton_cross_entropy_with_the_affinity_field(values, kind):
 
 @pytest.mark.parametrize("confidence", [0.0, 20.0])
 def test_cross_entropy_keeps_its_digits(backend, device, confidence):
-    """Of sure pixels too, whose loss is far below the rounding of 1."""
+    """Confident pixels too, whose loss is far below the rounding of 1, keep their digits."""
     logits, target = make_inputs((1, 5, 12, 16), device=device, confidence=confidence)
     target[target == 255] = 1
     logits.requires_grad_()
@@ -545,7 +545,7 @@ def test_gradcheck_with_cross_entropy(backend):
 
 
 def loss_of_terms(logits, target, kernel_sizes):
-    """What affinity_field_loss computes, from tables whose gradient comes afterwards."""
+    """The loss of affinity_field_loss, from tables whose gradient comes afterwards."""
     terms = tritonaff.affinity_field_terms(logits, target, kernel_sizes)
     edge_sum, non_edge_sum, *counts = (table.sum(dim=0) for table in terms)
     edge_count, non_edge_count = (count.clamp(min=1) for count in counts)
@@ -574,7 +574,7 @@ def test_tables_and_gradient_together_and_apart(backend, device, dtype, kernel_s
 
 
 def test_several_passes_through_one_graph(backend, device):
-    """The first hands on the gradient that waits for it, the others compute it again."""
+    """The first backward pass returns the stored gradient, the others compute it again."""
     logits, target = make_inputs((1, 3, 9, 14), device=device)
     logits.requires_grad_()
     with tritonaff.use_backend(backend):
@@ -592,7 +592,7 @@ def test_several_passes_through_one_graph(backend, device):
 
 @pytest.mark.parametrize("factor", [1.0, 0.3, float("nan")])
 def test_a_loss_is_multiplied_in_place(backend, device, factor):
-    """The gradient that waits is the one that is handed on."""
+    """The backward pass returns the stored tensor itself."""
     logits, target = make_inputs((2, 3, 20, 50), device=device)
     logits.requires_grad_()
     ops = torch.ops.tritonaff
@@ -610,7 +610,7 @@ def test_a_loss_is_multiplied_in_place(backend, device, factor):
 
 
 def test_float16_gradients_wait_for_the_loss_scale(backend, device):
-    """Of 12 000 pixels and a small weight they are 1e-7: float16 has no digit left there."""
+    """Gradients of 12 000 pixels with a small weight are 1e-7: float16 has no digit left there."""
     logits, target = make_inputs((1, 4, 96, 128), torch.float16, device)
     logits.requires_grad_()
 
@@ -653,7 +653,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("learned", ["edge_weight", "weight"])
 def test_a_mixed_second_derivative_is_refused(learned):
-    """Of the learned weights first, then of the logits; alone and with an ordinary loss."""
+    """Gradients of the learned weights, then of the logits; alone and with an ordinary loss."""
     logits, target = make_inputs((1, 3, 6, 6))
     logits.requires_grad_()
     weight = torch.rand((3, 1) if learned == "edge_weight" else 3, requires_grad=True)
@@ -686,8 +686,8 @@ def test_opcheck(backend, device, variant, memory_format):
         torch.library.opcheck(
             ops.affinity_field_backward.default, (*grads, logits.detach(), *options)
         )
-        # Traced it has the same results, as tests/test_compile.py sees; but the backward pass of
-        # eager mode makes one of them the gradient, in place.
+        # Traced, the op has the same results, see tests/test_compile.py; but the backward pass of
+        # eager mode turns one result into the gradient, in place.
         torch.library.opcheck(
             ops.affinity_field_with_gradient.default,
             (logits, *grads, *options),
@@ -735,7 +735,7 @@ def test_transposing_the_image_changes_nothing(values, variant):
     assert_same(terms_of(logits.mT, target.mT, **options), expected)
 
 
-# No label that is also a class, which would become another one.
+# The ignored label is no class: a class would become another one.
 @given(inputs([torch.float64], ignored_labels=(255, -100)), VARIANTS)
 def test_permuting_the_classes_permutes_the_rows(values, variant):
     logits, target, ignore_index = values
@@ -806,7 +806,7 @@ def test_one_label_has_no_edges(backend, device):
 
 @pytest.mark.parametrize("shape", [(1, 5, 12, 14), (1, 5, 3, 40), (1, 5, 1, 1)])
 def test_a_size_beyond_the_image_does_not_disturb_the_others(backend, device, shape):
-    """Its empty tables have the normaliser 1, the others' is thousands."""
+    """A size without pairs has empty tables and the normaliser 1; other sizes have thousands."""
     values = make_inputs(shape, device=device)
 
     def loss(logits, target):

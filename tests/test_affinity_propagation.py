@@ -86,7 +86,7 @@ def case_with(rates, softmax=False, **options):
 
     def loss(result):
         weight = 1 + torch.arange(result.numel(), device=result.device).cos().view(result.shape)
-        # In the dtype of the result: its rounding is the loss's, too.
+        # In the dtype of the result: the loss rounds like the result.
         return (result * weight).sum().to(result.dtype) / max(1, result[:, 0].numel())
 
     return Case.of_tables("affinity_propagation", tables, loss, largest_term=1.0)
@@ -135,7 +135,7 @@ def test_triton_matches_the_reference(values):
 
 @pytest.mark.parametrize("confidence", [0.0, 9.0])
 def test_the_papers_rates(backend, device, confidence):
-    """Neighbours up to 64 pixels away, some of them in the image."""
+    """Neighbours up to 64 pixels away, some inside the image."""
     shape = (1, 3, 70, 75) if backend == "portable" else (1, 3, 9, 70)
     values = make_propagation_inputs(shape, device=device, confidence=confidence)
     check_parity(CASES["affinity_propagation"], backend, *values)
@@ -223,12 +223,12 @@ def test_gradcheck(implementation, softmax, from_logits):
 
 
 def test_the_largest_passes_its_gradient_to_the_first_of_equals(backend, device):
-    """What torch.max(dim) does."""
+    """The gradient goes to the first maximum, as with torch.max(dim)."""
     probs = torch.tensor([0.2, 0.4, 0.4], device=device).view(1, 3, 1, 1).requires_grad_()
     affinity = torch.zeros(1, 8, 1, 1, device=device)
     gradients = []
     for name in (backend, "reference"):
-        # Alone in its image a pixel stays itself: a second one shows what max does.
+        # A pixel alone in its image stays the same: a second pixel shows the effect of max.
         two = torch.cat((probs, probs.detach().flip(1)), dim=3)
         result = propagate(name, two, affinity.repeat(1, 1, 1, 2), [1], iterations=1)
         gradients += torch.autograd.grad(result[0, 0, 0, 0], probs)
@@ -250,7 +250,7 @@ def test_only_what_needs_a_gradient_gets_one(backend, device, iterations):
     both = gradients((True, True))
     probs_alone, none = gradients((True, False))
     assert none is None
-    # Compiled apart, they may fuse other products with sums.
+    # Two compiled kernels may fuse different products with sums.
     torch.testing.assert_close(probs_alone, both[0], rtol=1e-6, atol=1e-7)
     none, affinity_alone = gradients((False, True))
     assert none is None
@@ -375,7 +375,7 @@ def test_steepness_e_is_the_ordinary_sigmoid(backend, device):
 
 
 def test_nothing_to_divide_by_is_0_with_a_zero_gradient(backend, device):
-    """A pixel without probabilities that takes nothing over from its neighbours."""
+    """A pixel without probabilities that receives nothing from its neighbours."""
     probs, affinity = make((1, 3, 4, 5), device=device)
     probs[..., 1, 2] = 0
     affinity = affinity.sigmoid()

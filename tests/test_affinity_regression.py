@@ -94,8 +94,8 @@ def case_with(grid_sizes, **options):
 
 
 few_classes = range(2, 21)
-# Of more than 32 every pixel has other tiles, and of more than 64. The last one begins a block of
-# classes, ends one, or does neither.
+# Numbers of classes. Beyond 32 and beyond 64 other kernels take every pixel. The last class begins
+# a block of classes, ends a block, or does neither.
 many_classes = [33, 64, 65, 100]
 
 
@@ -139,7 +139,7 @@ def check_tiles(logits, target, ignore_index, grid_sizes):
     pytest.importorskip("triton", minversion="3.6")
     case = case_with(grid_sizes, ignore_index=ignore_index)
     if grid_sizes is None:
-        # Where all points predict the same, the error is what is left of sums of up to 4 for a
+        # Where all points predict the same, the error is the remainder of sums of up to 4 for a
         # pair, and so is the gradient of a pixel. Gram matrices add up 32 equal products in
         # float32, which all round the same way: up to 4 roundings of each sum.
         case = dataclasses.replace(case, largest_term=16.0, rounds_pixels=True)
@@ -169,7 +169,7 @@ def test_matrices_match_the_reference(values, grid_sizes):
         with tritonaff.use_backend(backend):
             affinity = tritonaff.square_root_affinity(logits.to(device), grid_sizes).cpu()
             labels = tritonaff.label_affinity(target, grid_sizes, ignore_index)
-        # A sum of squares that is 1 at most: a few roundings, and those of the exponents.
+        # A sum of squares, 1 at most: a few roundings, and the roundings of the exponents.
         rounding = 1e-12 if logits.dtype == torch.float64 else 4e-6
         torch.testing.assert_close(affinity.double(), expected, rtol=0, atol=rounding)
         assert all(map(torch.equal, labels, expected_labels))
@@ -190,7 +190,7 @@ def test_many_classes(backend, device, classes, grid_sizes):
 
 
 def test_points_that_are_the_same_pixel(backend, device):
-    """Of one grid, of two equal ones, of a coarser one."""
+    """The points of one grid, of two equal grids, of a coarser grid."""
     check_parity(case_with((6, 6, 12)), backend, *make_inputs((2, 4, 5, 7), device=device))
 
 
@@ -248,7 +248,7 @@ def test_nothing_is_left_unwritten(backend, device, poisoned_memory, grid_sizes,
         lambda x: x[:, :, ::2, :1],
         lambda x: x[:, :, :1, ::2],
         lambda x: x[:, :, :1, :1],
-        # Its pixels are evenly spaced, those of what torch.empty_like makes of it are not.
+        # The pixels of this view are evenly spaced, unlike the pixels of its torch.empty_like.
         lambda x: x[:, 0].movedim(0, 2).contiguous().movedim(2, 0)[:, None].expand(-1, 3, -1, -1),
     ],
 )
@@ -259,7 +259,7 @@ def test_any_strides(backend, device, view):
     results = evaluate(case_with(None), backend, logits, target)
     expected = evaluate(case_with(None), backend, logits.contiguous(), target)
     for name, result in results.items():
-        # Compiled apart, they may fuse other products with sums.
+        # Two compiled kernels may fuse different products with sums.
         torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-6)
     assert results["gradient"].stride() == torch.empty_like(logits).stride()
 
@@ -286,7 +286,7 @@ def near_perfect(labels, confidence, points=900, classes=19):
 
 
 def textbook(logits, target):
-    """||S S^T||^2 - 2 ||S Y^T||^2 + ||Y Y^T||^2, linear too: what the losses do not do."""
+    """||S S^T||^2 - 2 ||S Y^T||^2 + ||Y Y^T||^2: linear too, but not used, for it loses digits."""
     s = (logits.flatten(2)[0].log_softmax(0) / 2).exp()
     y = torch.nn.functional.one_hot(target.flatten(), len(s)).T.to(s.dtype)
     error = (s @ s.T).square().sum() - 2 * (s @ y.T).square().sum() + (y @ y.T).square().sum()
@@ -300,7 +300,7 @@ def textbook(logits, target):
 def test_near_the_optimum_the_loss_keeps_five_digits(
     backend, device, grid_sizes, labels, confidence
 ):
-    """Down to a loss of 1e-8, of an image of a single label too; and its gradient as many."""
+    """Down to a loss of 1e-8, in an image of a single label too; the gradient as well."""
     logits, target = (x.to(device) for x in near_perfect(labels, confidence))
     exact = evaluate(case_with(grid_sizes), "reference", logits.double(), target)
     ours = evaluate(case_with(grid_sizes), backend, logits, target)
@@ -432,8 +432,8 @@ def test_the_affinity_is_1_only_of_equal_distributions(values):
     logits, _, _ = values
     affinity = tritonaff.square_root_affinity(logits, None)
     p = logits.flatten(2).softmax(1)
-    # 1 - A is half the squared distance of the square roots, which is at least an eighth of that of
-    # the probabilities.
+    # 1 - A is half the squared distance of the square roots, at least an eighth of the squared
+    # distance of the probabilities.
     distance = (p[:, :, :, None] - p[:, :, None, :]).square().sum(1)
     assert (1 - affinity >= distance / 8 - 1e-14).all()
     changed = logits + torch.randn_like(logits[:, :1])  # other logits, the same distributions
@@ -549,7 +549,7 @@ def test_labels_that_are_no_class_are_ignored_under_compile(backend, device, gri
 
 
 def test_memory_is_the_gradient_and_buffers_of_one_size():
-    """Linear in the number of points: a matrix of the larger image's would take 275 GB."""
+    """Linear in the number of points: a matrix of the larger image would take 275 GB."""
 
     def buffers(shape):
         logits, target = make_inputs(shape)
@@ -560,7 +560,7 @@ def test_memory_is_the_gradient_and_buffers_of_one_size():
             return torch.autograd.grad(loss, logits)
 
         with tritonaff.use_backend("portable"):
-            # Labels are looked at as int64.
+            # Labels are compared as int64.
             return peak_bytes(run, logits.device) - logits.nbytes - 2 * target.nbytes
 
     assert buffers((1, 8, 512, 512)) <= 1.1 * buffers((1, 8, 256, 512))

@@ -1,4 +1,4 @@
-"""Which implementation runs, and what the user hears where it cannot."""
+"""The choice of an implementation, and the messages where none can run."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from tritonaff.testing import CASES, evaluate, make_inputs
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
-        tritonaff.use_backend("cuda")  # at once, should the with be forgotten
+        tritonaff.use_backend("cuda")  # at once, even without a "with"
 
 
 def test_the_choice_ends_with_the_block_even_after_an_error():
@@ -157,7 +157,7 @@ def test_triton_not_installed(monkeypatch):
 
 
 def test_importing_the_package_needs_torch_alone():
-    """And a loss on the CPU imports neither Triton nor anything that is an extra."""
+    """A loss on the CPU imports neither Triton nor any package of an extra."""
     script = """
 import sys
 for extra in ("triton", "numpy", "rich", "matplotlib", "PIL", "scipy", "torchmetrics"):
@@ -214,7 +214,7 @@ for title, loss in {
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_ignored_pixels_may_hold_no_numbers(any_backend, device, loss, bad):
-    """The result is that of zeros there, and so is their gradient: zero."""
+    """The result equals the result of zeros, and the gradient is zero."""
     if (any_backend, loss) == ("triton", "authors"):
         pytest.skip("this variant has no tile")
     if any_backend == "portable":

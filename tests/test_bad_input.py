@@ -1,4 +1,4 @@
-"""Every public function, every kind of bad input: the class of the error and what it says."""
+"""Every public function, every kind of bad input: the class of the error and its message."""
 
 import pytest
 import torch
@@ -225,7 +225,7 @@ def test_progress(progress, error):
     "backend", ["eager", pytest.param("inductor", marks=not_in_torch_2_6("drops assertions"))]
 )
 def test_labels_are_asserted_where_they_may_not_be_looked_at(monkeypatch, backend):
-    """What TRITONAFF_CHECK=1 switches on; without a graph break."""
+    """The assertions of TRITONAFF_CHECK=1, without a graph break."""
     monkeypatch.setattr(tritonaff.checks, "ASSERT_LABELS", True)
 
     def loss(logits, target):

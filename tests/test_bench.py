@@ -106,7 +106,7 @@ def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path
 
 
 def test_it_refuses_to_time_what_goes_wrong_only_on_large_images(monkeypatch, capsys):
-    """Blocks left out: the corner that is compared in full has one block only."""
+    """Left-out blocks are found, although the corner for full parity has one block only."""
     from tritonaff.portable import affinity_field as portable
 
     blocks = portable.blocks
@@ -143,7 +143,7 @@ def test_peak_bytes_counts_what_lives_at_one_time():
 
 
 def test_portable_memory_is_at_most_eight_times_the_logits():
-    """Random labels too, of which nearly every pair is an edge."""
+    """Random labels too, where nearly every pair is an edge."""
     logits, target = make_inputs((1, 19, 256, 512))
     case = CASES["affinity_field"]
     for labels in (target, torch.randint(0, 19, target.shape)):
@@ -152,7 +152,7 @@ def test_portable_memory_is_at_most_eight_times_the_logits():
 
 
 def test_portable_propagation_holds_its_iterates_and_gates():
-    """Iterates and gates of one large image, whatever the batch."""
+    """Iterates and gates of one large image, for any batch."""
     case = CASES["affinity_propagation"]
 
     def peak(inputs):

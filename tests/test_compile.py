@@ -1,6 +1,4 @@
-"""torch.compile: one graph per training step, whatever the image size; export; other
-transformations.
-"""
+"""torch.compile: one graph per training step, for any image size; export; other transformations."""
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from tritonaff.testing import make_inputs
 
 
 class Step(torch.nn.Module):
-    """A network, cross-entropy and the losses: what a training script compiles."""
+    """A network, cross-entropy and the losses: the compiled part of a training script."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +89,7 @@ def test_cross_entropy_in_the_same_operation(backend, device):
 
 @pytest.mark.skipif(not compiler_works(torch.device("cpu")), reason="Inductor needs a C++ compiler")
 def test_inductor(backend, device):
-    """The real compiler, once: the op stays opaque in it."""
+    """The real compiler, once: the op stays opaque."""
     logits, target = make_inputs((1, 4, 12, 10), device=device)
     logits.requires_grad_()
 

@@ -76,7 +76,7 @@ def assert_same(result, expected):
 
 @pytest.mark.parametrize("name", OPS)
 def test_every_step_depends_on_its_batch_and_its_loss(name, device):
-    """Else a graph that replays the old batch, or leaves the loss out, would pass below."""
+    """Otherwise a graph that replays the old batch, or omits the loss, would pass below."""
     torch.manual_seed(0)
     step = Step(name).to(device)
     first, second = (train(step, *batch(seed, device)) for seed in (1, 2))

@@ -194,7 +194,7 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
 @pytest.mark.parametrize("min_programs", [1, 4, 1000])
 def test_tiles_do_not_depend_on_their_blocks(device, min_programs):
-    """All blocks of an image in one program, in two, in one each."""
+    """All blocks of an image in one program, in two programs, in one program each."""
     pytest.importorskip("triton", minversion="3.6")
     blocks = {"pixels": 32, "tables_pixels": 32, "min_programs": min_programs}
     values = CASE.make_inputs((2, 32, 7, 19), device=device)
@@ -350,7 +350,7 @@ def test_counts_are_those_of_the_target(values, rates):
 
 @given(targets(), rate_sets)
 def test_the_target_is_symmetric(values, rates):
-    """At i towards j it is what it is at j towards i."""
+    """The signal at i towards j equals the signal at j towards i."""
     target, ignore_index = values
     _, height, width = target.shape
     signals = tritonaff.dilated_affinity_target(target, rates, ignore_index=ignore_index)
@@ -429,7 +429,7 @@ def test_the_loss_is_the_weighted_mean_of_its_terms(backend, device, weighting):
 
 
 class Statistics:
-    """What the loss knows of NeighborStatistics."""
+    """The attributes of NeighborStatistics that the loss uses."""
 
     def __init__(self, pixel_count, signal_count):
         self.pixel_count, self.signal_count = pixel_count, signal_count
@@ -438,7 +438,7 @@ class Statistics:
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_given_statistics_of_the_batch_change_nothing(weighting):
     logits, target = CASE.make_inputs((2, 32, 20, 22))
-    logits = logits.double()  # no tile computes in it
+    logits = logits.double()  # no tile computes in float64
     rates = [8, (2, 3), 16, 64]
     counts = neighbor_counts(target, rates)
     options = {"weighting": weighting, "beta": 1.5, "gamma": 1.0}
@@ -490,7 +490,7 @@ def test_empty_sets_are_zero_with_a_zero_gradient(backend, device, shape, weight
 
 
 def test_a_rate_beyond_the_image_does_not_disturb_the_others(backend, device):
-    """Nor does it cost memory."""
+    """A large rate does not cost memory either."""
     logits, target = CASE.make_inputs((1, 32, 12, 14), device=device)
     rates = [1, (200_001, 3), 2, 10**12]
     check_parity(case_with(rates), backend, logits, target)
@@ -516,7 +516,7 @@ def test_extreme_logits_are_finite(backend, device, gamma, dtype):
 
 
 def test_the_smallest_logit_above_zero_predicts_a_same_label(backend, device):
-    """And zero of either sign a different one."""
+    """A logit of zero, of either sign, predicts "different"."""
     logits, target = CASE.make_inputs((1, 32, 5, 7), device=device)
     around_zero = torch.tensor([0.0, -0.0, 2.0**-149, -(2.0**-149)], device=device)
     logits = around_zero.repeat(logits.numel() // 4).view_as(logits)

@@ -1,5 +1,5 @@
-"""What several processes compute, with unequal numbers of images and of pixels that count, is what
-one process computes of all of them.
+"""Several processes, with unequal numbers of images and of counted pixels, compute the same as one
+process with all images.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def share(rank, size, *tensors):
 
 
 def make_batch():
-    """Images that differ in what counts: one has a single label, one nothing, one a few pixels."""
+    """Images with different counts: one has a single label, one nothing, one a few pixels."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(6, 3, 12, 14, dtype=torch.float64, generator=generator)
     target = torch.randint(0, 4, (6, 4, 7), generator=generator)
@@ -47,7 +47,7 @@ def results_of(rank, size):
 
 @pytest.fixture(scope="module")
 def results(size, tmp_path_factory):
-    """Of each process: losses and facts."""
+    """Losses and facts of each process."""
     return run_processes(__name__, "results_of", size, tmp_path_factory.mktemp("ranks"))
 
 
@@ -123,8 +123,8 @@ def step(module, images, target):
 
 
 def combinations(size):
-    """Of loss, wrapper and mode; all of them would take minutes. What is wrapped has parameters of
-    its own, "adaptive", or none.
+    """Some combinations of loss, wrapper and mode; all combinations would take minutes. The wrapped
+    module has parameters of its own, "adaptive", or none.
     """
     for name in LOSSES:
         yield name, "plain", "eager"
@@ -167,11 +167,11 @@ def test_losses_and_their_gradients(results, size):
                 torch.testing.assert_close(averages[key], grad, rtol=1e-9, atol=1e-14)
 
 
-# ----------------------------------------------------------------------- what surrounds a loss
+# ----------------------------------------------------------------------- around a loss
 
 
 def facts_of(rank, size):
-    """What the tests below look at, by name."""
+    """The results that the tests below compare, by name."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -242,7 +242,7 @@ def accumulated(rank, size):
 
 
 def copies_of(images, target):
-    """The loss of a module, and of what averages its weights."""
+    """The loss of a module, and the loss of its AveragedModel."""
     module = Segmenter("adaptive", dist.group.WORLD)
     averaged = torch.optim.swa_utils.AveragedModel(module)
     assert averaged.module.loss.process_group is dist.group.WORLD
@@ -260,7 +260,7 @@ def adaptive_loss():
 
 
 def weights_of(loss):
-    """The weights of the sizes and what follows from them, before and after a step."""
+    """The weights of the sizes and the sizes in effect, before and after a step."""
     optimizer = torch.optim.SGD([loss.optimizer_group(lr=0.5)], lr=0.1)
     values = []
     for _ in range(2):
@@ -279,7 +279,7 @@ def predictions():
 
 
 def counts_of(*tensors):
-    """What statistics and metrics have counted, image by image."""
+    """The counts of statistics and metrics, image by image."""
     from tritonaff.metrics import AffinityAccuracy, BoundaryScore, InstanceMeanIoU, RefinementReport
 
     statistics, accuracy = NeighborStatistics(RATES), AffinityAccuracy(RATES)
@@ -315,7 +315,7 @@ def test_counts_are_exact_and_tables_keep_shape_and_dtype(facts, size):
 
 
 def test_collectives_of_a_loss_and_none_for_its_gradient(facts):
-    """The affinity field's: counts, then sums."""
+    """The all-reduces of the affinity field: counts, then sums."""
     for by_rank in facts:
         assert by_rank["collectives"] == (2, 0)
 
@@ -338,7 +338,7 @@ def test_a_group_of_one_process_changes_nothing(facts):
 
 
 def test_some_processes_may_want_no_gradient(facts):
-    """They send as many numbers as the others."""
+    """Processes without a gradient send as many numbers as the others."""
     for by_rank in facts:
         torch.testing.assert_close(*by_rank["some"])
 
@@ -377,7 +377,7 @@ def test_statistics_and_metrics(facts):
 
 
 def refusals(group):
-    """Calls of the losses with one wrong argument each, by what is wrong."""
+    """Calls of the losses with one wrong argument each, by the mistake."""
     logits, affinity_logits = torch.zeros(1, 3, 4, 5), torch.zeros(1, 8, 4, 5)
     target = torch.zeros(1, 4, 5, dtype=torch.long)
     wrong = torch.ones(7)
@@ -414,7 +414,7 @@ def refusals(group):
 
 
 def refused_alone(rank, size):
-    """The second process refuses all of these; the first one makes none of the calls."""
+    """The second process refuses all bad calls; the first process makes no call."""
     if rank == 1:
         for name, call in refusals(dist.group.WORLD).items():
             with pytest.raises((TypeError, ValueError), match=f"^{name.split()[0]}"):
@@ -422,7 +422,7 @@ def refused_alone(rank, size):
 
 
 def test_everything_is_checked_before_the_first_collective(tmp_path):
-    """One too many would wait for the other process, and meet its next one."""
+    """An extra collective would wait for the other process, and meet its next collective."""
     run_processes(__name__, "refused_alone", 2, tmp_path)
 
 

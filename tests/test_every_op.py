@@ -1,5 +1,5 @@
-"""Each operation with each implementation, once, at a size that takes little time: what runs on
-every version of torch and Triton.
+"""Each operation with each implementation, once, at a small size. This test runs
+with every version of torch and Triton.
 """
 
 import pytest

@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would change it for good
     monkeypatch.syspath_prepend(SCRIPT.parent)
     return importlib.import_module("train")
 
@@ -186,7 +186,7 @@ def test_crops_without_a_label_have_no_loss(script):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file grows beyond that many bytes."""
+    """No file grows beyond ``size`` bytes."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -204,7 +204,7 @@ def test_a_full_disk_takes_one_line_and_leaves_no_part(folder, tmp_path, main, c
         assert main(*arguments) == 2
     assert capsys.readouterr().err == error
     assert os.listdir(output) == ["data-losses.csv"]
-    # Files that are there already stay as they are.
+    # Existing files stay unchanged.
     assert main(*arguments) == 0
     files = {path: path.read_bytes() for path in output.iterdir()}
     assert len(files) == 2
@@ -225,7 +225,7 @@ def test_an_interrupted_training_takes_one_line(folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A process that a shell starts in the background ignores it, and so would this one.
+        # A process that a shell starts in the background ignores the signal, and so would this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == (
@@ -279,7 +279,7 @@ def gray_png(pixels, bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_gray_images_span_their_range(script, folder, bits):
-    """Whatever their bits: white is 255, and nothing is clipped."""
+    """For any number of bits, white is 255 and nothing is clipped."""
     most = 2**bits - 1
     pixels = np.random.default_rng(0).integers(0, most + 1, (40, 56))
     pixels[0, :2] = 0, most

@@ -125,7 +125,7 @@ SEVERAL_OUTPUTS = {name: op for name, op in OPS.items() if len(op._opoverload._s
 
 @pytest.mark.parametrize("op", SEVERAL_OUTPUTS.values(), ids=SEVERAL_OUTPUTS)
 def test_no_gradients_in_are_no_gradients_out(op):
-    """A formula of several outputs also runs where none of them has a gradient."""
+    """A formula of several outputs also runs where no output has a gradient."""
     schema = op._opoverload._schema
     result = op._backward_fn(None, *(None for _ in schema.returns))
     assert result == (None,) * len(schema.arguments)

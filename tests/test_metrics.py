@@ -42,7 +42,7 @@ def boundary_pixels(label, target, c, ignore_index):
 
 
 def pixels_in_reach(pixels, others, tolerance):
-    """Which pairs of pixels are within the tolerance."""
+    """True for pairs of pixels within the tolerance."""
     return [[max(abs(y - v), abs(x - u)) <= tolerance for v, u in others] for y, x in pixels]
 
 
@@ -95,7 +95,7 @@ def largest_one_to_one_matching(prediction, target, c, tolerance, ignore_index):
     st.integers(0, 2**16),
 )
 def test_one_to_one_matching_finds_no_more_and_not_much_less(shape, tolerance, density, seed):
-    """A pixel has at most (2 tolerance + 1)^2 others in reach: so many may share one partner."""
+    """At most (2 tolerance + 1)^2 pixels are in reach of a pixel, and may share it as partner."""
     torch.manual_seed(seed)
     prediction, target = (torch.rand((2, 1, *shape)) < density).long()
     target[torch.rand((1, *shape)) < 0.1] = 255
@@ -118,7 +118,7 @@ def test_straight_boundaries_match_one_to_one():
 
 
 def test_a_tolerance_forgives_noise():
-    """The figures of docs/metrics.md: labels drawn at random match others drawn at random."""
+    """The figures of docs/metrics.md: random labels match other random labels."""
     torch.manual_seed(0)
     prediction, target = torch.randint(0, 4, (2, 1, 100, 100))
     strict, lenient = BoundaryScore(4, tolerance=0), BoundaryScore(4, tolerance=1)
@@ -203,8 +203,8 @@ def test_batches_add_up_and_reset_forgets():
     st.integers(0, 2**16), st.sampled_from([255, 1]), st.sampled_from([torch.uint8, torch.int64])
 )
 def test_mean_iou_and_pixel_accuracy_are_those_of_torchmetrics(seed, ignore_index, dtype):
-    """Used as the module's docstring does, its classes compute what the field reports: classes in
-    neither truth nor prediction are left out of the mean. Among the values by class they are 0.
+    """torchmetrics, used as in the module's docstring, computes the numbers that papers report:
+    classes in neither truth nor prediction are left out of the mean, and are 0 by class.
     """
     torch.manual_seed(seed)
     prediction = torch.randint(0, 4, (2, 3, 5)).to(dtype)
@@ -257,7 +257,7 @@ def instance_mean_iou_by_definition(predictions, targets, ids, num_classes, igno
                     instances[votes.index(max(votes))] += 1
         for c in range(num_classes):
             last = variant == "authors" and c == num_classes - 1
-            said = (c, num_classes) if last else (c,)  # what counts as a prediction of c
+            said = (c, num_classes) if last else (c,)  # pixels that count as predictions of c
             hits = sum(p == t == c for p, t, _ in counted)
             missed = sum(p != c and t == c for p, t, _ in counted)
             invented = sum(p in said and not p == t == c for p, t, _ in counted)
@@ -311,7 +311,7 @@ def test_instance_mean_iou_is_that_of_the_definition(
 
 @pytest.mark.parametrize("num_ids", [255, 256, 300])
 def test_the_authors_variant_counts_255_ids_of_an_image(num_ids):
-    """Not those with other values than 255: background 0 is one of them."""
+    """The authors' variant ignores ids beyond 254: background 0 is one of its 255 ids."""
     ids = torch.arange(300).clamp(max=num_ids - 1).view(1, 15, 20).to(torch.int32)
     target = (ids >= 200).long()
     counts = {}
@@ -323,7 +323,7 @@ def test_the_authors_variant_counts_255_ids_of_an_image(num_ids):
 
 
 def test_the_variants_differ_where_one_id_has_two_classes():
-    """The paper's counts it in both; the authors' in the larger, in a tie in the lower."""
+    """The paper's counts an id in both; the authors' in the larger class, in a tie in the lower."""
     target = torch.tensor([[[0, 1, 1], [2, 1, 255], [255, 255, 9]]])
     ids = torch.tensor([[[7, 7, 7], [8, 8, 8], [9, 9, 8]]])
     counts = {}
@@ -332,7 +332,7 @@ def test_the_variants_differ_where_one_id_has_two_classes():
         labels = target.where(target != 9, 255) if variant == "paper" else target
         metric.update(labels, labels, ids)
         counts[variant] = metric.instance_count.tolist()
-    # Of the authors': 7 is of class 1, 8 of class 1 before 2, and 9, without a label, of class 0.
+    # By the authors' script 7 has class 1, 8 class 1 before 2, and 9, without a label, class 0.
     assert counts == {"paper": [1, 2, 1], "authors": [1, 2, 0]}
 
 
@@ -341,12 +341,12 @@ def test_in_the_authors_variant_the_class_after_the_last_is_a_false_positive_of_
     prediction = torch.tensor([[[2, 2, 1, 3]]])
     metric = InstanceMeanIoU(2, variant="authors")
     metric.update(prediction, target, target)
-    # 1 found; 2 missed; of the 2 invented one lies on a missed one.
+    # 1 found; 2 missed; 2 invented, one of which lies on a missed instance.
     assert metric.compute().by_class.tolist() == pytest.approx([0, 1 / 5], abs=1e-12)
 
 
 def test_an_instance_counts_as_one_whatever_its_size():
-    """And a class that is invented in an image without it costs only the others."""
+    """A class that is predicted in an image without this class lowers only the other classes."""
     target = torch.zeros(2, 1, 10, dtype=torch.long)
     target[0, 0, 5:] = 1
     ids = target.clone()
@@ -377,7 +377,7 @@ def test_without_instances():
 @pytest.mark.parametrize("label", [11, -100])
 @pytest.mark.parametrize("make", [BoundaryScore, InstanceMeanIoU])
 def test_where_labels_are_not_looked_at_those_of_no_class_are_left_out(make, label, monkeypatch):
-    """As on a GPU."""
+    """On a GPU the host does not look at labels."""
     monkeypatch.setattr(tritonaff.checks, "may_look_into", lambda tensor: False)
     torch.manual_seed(0)
     prediction, target, ids = torch.randint(0, 11, (3, 2, 9, 9))
@@ -391,7 +391,7 @@ def test_where_labels_are_not_looked_at_those_of_no_class_are_left_out(make, lab
 
 
 def test_states_are_exact_without_float64():
-    """Apple's GPUs lack it; float32 would lose the one image among 2**30."""
+    """Apple's GPUs lack float64; float32 would lose the one image among 2**30."""
     target = torch.tensor([[[0, 0, 0, 1]]])
     metrics = [AffinityAccuracy([1]), BoundaryScore(2), InstanceMeanIoU(2), RefinementReport()]
     for metric in metrics:
@@ -574,7 +574,7 @@ def test_bad_input(make, error, message):
         make()
 
 
-# What a refinement changes
+# Changes by a refinement
 
 
 def refinement_by_definition(before, after, target, distances, ignore_index):
@@ -654,7 +654,7 @@ def test_fractions_and_table():
 
 
 def test_they_move_collect_and_pickle(device):
-    """As torchmetrics do: in a collection, with their states on the device, and saved."""
+    """Metrics in a collection, with their states on the device, and saved: as torchmetrics."""
     metrics = [AffinityAccuracy([1]), BoundaryScore(2), InstanceMeanIoU(2), RefinementReport()]
     collection = torchmetrics.MetricCollection(metrics, compute_groups=False).to(device)
     target = two_halves(8).to(device)

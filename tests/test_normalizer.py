@@ -1,4 +1,4 @@
-"""Parts of a batch, each divided by the numbers of all of it, add up to the loss of the batch."""
+"""Parts of a batch, each divided by the counts of the whole, add up to the loss of the batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The contents of archives, and the map that the top level shows."""
+"""The contents of archives, and the layout of the top level."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def test_the_top_level_links_to_the_packages():
 
 
 def test_the_same_file_name_is_the_same_operation():
-    """A module in every room, or a package."""
+    """A module in every folder, or a package."""
     files = (ROOT / "tritonaff/reference").glob("[a-z]*.py")
     operations = {path.stem for path in files}
     assert {"affinity_field", "affinity_regression"} <= operations
@@ -120,7 +120,7 @@ OPS_OF_VARIANTS = {
 
 
 def test_ci_installs_the_triton_of_the_committed_table():
-    """Else nothing would notice that a kernel has grown."""
+    """Otherwise no test would notice that a kernel has grown."""
     constraints = (ROOT / ".ci/constraints.txt").read_text()
     assert f"triton=={COMMITTED['versions']['triton']}" in constraints.splitlines()
 

@@ -1,4 +1,4 @@
-"""The pictures, looked at as a reader does: where which colour is."""
+"""The pictures as a reader sees them: the places of the colours."""
 
 import subprocess
 import sys
@@ -42,8 +42,8 @@ def is_gray(picture):
 
 
 def panel(mask):
-    """Top, bottom, left, right of what is mostly in the mask: thinner than half of it is left out,
-    such as the colour bar beside a matrix.
+    """Top, bottom, left, right of the largest area in the mask. An area thinner than half of the
+    largest, such as the colour bar beside a matrix, is left out.
     """
     rows = np.flatnonzero(mask.sum(axis=1) > mask.sum(axis=1).max() / 2)
     columns = np.flatnonzero(mask.sum(axis=0) > mask.sum(axis=0).max() / 2)
@@ -74,7 +74,7 @@ def test_row_0_is_at_the_top_and_column_0_on_the_left(tmp_path):
 
 
 def test_the_scale_is_fixed(tmp_path):
-    """A matrix without a 0 or a 1 is neither blue nor red, whatever the others hold."""
+    """A matrix without a 0 or a 1 is neither blue nor red, for any values of other matrices."""
     half = torch.full((4, 4), 0.5)
     for k, matrices in enumerate(({"half": half}, {"half": half, "ones": ONES})):
         picture = draw(matrices, tmp_path / f"{k}.png")
@@ -180,7 +180,7 @@ except ImportError as error:
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Every figure that is saved, as what it shows: axes with their lines."""
+    """Every saved figure, as its axes with their lines."""
     saved = []
     save = plotting._save
     monkeypatch.setattr(

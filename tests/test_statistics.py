@@ -43,7 +43,7 @@ def assert_equal(a, b):
 def test_counts_by_hand():
     statistics = NeighborStatistics([1])
     statistics.update(torch.tensor([[[0, 0, 1, 255]]], dtype=torch.uint8))
-    # Pixel 0 has one valid neighbour, the same: n8. Pixel 1 has one different: n7. So has pixel 2.
+    # Pixel 0 has one valid neighbour, the same: n8. Pixels 1 and 2 have one different: n7.
     assert statistics.pixel_count.tolist() == [[0, 0, 0, 0, 0, 0, 0, 2, 1]]
     assert statistics.signal_count[0, 7:].tolist() == [[2, 1], [0, 1]]
     torch.testing.assert_close(statistics.frequencies()[0, 7:], torch.tensor([2, 1]).double() / 3)
@@ -215,7 +215,7 @@ def test_the_command_counts_a_folder(folder, capsys):
 def test_options_of_the_command(folder):
     options = ["--rates", "1", "--ignore-index", "0", "--workers", "1"]
     files = ["--json", "new/folder/counts.json", "--plot", "labels/plot.png"]
-    for _ in range(2):  # the second time its own plot is among the labels
+    for _ in range(2):  # the second time the command's own plot is among the labels
         assert statistics_cli.main(["labels", *options, *files]) == 0
     content = json.loads((folder.parent / "new/folder/counts.json").read_text())
     assert (content["ignore_index"], content["images"]) == (0, 3)
@@ -370,7 +370,7 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(folder, monkeypatch, cap
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file grows beyond that many bytes."""
+    """No file grows beyond ``size`` bytes."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -454,7 +454,7 @@ def test_an_interrupt_ends_it_without_a_traceback(folder):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # What a shell starts in the background ignores it, and so would this.
+        # A process that a shell starts in the background ignores the signal, and so would this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -465,5 +465,5 @@ def test_an_interrupt_ends_it_without_a_traceback(folder):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert errors == "tritonaff-stats: interrupted\n"
-    # Should it have met an exec of a string, CPython ends by the signal, though it was handled.
+    # During an exec of a string CPython ends by the signal, although the signal was handled.
     assert process.returncode in (130, -signal.SIGINT)

@@ -1,5 +1,5 @@
-"""The losses in other people's training loops: what docs/training-loops.md shows, with the real
-libraries where they are installed.
+"""The losses in other training loops: the code of docs/training-loops.md, with the real libraries
+where they are installed.
 """
 
 import io
@@ -160,7 +160,7 @@ def test_lightning(batch):
 
 
 class NoFloat64(TorchDispatchMode):
-    """The meta device as MPS is: without float64."""
+    """The meta device without float64, like MPS."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -243,7 +243,7 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
 @pytest.mark.parametrize("ignored_by_loss", [255, -1, 7])
 @pytest.mark.parametrize("ignore_index", [255, -100, 0])
 def test_ignore_index_of_segmentation_models_pytorch(batch, ignore_index, ignored_by_loss):
-    """Theirs, whatever the loss's own one is."""
+    """The library's ignore_index applies, for any ignore_index of the loss."""
     from tritonaff.smp import SegmentationModelsLoss
 
     logits, target = torch.randn(2, 4, 8, 12), batch[1].clamp(max=3)
@@ -278,7 +278,7 @@ def test_by_default_no_label_is_ignored_as_in_segmentation_models_pytorch(mode, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["binary", "multiclass"])
 def test_half_probabilities_are_read_in_float32(mode, dtype):
-    """Down to the smallest that half precision holds, and for 1 - p too."""
+    """Down to the smallest number of half precision, and for 1 - p too."""
     from tritonaff.smp import SegmentationModelsLoss
 
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""Tables, losses and gradients are those of the release before: a file of values holds them.
+"""Tables, losses and gradients equal the values in a file, written by the release before.
 
-``python tests/test_values.py`` writes the file anew, after a change that means to change results.
+``python tests/test_values.py`` writes the file again, after an intended change of results.
 """
 
 import sys
@@ -71,8 +71,8 @@ def values(backend, dtype):
     return results
 
 
-# Another processor's exponentials differ in the last digits; where nothing changed but the code,
-# the bits are equal.
+# Another processor's exponentials differ in the last digits; on the same processor the bits are
+# equal.
 TOLERANCES = {"portable": (torch.float64, 1e-11), "triton": (torch.float32, 1e-4)}
 
 
@@ -99,7 +99,7 @@ def main():
 
     from tritonaff.kernels.blocks import override
 
-    with override(**BLOCKS):  # as the test has them, which compares with the file
+    with override(**BLOCKS):  # like the test that compares with the file
         results = {backend: values(backend, dtype) for backend, (dtype, _) in TOLERANCES.items()}
     if "--exact" not in sys.argv:
         torch.save(results, FILE)

@@ -38,7 +38,7 @@ def sparse(shape, stride, dtype):
 
 
 def stretched(tensor, planes=False):
-    """The same values, FAR apart along every dimension; or along all but the image's."""
+    """The same values, FAR apart along every dimension, or along all but height and width."""
     steps = [FAR + 8**place for place in reversed(range(tensor.dim()))]  # no two at one place
     if planes:
         steps[-2:] = tensor.stride()[-2:]
@@ -84,7 +84,7 @@ def interpret_the_last_program_alone():
         grid = executor.grid
         last = [size - 1 for size in grid] + [0] * (3 - len(grid))
         programs = [last]
-        if executor.fn.__name__ == "finish_kernel":  # its first add up all programs' tables
+        if executor.fn.__name__ == "finish_kernel":  # its first programs add up the tables of all
             sums = args[executor.arg_names.index("SUMS")]
             programs = [*([i, 0, 0] for i in range(sums)), last]
         executor.grid = (1,) * len(grid)
@@ -147,7 +147,7 @@ OPS = {
 
 
 def inputs(op, n, height, width):
-    """By name. Their values depend on columns and, in a small image, on rows."""
+    """Inputs by name. Values depend on columns and, in a small image, on rows."""
     generator = torch.Generator().manual_seed(0)
     channels, _ = OPS[op]
     logits = torch.randn(n, channels, height, width, generator=generator)
@@ -165,7 +165,7 @@ def evaluate(op, arguments):
     _, function = OPS[op]
     leaves = [x.requires_grad_() for x in arguments.values() if x.is_floating_point()]
     results = function(*arguments.values())
-    if op == "square_root_affinity":  # its gradient is no tile's
+    if op == "square_root_affinity":  # no tile computes its gradient
         return results, []
     ones = [torch.ones((), dtype=x.dtype).expand_as(x) for x in results]
     return results, torch.autograd.grad(results, leaves, ones)
@@ -173,7 +173,7 @@ def evaluate(op, arguments):
 
 def far_strides(op):
     near = inputs(op, 3, 5, 6)
-    # These tiles see a copy of pixels that do not follow one another.
+    # If pixels do not follow one another, these tiles take a copy.
     planes = op == "affinity_field" or op.startswith("affinity_regression_")
     far = {name: stretched(tensor, planes) for name, tensor in near.items()}
     expected = evaluate(op, near)
@@ -183,8 +183,8 @@ def far_strides(op):
 
 
 def far_pixels(op):
-    """2^28 pixels in more than 8 channels, and more than 2^31 pixels (or matrix elements), of which
-    the last programs compute theirs, as they do in a small image that ends alike.
+    """2^28 pixels in more than 8 channels, and more than 2^31 pixels (or matrix elements). The last
+    programs compute the same values as in a small image with the same end.
     """
     interpret_the_last_program_alone()
     allocate_sparsely()
@@ -195,7 +195,7 @@ def far_pixels(op):
     def tall(row, height):
         if op in ("dilated_affinity", "square_root_affinity"):
             return row.expand(*row.shape[:-2], height, width)
-        # Pixels that follow one another, for it copies others: in memory are those at the end.
+        # Pixels that follow one another, which are not copied: only the last ones take memory.
         shape = *row.shape[:-2], height, width
         image = sparse(shape, torch.empty(shape, device="meta").stride(), row.dtype)
         image[..., -2 * rows :, :] = row
@@ -216,7 +216,7 @@ def far_pixels(op):
 
     with override(affinity_field=LAST_PROGRAM):
         near = result(0)
-        # Whole blocks more: powers of 2, or, of the affinity field's strips, 10 bands of 64 rows.
+        # Whole blocks more: powers of 2, or 10 bands of 64 rows for the affinity field's strips.
         for more in (45 * 1024,) if width == 1 else (5 << 23, 5 << 26):
             torch.testing.assert_close(result(more), near)
 
@@ -224,7 +224,7 @@ def far_pixels(op):
 def cases():
     for op in OPS:
         yield f"{op}-strides", far_strides, op
-        # Points of grids are few, however many pixels there are.
+        # Points of grids are few at any number of pixels.
         if op != "affinity_regression":
             yield f"{op}-pixels", far_pixels, op
 

@@ -3,13 +3,13 @@
     python tools/gpu_suite.py           # on a machine with a GPU; --device cpu --quick tries it
     python tools/gpu_suite.py report    # writes docs/performance.md from docs/results/
 
-Correctness first (the tests), then every row of :data:`ROWS` with its rivals in the same run, then
-profilers and sanitizers. Every row is saved when it is done, with its commit, to
-docs/results/DEVICE.json, and is not measured again: a run that is cut short, or told ``--minutes``,
-goes on where it was. A row that fails is recorded as failed, and is tried again with ``--retry``.
-The output of the tests is in DEVICE.log. The exit status is 1 where anything failed, 2 where
-something is left to do, and 3 where an error has left this process without its device: the next run
-goes on. In the report, figures whose tests are not green, or are of another commit, do not count.
+Correctness comes first (the tests), then every row of :data:`ROWS` with its rivals in the same run,
+then profilers and sanitizers. Every finished row is saved, with its commit, to
+docs/results/DEVICE.json, and is not measured again: after an interrupt, or after ``--minutes``, the
+next run resumes. A failed row is recorded as failed, and is tried again with ``--retry``. The
+output of the tests is in DEVICE.log. The exit status is 1 if anything failed, 2 if rows are left,
+and 3 if an error has left this process without its device: the next run resumes. In the report, a
+figure does not count if its tests failed or ran at another commit.
 """
 
 from __future__ import annotations
@@ -78,19 +78,19 @@ FIELD_SHAPES = ((16, 21, 60, 60), (8, 19, 90, 90), (8, 19, 512, 512), (4, 19, 51
                 (4, 150, 512, 512))  # fmt: skip
 SMALL = FIELD_SHAPES[0]
 QUICK_SHAPE = (2, 5, 16, 20)
-# The eager reference keeps so many times the logits of an affinity field in memory.
+# Memory of the eager affinity field, in multiples of the logits.
 EAGER_FIELD_COPIES = 220
 MINUTES, MINUTES_OF_TESTS, MINUTES_PER_ROW = 9, 5, 4
-# Runs that the profiler of the device watches for one time.
+# Profiled runs for one time.
 PROFILED_RUNS = 10
 
 
 class OutOfTime(Exception):
-    """A row takes longer than it may."""
+    """A row exceeds its time."""
 
 
 class NotHere(Exception):
-    """A row that this device or this version has not."""
+    """A row that this device or this version does not have."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """The device, and how thoroughly it is measured."""
+    """The device, and the thoroughness of the measurement."""
 
     device: torch.device
     quick: bool
@@ -119,7 +119,7 @@ class Bench:
     def launches(
         self, run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None
     ) -> tuple[float, float]:
-        """How many kernels, copies and fills the device runs, and their milliseconds."""
+        """The number of kernels, copies and fills that the device runs, and their milliseconds."""
         if self.device.type != "cuda":
             raise NotHere("launches are counted on CUDA devices")
         run(prepare())
@@ -157,7 +157,7 @@ def ignoring(run: Callable[[], Any]) -> Callable[[Any], Any]:
     return lambda _: run()
 
 
-# Drawing them takes longer than the rows that ask for them.
+# Drawing inputs takes longer than the rows that use them.
 _inputs = cache(make_inputs)
 
 
@@ -175,7 +175,7 @@ def step(
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """The yardstick; half precision as training scripts have it, under autocast."""
+    """The yardstick; half precision runs under autocast, as in training scripts."""
     autocast: AbstractContextManager[object] = nullcontext()
     if logits.dtype != torch.float32:
         autocast = torch.autocast(logits.device.type, dtype=logits.dtype)
@@ -272,7 +272,7 @@ def launches(
 
 
 def dilated(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    """Bytes that have to move over the time of the kernels, as a share of a copy's."""
+    """The bandwidth of the kernels (bytes to move / time), as a share of a copy's bandwidth."""
     case = CASES["dilated_affinity"]
     inputs = case.make_inputs(shape, dtype, bench.device)
     leaf, target = inputs[0].detach().requires_grad_(), inputs[1]
@@ -343,7 +343,7 @@ def first_steps(shape: Shape, device: torch.device) -> dict[str, float]:
 
 def boundary(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     """One launch in a compiled function, registered as custom_op and as triton_op: microseconds of
-    a call when calls follow each other, and those that the device works.
+    a call when calls follow each other, and microseconds of work on the device.
     """
     if bench.device.type != "cuda":
         raise NotHere("a triton_op runs on a GPU")
@@ -394,8 +394,8 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
         call()
 
 
-# Cheap ones first: a run that is cut short has them. The compiler takes half a minute for the
-# reference, of every shape.
+# Cheap rows first: an interrupted run has them. The compiler takes half a minute for the
+# reference at every shape.
 COMPILED_SHAPES = (FIELD_SHAPES[2], SMALL, FIELD_SHAPES[4], FIELD_SHAPES[3], FIELD_SHAPES[1])
 EVERY_PIXEL = CASES["affinity_regression_every_pixel"].loss
 ROWS = (
@@ -427,7 +427,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Row, Shape, str]]:
 
 class Record:
     """The results of one device and one version of Python, torch and Triton, saved after every row;
-    each says of which commit it is.
+    each row has its commit.
     """
 
     def __init__(self, folder: Path, device: torch.device, quick: bool, retry: bool) -> None:
@@ -458,7 +458,7 @@ class Record:
         print(f"{row['status']:8} {key}  {_summary(row)}", flush=True)
 
     def start(self, key: str) -> None:
-        """Marks a row, so that the next process knows if this one ends with it."""
+        """Marks a row as begun: if this process dies, the next process knows the row."""
         self.content["rows"][key] = {"status": "started"}
         self._save()
 
@@ -484,7 +484,7 @@ def _summary(row: dict[str, Any]) -> str:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """OutOfTime after so long; a call into a library ends first."""
+    """Raises OutOfTime after ``seconds``; a call into a library ends first."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime(f"took more than {seconds:.0f} s")
@@ -499,7 +499,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row that ``work`` gives, whatever happens to it."""
+    """The row of ``work``, or the row of its failure."""
     start = time.perf_counter()
     try:
         row = {"status": "ok", **work()}
@@ -515,7 +515,7 @@ _log_lock = threading.Lock()
 
 
 def run_tests(file: str, workers: int, seconds: float, log: Path) -> dict[str, Any]:
-    """The last line that pytest prints; all of them go to the end of a file."""
+    """The last line of pytest's output; the whole output is appended to a file."""
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-rs"]
     options += ["--durations=10", "-o", "faulthandler_timeout=60"]
     if workers > 1:
@@ -577,7 +577,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
         height = 514  # an image that fills the device
     command = [path, *options, sys.executable, __file__, "exercise"]
     command += ["--height", str(height)]
-    # Every tensor an allocation of its own: else an address beyond one tensor is in another.
+    # Every tensor has its own allocation: otherwise an address beyond a tensor is in another.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = run_group([*command, "--device", str(device)], environment)
     if result.returncode != 0:
@@ -592,7 +592,7 @@ def run_tool(tool: str, device: torch.device) -> dict[str, Any]:
 
 
 def run_group(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command; if it is cut short, the processes that it has started end with it."""
+    """Runs a command; an interrupt ends the processes of the command too."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=environment, start_new_session=True,
@@ -607,7 +607,7 @@ def run_group(command: list[str], environment: dict[str, str]) -> subprocess.Com
 
 
 def kernel_names() -> list[str]:
-    """Names of our tiles."""
+    """Names of this library's kernels."""
     folder = Path(tritonaff.__file__).parent / "kernels"
     names = [
         re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M) for path in folder.rglob("*.py")
@@ -616,7 +616,7 @@ def kernel_names() -> list[str]:
 
 
 def ncu_kernels(output: str) -> list[dict[str, Any]]:
-    """A row for every launch of ours: its name and metrics."""
+    """A row for every launch of this library's kernels: name and metrics."""
     table = output[output.index('"ID"') :] if '"ID"' in output else ""
     kernels: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(io.StringIO(table)):
@@ -663,7 +663,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         limit = min(60 * MINUTES_PER_ROW, left())
         result = run_row(record, key, measure_it, limit)
         if OutOfTime.__name__ in result.get("error", "") and limit < 60 * MINUTES_PER_ROW - 10:
-            done = False  # the next run gives it all the time that it may take
+            done = False  # the next run gives the row all its time
             record.forget(key)
         else:
             record.add(key, result)
@@ -678,7 +678,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def run_test_files(record: Record, files: dict[str, int], seconds: float) -> bool:
-    """Side by side; whether all have come to an end."""
+    """Runs the files side by side; True if all have finished."""
     waiting = {file: n for file, n in files.items() if not record.has(f"correctness {file}")}
     if not waiting:
         return True

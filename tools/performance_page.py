@@ -1,4 +1,4 @@
-"""docs/performance.md, written from docs/results/: which of the figures aimed at hold."""
+"""Writes docs/performance.md from docs/results/: the figures with an aim, and the verdicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Criterion:
-    """A figure aimed at: its title, and the rows and the value that it is judged by."""
+    """A figure with an aim: its title, and the rows and the value that decide."""
 
     title: str
     row: str
@@ -19,7 +19,7 @@ class Criterion:
     least: float
     aim: float
     dtype: str | None = None
-    """Only rows of this dtype count; all, if none is given."""
+    """Only rows of this dtype count; without a dtype, all rows."""
 
     @property
     def more_is_better(self) -> bool:
@@ -73,12 +73,12 @@ CRITERIA = (
 
 HEAD = """# Performance
 
-Written from `docs/results/` by `python tools/gpu_suite.py report`: not by hand.
+`python tools/gpu_suite.py report` writes this page from `docs/results/`: do not edit it by hand.
 
 The aims are for five shapes of logits (16 x 21 x 60 x 60, 8 x 19 x 90 x 90, 8 x 19 x 512 x 512,
 4 x 19 x 512 x 1024, 4 x 150 x 512 x 512), float32 and bfloat16, forward and backward. The yardstick
-is `F.cross_entropy` on the same logits in the same run. "holds" says whether every row reaches the
-least ("yes") or the aim; the figure is the worst of the rows.
+is `F.cross_entropy` on the same logits in the same run. "holds" is "yes" if every row reaches the
+least, and "aim" if every row reaches the aim; the figure is the worst of the rows.
 """
 
 
@@ -92,7 +92,7 @@ def write_page(results: Path, page: Path) -> None:
         lines += [*_measured(name, suite), ""]
     if not any(_is_gpu(suite) for suite in suites.values()):
         lines += [
-            "No GPU has been measured yet: `python tools/gpu_suite.py` does it.",
+            "No GPU has been measured yet: `python tools/gpu_suite.py` measures one.",
             "",
         ]
     if "static.json" in content:
@@ -191,10 +191,10 @@ def _implied(static: dict[str, Any]) -> list[str]:
         "larger of bytes / bandwidth",
         "and instructions / rate, of float32 at 8 x 19 x 512 x 512 (32 neighbours, 10 iterations), "
         "with caches that",
-        "serve every second read. Nothing of this has been measured. Cross-entropy is taken as 5 "
+        "serve every second read. No number of this section is measured. Cross-entropy counts as 5 "
         "passes over the logits,",
-        "and under autocast two conversions more. Losses are implied as long as nothing multiplies "
-        "them.",
+        "and under autocast two conversions more. The figures hold for losses that nothing "
+        "multiplies.",
         "",
     ]
     gpus = static["cross_entropy_ms"]
@@ -247,8 +247,8 @@ def _cpu(bench: dict[str, Any]) -> list[str]:
         "## Measured on a CPU",
         "",
         f"{bench['device']}, torch {bench['versions']['torch']} ([cpu.json](results/cpu.json)):",
-        "the portable implementation, float32, forward and backward, times as fast as the "
-        "reference.",
+        "the portable implementation, float32, forward and backward; "
+        "the last two columns are factors of speed over the reference.",
         "",
     ]
     rows = []

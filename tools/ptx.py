@@ -10,8 +10,8 @@ compiles for a GPU, and its PTX runs on tensors of the CPU:
 A warp of many programs at once is an array (programs, lanes). The warps of a program run one after
 another from barrier to barrier, in a shuffled order: a race that a forgotten barrier leaves to
 chance is likely to go wrong here. An address that is not aligned, or in no storage of the launch's
-tensors, is an error. So is an instruction that our kernels have not used so far. Not checked:
-ptxas, and time.
+tensors, is an error, and so is an instruction that no kernel has used so far. The emulator checks
+neither ptxas nor time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Array = NDArray[Any]
 Grid = tuple[int, int, int]
 TARGET = GPUTarget("cuda", 90, 32)
 LANES = 32
-# Programs that run side by side. More are not faster, and need more memory.
+# Programs that run side by side. A larger number is not faster, and needs more memory.
 TOGETHER = 128
 # Contents of a register before anything is written to it, by its size.
 POISON = {1: False, 16: 0x7FC1, 32: 0x7FC0DEAD, 64: 0x7FF8DEADDEADDEAD}
@@ -47,7 +47,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 class AccessError(AssertionError):
-    """An address that is in no storage of the launch's tensors, or that is not aligned."""
+    """An address that is outside all storages of the launch's tensors, or not aligned."""
 
 
 class Memory:
@@ -67,7 +67,7 @@ class Memory:
     def find(
         self, space: str, address: Array, program: Array, size: int, what: str
     ) -> Iterator[tuple[Any, Array, Array]]:
-        """Some of the addresses, bytes, and where they are among these."""
+        """Some of the addresses, the bytes of their storage, and their positions in these bytes."""
         if (address % size).any():
             raise AccessError(f"{what}: {address[address % size != 0][0]:#x} is not aligned")
         if space == "shared":
@@ -102,7 +102,7 @@ class Warp:
         self.ctaid = [index.astype(np.uint32) for index in along]
         self.program = program - first
         self.registers = registers
-        self.place = np.zeros(self.shape, np.int64)  # which piece every thread comes to
+        self.place = np.zeros(self.shape, np.int64)  # the next piece of every thread
 
     def all_of(self, value: Array) -> Array:
         return np.broadcast_to(value, self.shape)
@@ -113,7 +113,7 @@ class Warp:
     def some_of(
         self, space: str, address: Array, mask: Array | None, size: int, what: str
     ) -> Iterator[tuple[Array, Any, Array, Array]]:
-        """Active threads, some of them, and the memory that they want."""
+        """Some active threads, and the memory that they access."""
         active = self.active(mask)
         at, program = self.all_of(address)[active], self.all_of(self.program)[active]
         for some, data, offset in self.memory.find(space, at, program, size, what):
@@ -159,7 +159,7 @@ class Warp:
     def copy_async(
         self, to: Array, source: Array, size: int, given: Array, mask: Array | None, what: str
     ) -> None:
-        """Copies at once; bytes that are not given are 0."""
+        """Copies at once; missing bytes are 0."""
         if ((given > 0) & (given < size)).any():
             raise NotImplementedError(what)
         zeros = [self.zero] * (size // 4)
@@ -170,8 +170,8 @@ class Warp:
     def numbers_of_matrix(
         self, address: Array, i: int, trans: bool, mask: Array | None, what: str
     ) -> Iterator[Array]:
-        """Where the two numbers of 16 bits are that a lane has of the i-th matrix (8, 8). Where its
-        rows are, lanes from 8 i on know.
+        """Addresses of the two 16-bit numbers of each lane in the i-th matrix (8, 8). The lanes
+        from 8 i on hold the addresses of its rows.
         """
         lane = np.arange(LANES)
         rows = np.where(self.active(mask), address, 0)[:, 8 * i : 8 * i + 8]
@@ -198,7 +198,7 @@ class Warp:
             self.store("shared", at, [value >> 16 * half], mask, np.uint16, what)
 
     def shuffle(self, mode: str, value: Array, b: Array, c: Array) -> Array:
-        """From the lane that b says, as far as it is in the part of a warp that c says."""
+        """From the lane given by b, if this lane is in the part of the warp given by c."""
         lane = np.arange(LANES)
         part, clamp = (c >> 8 & 31).astype(np.int64), (c & 31).astype(np.int64)
         by, first = b.astype(np.int64) & 31, lane & part
@@ -221,7 +221,7 @@ def elements(data: Array, dtype: Any) -> Array:
 
 
 def up_or_down(value: Array, error: float) -> Array:
-    """An error as large as the hardware's may be, its sign as the last digit has it."""
+    """The largest error of the hardware; the last digit decides the sign."""
     return np.where(value.astype(np.float32).view(np.uint32) & 1, error, -error)
 
 
@@ -236,7 +236,7 @@ def flush(value: Array) -> Array:
 
 
 def logarithm(value: Array) -> Array:
-    """Between 0.5 and 2 off absolutely, elsewhere relatively."""
+    """The error is absolute between 0.5 and 2, relative elsewhere."""
     exact = np.log2(value)
     error = up_or_down(exact, 2.0**-22)
     near = (value > 0.5) & (value < 2)
@@ -278,7 +278,7 @@ def quotient(a: Array, b: Array) -> Array:
 
 
 def shift_left(a: Array, by: Array) -> Array:
-    """By the size of a number and more gives 0."""
+    """A shift by the size of a number, or by more, gives 0."""
     size = 8 * a.itemsize
     return np.where(by < size, a << np.minimum(by, size - 1).astype(a.dtype), 0).astype(a.dtype)
 
@@ -295,7 +295,7 @@ def pair(low: Array, high: Array) -> Array:
 
 
 def halves(operation: Any, dtype: Any, a: Array, b: Array) -> Array:
-    """Of two numbers of 16 bits in each of 32."""
+    """The operation on both 16-bit halves of 32-bit numbers."""
     a, b = (np.ascontiguousarray(x).view(dtype) for x in np.broadcast_arrays(a, b))
     return operation(a, b).view(np.uint32)
 
@@ -336,7 +336,7 @@ COMPARE = {
     "num": "({0} == {0}) & ({1} == {1})", "nan": "({0} != {0}) | ({1} != {1})",
 }  # fmt: skip
 # Results of instructions, by the name without type and modes; {type} is NumPy's.
-# Approximations are off by the largest errors that NVIDIA's PTX ISA allows.
+# Approximations have the largest errors that NVIDIA's PTX ISA allows.
 RESULTS = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.lo": "{0} * {1}",
     "div": "quotient({0}, {1})", "rem": "{0} - quotient({0}, {1}) * {1}",
@@ -366,7 +366,7 @@ RESULTS = {
     "shfl.up": "W.shuffle('up', {0}, {1}, {2})",
     "shfl.idx": "W.shuffle('idx', {0}, {1}, {2})",
 }  # fmt: skip
-# Modes that change nothing here, or are handled for all instructions alike.
+# Modes without an effect here, and modes with the same effect on all instructions.
 MODES = {"rn", "ftz", "sync", "wrap"}
 
 
@@ -375,7 +375,7 @@ MODES = {"rn", "ftz", "sync", "wrap"}
 
 class Kernel:
     """PTX as Python functions, one for every straight piece between jumps and barriers. Registers
-    are arrays (programs, lanes), of which an axis may have length 1, of unsigned numbers.
+    are arrays (programs, lanes) of unsigned numbers; either axis may have length 1.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -408,8 +408,8 @@ class Kernel:
     def _function(
         self, number: int, texts: list[str], labels: dict[str, int]
     ) -> Callable[..., Any]:
-        """Returns where threads go: to one piece, or by a condition to one of two; and whether they
-        wait before it.
+        """Returns the next piece of the threads, or two pieces and a condition; and True if the
+        threads wait before the piece.
         """
         self.read: dict[str, None] = {}
         self.written: dict[str, None] = {}
@@ -485,7 +485,7 @@ class Kernel:
         return f"({code} + {self.operand(offset, kind)})" if offset and int(offset) else code
 
     def assign(self, register: str, value: str) -> list[str]:
-        """To a register, as it keeps its bits."""
+        """The value as the bits of a register."""
         name = register.removeprefix("%")
         if name == "_":
             return []
@@ -543,7 +543,7 @@ class Kernel:
         return self.assign(o[0], f"flush({value})" if "ftz" in parts else value)
 
     def move(self, o: list[str], kind: str) -> list[str]:
-        """Moves, some of which take a register apart or put one together."""
+        """Moves; some take a register apart or put one together."""
         if o[0][0] != "{" and o[1][0] != "{":
             return self.assign(o[0], self.operand(o[1], kind))
         size = 8 * np.dtype(TYPES[kind]).itemsize
@@ -590,7 +590,7 @@ class Kernel:
             to, source = self.address(o[0]), self.address(o[1])
             return [f"W.copy_async({to}, {source}, {int(o[2], 0)}, {given}, {mask}, {what})"]
         if head in ("red", "atom"):
-            # The result of an atomic addition is right as long as lanes have an address each.
+            # The result of an atomic addition is right if every lane has its own address.
             address, value = self.address(o[-2]), self.operand(o[-1], kind)
             add = f"W.add({address}, {value}, {mask}, {what})"
             old = f"W.load('global', {address}, {mask}, {numpy_type(kind)}, [W.zero64], {what})[0]"
@@ -625,7 +625,7 @@ class Kernel:
         self, values: list[Any], tensors: list[torch.Tensor], grid: Grid, warps: int, shared: int
     ) -> None:
         parameters = []
-        # Behind ours are Triton's own: scratch memory, of which no kernel has any.
+        # After the kernel's parameters come Triton's own: scratch memory, which no kernel has.
         for kind, value in itertools.zip_longest(self.parameter_types, values, fillvalue=0):
             if kind[0] != "f":
                 value = np.uint64(value % (1 << 64))
@@ -650,7 +650,7 @@ class Kernel:
         return [np.full((1, 1), POISON[bits], dtypes[bits]) for bits in self.bits.values()]
 
     def run_to_barrier(self, warp: Warp, parameters: list[Array]) -> None:
-        """The threads that are behind go first: loops wait for them."""
+        """The threads that are behind go first: loops wait for these threads."""
         waiting = warp.place == END
         while not waiting.all():
             number = int(warp.place[~waiting].min())
@@ -715,7 +715,7 @@ def launch(function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **op
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, tiles take tensors of the CPU, and their compiled code runs here."""
+    """Inside this context, tiles take tensors of the CPU, and their compiled code is emulated."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: Triton has chosen its interpreter")
     with (

@@ -39,7 +39,7 @@ from tritonaff.testing import make_inputs
 @dataclass(frozen=True)
 class Size:
     """Sizes of a loss's inputs. ``parts`` are kernel sizes, grid points per side, rates or
-    iterations, whatever the operation has.
+    iterations, depending on the operation.
     """
 
     images: int = 1

@@ -1,4 +1,4 @@
-"""Registers and instructions of every tile, compiled for three GPUs without having one: exact,
+"""Registers and instructions of every tile, compiled for three GPUs without a GPU: exact,
 repeatable counts, and the time that they imply.
 
     python tools/static_counts.py
@@ -67,11 +67,11 @@ GPUS = {
     "sm_80": Gpu("A100", 2.0e12, multiprocessors=108, clock=1.41e9),
     "sm_90": Gpu("H200", 4.3e12, multiprocessors=132, clock=1.98e9),
 }
-# Images, rows, columns for which times are implied.
+# Images, rows, columns of the implied times.
 IMAGES = (8, 512, 512)
 # F.cross_entropy on float32 logits of 19 classes, forward and backward. log_softmax reads and
 # writes, its backward reads two tensors and writes one. The zeros that nll_loss's backward writes
-# first are left out: the yardstick should not be slower than it is.
+# first are left out: the yardstick must not look slower than it is.
 CROSS_ENTROPY_BYTES = 5 * 4
 # With bfloat16 under autocast also two conversions: to float32, and of the gradient back.
 AUTOCAST_CROSS_ENTROPY_BYTES = CROSS_ENTROPY_BYTES + 2 * (2 + 4)
@@ -85,25 +85,25 @@ class Tile:
     kernel: Any
     blocks: dict[str, Any]
     elements: float
-    """Elements, a class of a pixel (or of a point of grids) each, that one program works on."""
+    """Elements that one program works on: classes of pixels, or of points of grids."""
     moved: float
-    """Bytes per element that it reads and writes, each once."""
+    """Bytes per element that the kernel reads and writes, each once."""
     trips: float | tuple[float, ...] = 1
-    """How often its loops run, on average, from the outermost to the innermost."""
+    """Average trips of its loops, from the outermost to the innermost."""
     per_pixel: float = 19
     """Elements in a pixel of the image."""
     launches: int = 1
-    """In one forward and backward pass of a loss."""
+    """Launches in one forward and backward pass of a loss."""
     targets: tuple[str, ...] = tuple(TARGETS)
     half: bool = False
     """Logits and gradient in bfloat16."""
 
 
-# Bytes per element, 19 of which make up a pixel, of float32 and int64.
+# Bytes per element (19 elements make up a pixel) of float32 and int64.
 LOGIT = GRAD = GATE = 4
 FLOAT_OF_PIXEL = 4 / 19
 LABEL = 8 / 19
-# On no device: the launchers then give a GPU's blocks, not those that the interpreter likes.
+# On the meta device the launchers choose the block sizes of a GPU.
 LOGITS = torch.empty(1, 19, 256, 512, device="meta")
 BATCH = torch.empty(8, 19, 512, 512, device="meta")
 # A strip owns fewer columns and rows than it reads.
@@ -112,7 +112,7 @@ STRIP_ROWS = affinity_field.blocks.strip_rows(BATCH, FIELD)
 (SIZES,) = affinity_field.passes([3, 5, 7])
 STRIP = affinity_field.blocks.strip_options(BATCH, FIELD)
 PATCH = affinity_field.blocks.part_options(FIELD)
-# Targets, and how many classes a warp of theirs holds.
+# Targets, and the number of classes in a warp.
 STRIPS = tuple(
     (tuple(name for name, target in TARGETS.items() if target.backend == backend), classes)
     for backend, classes in affinity_field.blocks.CLASSES_IN_A_WARP.items()
@@ -120,10 +120,11 @@ STRIPS = tuple(
 STRIP_ELEMENTS = BATCH.numel() // affinity_field.blocks.strip_programs(BATCH, FIELD)
 STRIP_TRIPS = -(-(STRIP_ROWS + 2 * SIZES["REACH"]) // STRIP["UNROLL"])
 PATCH_ELEMENTS = 19 * PATCH["BLOCK_H"] * PATCH["BLOCK_W"]
-# In street scenes of 480 x 360 pixels (CamVid), on average: patches that hold more than one label
-# within reach of three sizes; and of a part of these patches, labels that an edge kernel walks
-# through, and steps to neighbours that it takes for a label and a size: those of another label, if
-# the tables alone are asked for those of a pixel of this label; where it replaces a gradient all.
+# Averages in street scenes of 480 x 360 pixels (CamVid): the share of patches with more than one
+# label within reach of three sizes; for a part of such a patch, the number of labels that the edge
+# kernel walks through, and of steps to neighbours for a label and a size. Steps go to neighbours of
+# another label; for the tables alone, only from pixels of this label; if the kernel replaces a
+# gradient, to all neighbours.
 EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
 PARTS = PATCH["BLOCK_H"] // PATCH["PART_H"] * (PATCH["BLOCK_W"] // PATCH["PART_W"]) * EDGE_PATCHES
@@ -172,14 +173,14 @@ TABLES_STEPS = dilated_affinity.blocks.tables_steps(
 
 
 def pixel_statistics(logit: int) -> float:
-    """Bytes per element of the largest logit, the sum of the others and a label of 16 bits."""
+    """Bytes per element of the largest logit, the sum of other exponentials, a 16-bit label."""
     return (logit + 4 + 2) / 19
 
 
 def affinity_field_tiles(
     op: str, *, tables: bool = True, gradient: bool = True, half: bool = False, launches: int = 1
 ) -> tuple[Tile, ...]:
-    """Tiles of a pass that gives tables, a gradient or both."""
+    """Kernels of a pass that computes tables, a gradient or both."""
     logit = grad = 2 if half else 4
     statistics = pixel_statistics(logit)
     asked = {"TABLES": tables, "GRADIENT": gradient}
@@ -253,11 +254,11 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
             | PIXELS,
             PIXEL_ELEMENTS,
             moved=logit + statistics + 2 * grad + PARTIAL_TABLES,
-            # As if every program added up tables too.
+            # Counted as if every program added up tables too.
             trips=PIXEL_TRIPS,
             half=half,
         ),
-        # A loss that nothing multiplies has the gradient 1: then this kernel does nothing.
+        # If nothing multiplies the loss, its gradient is 1 and this kernel does nothing.
         Tile(
             op,
             affinity_field.scale_kernel,
@@ -273,7 +274,7 @@ def affinity_field_loss_tiles(op: str, *, half: bool = False) -> tuple[Tile, ...
 TILES = (
     *affinity_field_loss_tiles("affinity_field_cross_entropy"),
     *affinity_field_loss_tiles("affinity_field_cross_entropy_bfloat16", half=True),
-    # Without a gradient, and where the coefficients were not known: not in a training step.
+    # Tables without a gradient, and a gradient after the tables: not in a training step.
     *affinity_field_tiles("affinity_field", gradient=False, launches=0),
     *affinity_field_tiles("affinity_field_backward", tables=False, launches=0),
     # For rows that are not aligned.
@@ -288,7 +289,7 @@ TILES = (
         GRIDS | PAIRS,
         19 * min(180, PAIRS["BLOCK"] * PAIRS["STEPS"]),
         moved=LOGIT + LABEL,
-        # The blocks on the diagonal of a symmetric matrix, and to one side of it.
+        # The blocks on the diagonal of a symmetric matrix, and on one side of the diagonal.
         trips=(PAIRS["STEPS"], (PAIRS["STEPS"] + 1) / 2, PAIRS["BLOCK_C"] // PAIRS["BLOCK_A"]),
         per_pixel=POINTS_PER_PIXEL,
     ),
@@ -322,7 +323,7 @@ TILES = (
         moved=LOGIT + LABEL + GRAD,
         trips=GRADIENT["C"],
     ),
-    # Not in the times implied, which are of 19 classes.
+    # Not part of the implied times, which are for 19 classes.
     Tile(
         "affinity_regression_150_classes",
         affinity_regression.statistics_kernel,
@@ -336,7 +337,7 @@ TILES = (
         "affinity_regression_150_classes",
         affinity_regression.block_gram_kernel,
         MANY_GRAM,
-        # One program computes both of two blocks across from each other.
+        # One program computes two mirrored blocks.
         150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / (MANY_BLOCKS * (MANY_BLOCKS + 1) / 2),
         moved=MANY_LOGIT,
         trips=MANY_GRAM["STEPS"],
@@ -347,7 +348,7 @@ TILES = (
         "affinity_regression_150_classes",
         affinity_regression.block_labels_kernel,
         MANY_GRAM,
-        # As if the pixels of a step had one label: a column of blocks has products.
+        # Counted as if the pixels of a step had one label: one column of blocks has products.
         150 * MANY_GRAM["BLOCK_P"] * MANY_GRAM["STEPS"] / MANY_BLOCKS,
         moved=MANY_LOGIT,
         trips=MANY_GRAM["STEPS"],
@@ -440,7 +441,7 @@ TILES = (
 
 @dataclass(frozen=True)
 class Device:
-    """Stands for a device: answers the questions that tiles may ask of it."""
+    """Stands for a device: answers the launchers' questions."""
 
     target: GPUTarget
 
@@ -449,8 +450,8 @@ class Device:
 
 
 def compile_tile(tile: Tile, target: str, *, size_1: bool = False) -> Any:
-    """Compiles for contiguous float32 logits; with ``size_1`` for logits whose every size is 1,
-    which Triton takes for a constant.
+    """Compiles for contiguous float32 logits; with ``size_1`` for logits whose sizes are all 1,
+    which Triton takes for constants.
     """
     options = {"num_warps": tile.blocks.get("num_warps", NUM_WARPS), "enable_fp_fusion": True}
     driver = triton.runtime.driver
@@ -503,7 +504,7 @@ def _implied(gpu: Gpu, row: dict[str, Any]) -> dict[str, Any]:
     images, height, width = IMAGES
     elements = images * height * width * row["elements_per_pixel"]
     instructions = elements * row["instructions_per_element"]["all"]
-    # A warp issues one instruction a clock at most: no launch is over before its programs are.
+    # A warp issues one instruction a clock at most: a launch takes as long as its longest program.
     seconds = {
         "bytes": elements * row["bytes_per_element"] / gpu.bytes_per_s,
         "instructions": instructions / gpu.instructions_per_s,
@@ -597,11 +598,11 @@ def _run(*command: str) -> str:
 
 
 def count_instructions(assembly: str, *trips: float) -> dict[str, float]:
-    """Instructions that a thread executes, by kind. ``trips`` says how often loops run, the
+    """Instructions that a thread executes, by kind. ``trips`` are the trips of loops, the
     outermost first.
 
     Code that the entry does not reach is left out: padding, and subroutines for operands that do
-    not occur. So is the way round for a warp whose lanes have parted.
+    not occur. The path for a warp with diverged lanes is left out too.
     """
     names: list[str] = []
     labels: dict[str, int] = {}
@@ -655,8 +656,8 @@ ENDS = ("EXIT", "RET", "s_endpgm")
 def loop_depths(successors: dict[int, set[int]], entry: int = 0) -> dict[int, int]:
     """Number of loops around every node that the entry reaches.
 
-    A jump backwards need not close a loop: compilers put rarely executed code at the end, from
-    where it jumps back to its origin. A loop is a set of nodes that reach each other.
+    A jump backwards need not close a loop: compilers put rarely executed code at the end, and this
+    code jumps back to its origin. A loop is a set of nodes that reach each other.
     """
     depths = dict.fromkeys(_reached(successors, entry) | {entry}, 0)
     reached = {i: _reached(successors, i) for i in depths}

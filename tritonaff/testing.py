@@ -1,9 +1,9 @@
-"""Inputs and a yardstick of correctness for every operation, for tests, the bench, and fuzzing of
-kernels of your own against the reference.
+"""Inputs and a yardstick of correctness for every operation: for tests, the bench, and for fuzzing
+your own kernels against the reference.
 
 A :class:`Case` makes inputs for an operation and knows its tables and its loss.
 :func:`check_parity` compares an implementation with the float64 reference and raises
-:class:`ParityError` where it is further off than eager mode may be:
+:class:`ParityError` where the implementation is further off than eager mode may be:
 
 >>> from dataclasses import replace
 >>> from tritonaff.testing import CASES, check_parity
@@ -55,8 +55,8 @@ def make_inputs(
     """Logits (N, C, H, W) and a target (N, H, W) of patches about a sixth of the image wide.
 
     At 256 x 512 some 6 % of the neighbouring pixels then differ, as in street scenes; 1 % of the
-    pixels are ignored. ``confidence`` is how far the true class stands out of unit noise: 0 is a
-    network at its start, 9 one that is sure.
+    pixels are ignored. ``confidence`` is the height of the true class's logit above unit noise: 0
+    is a network at its start, 9 a confident network.
     """
     n, c, height, width = shape
     generator = torch.Generator().manual_seed(seed)
@@ -79,8 +79,8 @@ def make_propagation_inputs(
     confidence: float = 2.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (N, C, H, W) and a target (N, H, W) as :func:`make_inputs` gives them, and affinity
-    logits (N, 8 R, H, W) of R = 4 rates that know the target as well as the logits do.
+    """Logits (N, C, H, W) and a target (N, H, W) as from :func:`make_inputs`, and affinity logits
+    (N, 8 R, H, W) of R = 4 rates, which are as close to the target as the logits are.
     """
     logits, target = make_inputs(shape, dtype, "cpu", confidence=confidence, seed=seed)
     affinity = _affinity_logits(target, confidence, seed + 1)
@@ -95,8 +95,8 @@ def make_dilated_affinity_inputs(
     confidence: float = 2.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Affinity logits (N, 8 R, H, W) of R = 4 rates and a target (N, H, W) of 21 classes, which
-    they know as well as the logits of :func:`make_inputs` do. The C of ``shape`` is ignored.
+    """Affinity logits (N, 8 R, H, W) of R = 4 rates and a target (N, H, W) of 21 classes. The
+    logits are as close to the target as in :func:`make_inputs`. The C of ``shape`` is ignored.
     """
     n, _, height, width = shape
     _, target = make_inputs((n, 21, height, width), confidence=confidence, seed=seed)
@@ -126,9 +126,9 @@ class Case:
     """N, C, H, W of the bench, whose ``--quick`` takes ``quick_shapes``."""
     quick_shapes: tuple[Shape, ...]
     loss: Callable[..., Tensor]
-    """Computes from the inputs a scalar, which is timed and differentiated."""
+    """Computes a scalar from the inputs; the bench times and differentiates the scalar."""
     tables: Callable[..., tuple[Tensor, ...]]
-    """Computes from the inputs the operation's own results; a NamedTuple names them."""
+    """Computes the operation's own results from the inputs; a NamedTuple names them."""
     largest_term: float
     """Largest size of a term of the sums and of their derivatives. A term is off by at most the
     rounding of this number.
@@ -140,7 +140,7 @@ class Case:
     target and any further inputs. Inputs in floating point have gradients.
     """
     loss_of_tables: Callable[..., Tensor] | None = None
-    """The tables to the loss, where it has no computation of its own."""
+    """Computes the loss from the tables, if the loss has no computation of its own."""
 
     @classmethod
     def of_tables(
@@ -150,7 +150,7 @@ class Case:
         loss: Callable[..., Tensor],
         largest_term: float,
     ) -> Case:
-        """For comparison alone. The loss takes the tables, which are computed once for both."""
+        """A case for comparison alone: the loss is computed from the same tables."""
 
         def loss_of_inputs(*inputs: Tensor) -> Tensor:
             return loss(*tables(*inputs))
@@ -182,7 +182,7 @@ CASES = {
         quick_shapes=((1, 5, 32, 32),),
         loss=lambda logits, target: affinity_field_loss(logits, target, AFFINITY_FIELD_SIZES),
         tables=lambda logits, target: affinity_field_terms(logits, target, AFFINITY_FIELD_SIZES),
-        largest_term=9.2,  # log(1 / eps), the divergence of a sure pixel and a sure other one
+        largest_term=9.2,  # log(1 / eps), the divergence of two confident, different pixels
     ),
     "affinity_regression": Case(
         name="affinity_regression",
@@ -226,8 +226,8 @@ class ParityError(AssertionError):
 
 
 def obstacle(case: Case, shape: Shape) -> str | None:
-    """Reason why the reference cannot run at this shape, compiled or not: its matrices exceed any
-    memory. None where it can.
+    """The reason why the reference cannot run at this shape, compiled or not: its matrices exceed
+    any memory. None if the reference can run.
     """
     n, c, height, width = shape
     inputs = (
@@ -244,7 +244,7 @@ def obstacle(case: Case, shape: Shape) -> str | None:
 
 def evaluate(case: Case, backend: str, *inputs: Tensor) -> dict[str, Tensor]:
     """Tables, "loss" and gradients by name. "gradient" is the gradient of the first input, the
-    logits, and "gradient 1" of the second one that has any; each has the shape of its input.
+    logits, and "gradient 1" of the next floating-point input; each has the shape of its input.
     """
     inputs = tuple(
         x.detach().requires_grad_(x.is_floating_point())  # strides and all
@@ -265,9 +265,9 @@ def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> None:
-    """ParityError unless an implementation is about as close to the float64 reference as eager mode
-    is. ``implementation`` is the name of a backend, "portable" or "triton", or a copy of the case
-    with another ``loss`` and ``tables``. ``inputs`` are of any strides, on any device.
+    """Raises ParityError unless an implementation is about as close to the float64 reference as
+    eager mode is. ``implementation`` is the name of a backend, "portable" or "triton", or a copy of
+    the case with another ``loss`` and ``tables``. ``inputs`` have any strides, on any device.
 
     Counts must be equal. Any other result, as a whole tensor so that borders count, may be off by
     twice the sum of
@@ -285,7 +285,7 @@ def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> Non
     by luck.
     """
     logits = inputs[0]
-    # For float64 logits the yardstick itself is off: its 1 - p knows a q of 1e-4 to 1e-12.
+    # For float64 logits the yardstick itself is off: its 1 - p gives a q of 1e-4 to 1e-12 only.
     rounding = 1e-12 if logits.dtype == torch.float64 else torch.finfo(torch.float32).eps
     exact = evaluate(case, "reference", *(_double(x) for x in inputs))
     eager = evaluate(case, "reference", *inputs)
@@ -330,10 +330,10 @@ def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> Non
 
 
 def check_agreement(what: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """ParityError unless loss and gradients are the same to the digits that both should have.
+    """Raises ParityError unless loss and gradients agree in the digits that both should have.
 
-    Coarser than :func:`check_parity`, for inputs too large for float64: it finds blocks that are
-    left out or counted twice. Confident float32 gradients are themselves 1e-3 off.
+    This check is coarser than :func:`check_parity`, for inputs too large for float64: the check
+    finds blocks that are left out or counted twice. Confident float32 gradients are 1e-3 off.
     """
     for i, (ours, theirs) in enumerate(zip(result, expected, strict=True)):
         allowed = max(2e-3, 8 * torch.finfo(ours.dtype).eps) * float(theirs.double().norm())

@@ -1,4 +1,4 @@
-"""The suite of a GPU, on a CPU: no row is lost, a run goes on where it was, the page judges."""
+"""The GPU suite, on a CPU: no row is lost, a run resumes, the page judges."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """Runs it on tiny shapes: exit status and rows."""
+    """Runs the suite on tiny shapes: exit status and rows."""
     monkeypatch.setattr(measure, "compiler_works", lambda device: False)  # minutes
     monkeypatch.setattr(backend, "_interprets", lambda: False)  # nor are tiles interpreted
     monkeypatch.setattr(gpu_suite, "run_tests", lambda *_: {"summary": "1 passed"})
@@ -53,7 +53,7 @@ def test_every_row_of_the_table_runs(suite, capsys):
 
 
 def test_times_of_the_kernels_alone(suite, monkeypatch):
-    """With a profiler that sees them."""
+    """With a profiler that sees the launches."""
     rows = tuple(row for row in gpu_suite.ROWS if row.name in ("grids", "dilated"))
     monkeypatch.setattr(gpu_suite, "ROWS", rows)
     monkeypatch.setattr(gpu_suite.Bench, "launches", lambda *_: (2, 0.5))

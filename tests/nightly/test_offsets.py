@@ -44,7 +44,7 @@ def test_the_tiles_interpreted(results, op, far):
 
 
 def test_tables_of_many_programs():
-    """A program stores its part of a table at its number times a size, not computed in 32 bits."""
+    """A program stores its part of a table at its number times a size, computed in 64 bits."""
     pytest.importorskip("triton", minversion="3.6")
     script = """
 import re
@@ -60,7 +60,7 @@ for tile in static.TILES:
 
 
 def gradient_with_tables(logits, target):
-    """A result that carries the gradient which the affinity field's losses have ready; times 3."""
+    """A result that carries the gradient stored by the affinity field's losses; times 3."""
     ops = torch.ops.tritonaff
     sizes, ones = (3, 5, 7), torch.ones(2, logits.shape[1], 3, device=logits.device)
     _, _, *pixels = ops.affinity_field_statistics(
@@ -75,7 +75,7 @@ def gradient_with_tables(logits, target):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("op", CASES)
 def test_more_elements_than_2_to_the_31(op):
-    """The last image of a large batch has the gradients that it has alone."""
+    """The last image of a large batch has the same gradients as alone."""
     case = CASES[op]
     n, c, height, width = 2, 32 if op == "dilated_affinity" else 19, 256, 512
     images = (1 << 31) // (c * height * width) + 2

@@ -1,6 +1,6 @@
-"""The emulator of a GPU: Triton's language against PyTorch, and faults that it has to find.
+"""The emulator of a GPU: Triton's language against PyTorch, and faults that the emulator must find.
 
-``make test-ptx`` runs it, with the tests of the tiles.
+``make test-ptx`` runs this file, with the tests of the tiles.
 """
 
 import pytest
@@ -80,7 +80,7 @@ def not_numbers_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 def test_not_numbers():
-    """A GPU's maximum is the other one, if one of two is not a number."""
+    """A GPU's maximum of NaN and a number is the number."""
     nan, inf = torch.nan, torch.inf
     x = torch.tensor([nan, 1.0, nan, inf]).repeat(8)
     y = torch.tensor([2.0, nan, nan, nan]).repeat(8)

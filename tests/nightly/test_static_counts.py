@@ -49,9 +49,9 @@ def test_static(static_table):
 
 
 def test_no_kernel_spills(static_table):
-    """But for a word or two outside of the loops, for which the assembler keeps to 128 registers:
-    more warps fit, it costs nothing, and every version does it elsewhere. A tile that is too large
-    spills hundreds.
+    """A word or two outside of the loops may spill: the assembler keeps to 128 registers, so that
+    more warps fit, at no cost, and every version does so somewhere. A tile that is too large spills
+    hundreds.
     """
     version = static_table["versions"]["triton"]
     if version.startswith("3.6."):
@@ -62,8 +62,8 @@ def test_no_kernel_spills(static_table):
 
 
 def test_no_kernel_has_grown(static_table):
-    """Instructions per element, within 10 % of docs/results/static.json. To commit more of them,
-    run `python tools/static_counts.py --json docs/results/static.json` with the Triton it names.
+    """Instructions per element, within 10 % of docs/results/static.json. To commit larger counts,
+    run `python tools/static_counts.py --json docs/results/static.json` with the Triton named there.
     """
     if static_table["versions"]["triton"] != COMMITTED["versions"]["triton"]:
         pytest.skip(f"counts hold for Triton {COMMITTED['versions']['triton']}")
@@ -100,8 +100,8 @@ assert abs(static.cross_entropy_ms("H200") - 20 * 19 * pixels / 4.3e9) < 1e-6
 
 
 def test_tiles_compile_for_sizes_of_1_and_multiply_in_full_precision():
-    """Neither can be seen in the interpreter: Triton takes an argument of 1 for a constant, and
-    products of float32 have 10 bits on tensor cores.
+    """The interpreter hides two faults: Triton takes an argument of 1 for a constant, and products
+    of float32 have 10 bits on tensor cores.
     """
     script = """
 import static_counts as static
@@ -113,7 +113,7 @@ for tile in static.TILES:
 
 
 def test_tiles_compile_for_sizes_that_no_strip_reaches():
-    """The other side of every switch of the affinity field's tiles."""
+    """The other value of every switch of the affinity field's kernels."""
     script = """
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The study in small: drawn scenes, and a backbone that is hardly one."""
+"""The study in small: drawn scenes, and a stand-in for the backbone."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ def portable():
 @pytest.fixture(scope="module")
 def study():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would, for good
+        patch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would change it for good
         patch.syspath_prepend(STUDY)
         yield importlib.import_module("study")
 
@@ -51,7 +51,7 @@ def report(study):
 
 
 class Backbone(nn.Module):
-    """Means of squares of pixels, mixed: of the shapes that the real one gives."""
+    """Means of squares of pixels, mixed, in the shapes of the real backbone's features."""
 
     channels = 4, 5, 6, 7
 
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture(scope="module")
 def camvid(study, tmp_path_factory):
-    """A folder of scenes of 80x60, some of which are named like the dusk clip."""
+    """A folder of scenes of 80x60; some are named like the dusk clip."""
     root = tmp_path_factory.mktemp("camvid")
     scenes = importlib.import_module("scenes")
     drawn = iter(scenes.make_scenes(9, seed=5))
@@ -132,7 +132,7 @@ def brute_force_contrastive(features, target, ignore_index, margin):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_contrastive_loss(losses, classes):
     generator = torch.Generator().manual_seed(0)
-    # Alike enough that some of those apart are closer than the margin.
+    # Alike enough that some pairs of different labels are closer than the margin.
     features = 1 + 0.4 * torch.randn(2, 4, 4, 5, generator=generator, dtype=torch.float64)
     target = torch.randint(0, classes, (2, 4, 5), generator=generator)
     target[0, 1, 2] = target[1, 3, 0] = 255
@@ -201,7 +201,7 @@ def test_all_losses_start_alike_and_each_learns(study, losses, folder, run):
             assert not torch.equal(parameter, first[loss][name]), (loss, name)
         assert ("edge_weight" in result) == (loss == "ce+aaf")
         if loss == "ce+aaf":
-            assert len(start) == 3  # the weight, and what learns
+            assert len(start) == 3  # the weight, and two learned parameters
             rows = torch.tensor(result["edge_weight"])
             torch.testing.assert_close(rows.sum(dim=1), torch.ones(8), atol=2e-4, rtol=0)
             assert (rows - 1 / 3).abs().max() > 1e-3
@@ -376,7 +376,7 @@ def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
         study.main()
 
 
-# ---------------------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------------------- the whole study
 
 
 def test_the_plan_follows_what_the_validation_split_says(study, losses):
@@ -462,7 +462,7 @@ def test_a_killed_training_goes_on_to_the_same_end(study, small, tmp_path, monke
             small(tmp_path / "parts").train()
     parts = small(tmp_path / "parts")
     parts.train()
-    assert count == len(results) + 2  # what was done was not done again
+    assert count == len(results) + 2  # finished runs were not repeated
     assert without_times(parts.results()) == without_times(results)
 
 
@@ -476,7 +476,7 @@ def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
     for name in found["tables"]["camvid"]:
         scores = found["runs"][name]["scores"]
         pixels = sum(map(sum, scores["test"]["confusion"]))
-        assert pixels == 3 * (60 * 80 - 15)  # all but those ignored
+        assert pixels == 3 * (60 * 80 - 15)  # all pixels but the ignored ones
         assert ("propagated" in scores) == ("dilated" in name)
     costs = json.loads((tmp_path / "runs/cost.json").read_text())["losses"]
     assert costs.keys() == set(sys.modules["losses"].LOSSES)
@@ -486,7 +486,7 @@ def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*arguments, "--docs", str(tmp_path / "docs")])
     assert study.main() == 0
     page = (tmp_path / "docs/study.md").read_text()
-    for heading in ("CamVid", "What a step costs", "Propagation", "Where it fails"):
+    for heading in ("CamVid", "Cost of a step", "Propagation", "Failures"):
         assert f"## {heading}" in page
     for picture in ("camvid", "sizes", "affinity"):
         assert f"(study-{picture}.png)" in page

@@ -27,7 +27,7 @@ IMPLS = ("reference", "compiled", "portable", "triton")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 1 where an implementation computes something else."""
+    """Runs the command; the exit status is 1 if an implementation fails parity."""
     args = _parser().parse_args(argv)
     return run_command("tritonaff-bench", args.command, args)
 
@@ -149,7 +149,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _beyond_memory(error: Exception) -> bool:
-    """The allocator of the CPU raises a plain RuntimeError."""
+    """True if memory ran out: the allocator of the CPU raises a plain RuntimeError."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
@@ -174,12 +174,12 @@ def _rows(
 ) -> list[measure.Row]:
     """Parity of every implementation, then its rows.
 
-    Parity in full against float64 on a corner of the shape, where that is affordable, and loss and
-    gradient of the very inputs that are timed against the first implementation.
+    Full parity against float64 runs on a corner of the shape, where float64 is affordable. For the
+    timed inputs, loss and gradient are compared with the first implementation.
     """
     if dtype == "float64":
-        impls = tuple(impl for impl in impls if impl != "triton")  # no tile computes in it
-    inputs = case.make_inputs(shape, DTYPES[dtype], device)  # first: memory may not hold them
+        impls = tuple(impl for impl in impls if impl != "triton")  # no tile computes in float64
+    inputs = case.make_inputs(shape, DTYPES[dtype], device)  # first: memory may not hold the inputs
     n, c, height, width = shape
     corner = (min(n, 2), c, min(height, 48), min(width, 64))
     for impl in impls:

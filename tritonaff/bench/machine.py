@@ -1,4 +1,4 @@
-"""The machine that is measured, and everything else that a figure depends on."""
+"""The measured machine, and everything else that a figure depends on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {
 
 
 def usable_device(name: str) -> torch.device:
-    """ValueError, in one line, for a device that cannot compute here."""
+    """Raises ValueError, in one line, for a device that cannot compute here."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a meta tensor has nothing to read back
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         result["triton"] = "none"
     git = ["git", "-C", str(Path(__file__).parent)]
-    # Results, and the page about them, change while it is measured.
+    # Results, and the page about them, change during a measurement.
     status = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs"]
     try:
         commit, changes = (

@@ -157,7 +157,7 @@ def median_ms(
 def peak_bytes(
     run: Callable[[Any], Any], device: torch.device, prepare: Callable[[], Any] = lambda: None
 ) -> int:
-    """The most memory that tensors held at one time during ``run``, over what they held before."""
+    """Peak memory of tensors during ``run``, beyond the memory held before."""
     prepared = prepare()
     if device.type == "cuda":
         _wait(device)
@@ -187,7 +187,7 @@ def copy_gb_per_s(device: torch.device, quick: bool = False) -> float:
 
 
 def traffic_bytes(mode: str, inputs: tuple[Tensor, ...]) -> int:
-    """The least that has to move: inputs in; in the backward pass inputs in, gradients out."""
+    """The least bytes to move: inputs in; in the backward pass inputs in, gradients out."""
     forward = sum(x.nbytes for x in inputs)
     backward = forward + sum(x.nbytes for x in differentiable(inputs))
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[mode]

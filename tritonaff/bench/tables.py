@@ -19,7 +19,7 @@ def run_command(
     program: str, command: Callable[[argparse.Namespace], int], args: argparse.Namespace
 ) -> int:
     """Exit status of ``command(args)``. Errors take one line on the standard error and return 1, an
-    interrupt 130. A file ``args.json`` that cannot be written is refused before anything runs.
+    interrupt 130. An ``args.json`` that cannot be written is refused before any work.
     """
     try:
         if getattr(args, "json", None):
