@@ -78,7 +78,7 @@ def fail(tests: Iterable[str], sources: dict[str, str]) -> bool:
         except subprocess.TimeoutExpired:
             return True
     if result.returncode not in (0, 1):  # no such test, for instance; a signal is below 0
-        raise ValueError(f"the tests do not run: {sources.keys()}\n{result.stdout}{result.stderr}")
+        raise ValueError(f"tests of {list(sources)} do not run\n{result.stdout}{result.stderr}")
     return result.returncode == 1
 
 
