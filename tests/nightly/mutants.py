@@ -923,8 +923,8 @@ MUTANTS = [
         " test_portable_matches_the_reference",
         (
             "images of a block",
-            "images = max(1, block_size(logits) // (c * height * width))\n    classes",
-            "images = n\n    classes",
+            "slice(i, i + images), slice(j, j + classes)",
+            "slice(i, i + 1), slice(j, j + classes)",
         ),
         ("ignored labels", " & (label != ignore_index)", ""),
     ),
