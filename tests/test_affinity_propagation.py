@@ -389,6 +389,17 @@ def test_nothing_to_divide_by_is_0_with_a_zero_gradient(backend, device):
     torch.testing.assert_close(results, expected)
 
 
+def test_images_without_numbers_do_not_disturb_the_one_between_them(backend, device):
+    """They lie in memory where border pixels would have their neighbours outside."""
+    probs, affinity = make((3, 3, 4, 5), device=device)
+    case = case_with(RATES, iterations=2)
+    expected = evaluate(case, backend, probs, affinity)
+    probs[::2] = math.nan
+    results = evaluate(case, backend, probs, affinity)
+    for name in ("0", "gradient", "gradient 1"):
+        assert torch.equal(results[name][1], expected[name][1])
+
+
 def test_infinite_affinity_is_finite(backend, device):
     probs, affinity = make((1, 3, 5, 6), device=device)
     affinity = affinity.sign() * math.inf

@@ -1,21 +1,25 @@
 """Deliberate faults, each of which the named tests of the ordinary gate must catch.
 
-    python tests/nightly/mutants.py [WORD ...]
+    python tests/nightly/mutants.py [--seconds N] [WORD ...]
 
-breaks the kernels and the portable implementations in every way listed here, or in those whose file
-or name contains one of the words, in a copy of the repository, and says which faults survive. A
-fault whose results are the same is none, and has no place here: a mask that another one repeats, a
-shortcut that is not taken.
+breaks the kernels and the portable implementations in every way listed here, or in the ways whose
+file or name contains one of the words, in a copy of the repository, and says which faults survive.
+Files take turns, and no fault is begun after N seconds. A fault whose results are the same is none,
+and has no place here: a mask that another one repeats, a shortcut that is not taken.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,21 +50,27 @@ def mutated(mutant: Mutant) -> str:
 
 
 def is_caught(mutant: Mutant) -> bool:
-    source = mutated(mutant)
+    return fail(mutant.tests, {mutant.file: mutated(mutant)})
+
+
+def fail(tests: Iterable[str], sources: dict[str, str]) -> bool:
+    """True if one of the tests fails where these files have other sources."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         shutil.copy(ROOT / "pyproject.toml", tree)
-        for name in ("tritonaff", "tests"):
-            shutil.copytree(
-                ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "nightly")
-            )
-        (tree / mutant.file).write_text(source)
+        ignored = shutil.ignore_patterns("__pycache__", "nightly")
+        for name in ("tritonaff", "tests", "tools"):
+            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+        for file, source in sources.items():
+            (tree / file).write_text(source)
+        # The ordinary gate's examples, also in a nightly run.
+        environment = {k: v for k, v in os.environ.items() if k != "HYPOTHESIS_PROFILE"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         try:
             result = subprocess.run(
-                [*command, *(f"tests/{test}" for test in mutant.tests)],
+                [*command, *(f"tests/{test}" for test in tests)],
                 cwd=tree,
-                env={**os.environ, "PYTHONPATH": directory},
+                env={**environment, "PYTHONPATH": directory},
                 capture_output=True,
                 text=True,
                 timeout=MOST_SECONDS,
@@ -68,7 +78,7 @@ def is_caught(mutant: Mutant) -> bool:
         except subprocess.TimeoutExpired:
             return True
     if result.returncode > 1:  # no such test, for instance; a signal is below 0
-        raise ValueError(f"{mutant}: its tests do not run\n{result.stdout}{result.stderr}")
+        raise ValueError(f"tests of {list(sources)} do not run\n{result.stdout}{result.stderr}")
     return result.returncode != 0
 
 
@@ -85,28 +95,64 @@ def of(file: str, tests: str, *faults: tuple[str, str, str]) -> Iterator[Mutant]
         )
 
 
-FIELD, FIELD_TESTS = "kernels/affinity_field", "test_affinity_field test_"
-REGRESSION, REGRESSION_TESTS = "kernels/affinity_regression", "test_affinity_regression test_"
-PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation", "test_affinity_propagation test_"
-DILATED, DILATED_TESTS = "kernels/dilated_affinity", "test_dilated_affinity test_"
+FIELD, FIELD_TESTS = "kernels/affinity_field/", "test_affinity_field test_"
+REGRESSION, REGRESSION_TESTS = "kernels/affinity_regression/", "test_affinity_regression test_"
+PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation/", "test_affinity_propagation test_"
+DILATED, DILATED_TESTS = "kernels/dilated_affinity/", "test_dilated_affinity test_"
+
+FIELD_TILES = (
+    FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0] test_tiles_do_not_depend_on_their_blocks"
+)
+FIELD_PATCHES = FIELD_TESTS + "labels_that_meet_between_patches"
+FIELD_PIXELS = FIELD_TESTS + "pixels_alone_among_others"
+REGRESSION_TILES = (
+    REGRESSION_TESTS + "tiles_do_not_depend_on_their_blocks[3]"
+    " test_a_fine_grid_is_several_blocks_of_points[triton]"
+)
+PROPAGATION_TILES = (
+    PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]"
+    " test_tiles_do_not_depend_on_their_blocks"
+)
+PROPAGATION_NOTHING = PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]"
+DILATED_TILES = (
+    DILATED_TESTS + "a_rate_beyond_the_image_does_not_disturb_the_others[triton]"
+    " test_tiles_do_not_depend_on_their_blocks[4]"
+)
 
 MUTANTS = [
-    # --- Tiles of the affinity field -------------------------------------------------------------
+    # --- Tiles of the affinity field --------------------------------------------------------------
     *of(
-        FIELD,
-        FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0]"
-        " test_tiles_do_not_depend_on_their_blocks",
+        FIELD + "columns",
+        FIELD_TILES,
         ("a column from the same lane", "if column + d > 3:", "if column + d > 4:"),
         ("a column from another lane", "if column < d:", "if column <= d:"),
         ("counts of the left lane", "(left >> (32 - 8 * d))", "(left >> (24 - 8 * d))"),
-        ("a row below the image", "(h < H)\n    column = h", "(h <= H)\n    column = h"),
         ("a column beyond a row", "(w + i >= 0) & (w + i < W)", "(w + i >= 0) & (w + i <= W)"),
+        ("the row above", "rows[(middle - d) * WIDTH + i]", "rows[(middle - d + 1) * WIDTH + i]"),
+    ),
+    *of(
+        FIELD + "columns",
+        FIELD_PIXELS,
+        ("counts at distance 3", "if d < 4:", "if d < 3:"),
+    ),
+    *of(
+        FIELD + "columns",
+        FIELD_TESTS + "a_size_beyond_the_image_does_not_disturb_the_others[triton-shape1]",
+        (
+            "four columns beyond a row",
+            "& (w >= 0) & (w < W))[:, :, None]",
+            "& (w >= 0))[:, :, None]",
+        ),
+    ),
+    *of(
+        FIELD + "dense",
+        FIELD_TILES,
+        ("a row below the image", "(h < H)\n    column = h", "(h <= H)\n    column = h"),
         (
             "counts of other columns",
             "there.to(tl.uint32) << 8 * i",
             "there.to(tl.uint32) << 8 * (i ^ 1)",
         ),
-        ("the row above", "rows[(middle - d) * WIDTH + i]", "rows[(middle - d + 1) * WIDTH + i]"),
         ("the last lane twice", "owned = (lane > 0) & (lane < LANES - 1)", "owned = lane > 0"),
         ("strips that share nothing", "(4 * LANES - 2 * HALO)", "(4 * LANES - HALO)"),
         ("behind the last image", "tl.where(n < N, band * ROWS, H + HALO)", "band * ROWS"),
@@ -127,29 +173,10 @@ MUTANTS = [
             "(box * l_i - l_sums[4 * k + i])",
             "(box * l_i - u_sums[4 * k + i])",
         ),
-        ("sign of u", "return tl.where(own, -u, u), log_odds", "return u, log_odds"),
-        (
-            "softmax of a second block",
-            "tl.where(x > top, (rest + 1) * e, rest + e)",
-            "tl.where(x > top, rest * e, rest + e)",
-        ),
-        ("the largest of other rows", "others = (rest + 1) * exp", "others = rest * exp"),
-        ("classes that do not exist", '& mask, other=-float("inf")', "& mask, other=0.0"),
-        ("sums without an end", "mask=offs < left, other=0.0", "mask=offs >= 0, other=0.0"),
-        ("patches left out", "index += PROGRAMS", "index += 2 * PROGRAMS"),
-        ("edges in their dense sums", "(dense - second).to", "dense.to"),
     ),
     *of(
-        FIELD,
-        FIELD_TESTS + "labels_that_meet_between_patches",
-        ("no far edges", "return (REACH == 0) |", "return (REACH < 0) |"),
-        ("only patches below", "(corner // 2 * 2 - 1) * REACH,", "corner // 2 * REACH,"),
-        ("only patches to the right", "(corner % 2 * 2 - 1) * REACH\n", "corner % 2 * REACH\n"),
-        (
-            "far pairs by the label of a patch",
-            "if (REACH > 0) & (tl.min(smallest",
-            "if (tl.min(smallest",
-        ),
+        FIELD + "dense",
+        FIELD_PATCHES,
         (
             "far neighbours one short",
             "h + dy * d, w + dx * d, H, W, limit",
@@ -163,14 +190,32 @@ MUTANTS = [
             "(c.to(tl.int64) * K + COLUMNS[k]) * PROGRAMS",
             "(c.to(tl.int64) * K + k) * PROGRAMS",
         ),
-        ("edge sums of a pass", "edges_ptr, 2 * COLUMNS[k], C", "edges_ptr, 2 * k, C"),
-        ("totals of a pass", "column_ptr = totals_ptr + COLUMNS[k]", "column_ptr = totals_ptr + k"),
     ),
     *of(
-        FIELD,
-        FIELD_TESTS + "pixels_alone_among_others",
-        ("edge counts of a label", "count = 2 * tables[1 + k]", "count = tables[1 + k]"),
-        ("counts at distance 3", "if d < 4:", "if d < 3:"),
+        FIELD + "dense",
+        FIELD_TESTS + "ignore_index_may_be_a_class[triton]",
+        ("l of pixels that do not count", "tl.where(there, log_odds, 0.0)", "log_odds"),
+        ("u of pixels that do not count", "tl.where(there, u, 0.0)", "u"),
+    ),
+    *of(
+        FIELD + "dense",
+        FIELD_TESTS + "confident_logits_keep_their_digits[triton]",
+        (
+            "a gradient through the dense clamp",
+            "free = (tl.abs(l_i) < limit) &",
+            "free = (tl.abs(l_i) < 9e9) &",
+        ),
+    ),
+    *of(
+        FIELD + "labels",
+        FIELD_PATCHES,
+        ("no far edges", "return (REACH == 0) |", "return (REACH < 0) |"),
+        ("only patches below", "(corner // 2 * 2 - 1) * REACH,", "corner // 2 * REACH,"),
+        ("only patches to the right", "(corner % 2 * 2 - 1) * REACH\n", "corner % 2 * REACH\n"),
+    ),
+    *of(
+        FIELD + "labels",
+        FIELD_PIXELS,
         (
             "the smallest label is a neighbour's",
             "tl.minimum(tl.min(smallest, axis=0), label.to(tl.uint32))",
@@ -181,16 +226,69 @@ MUTANTS = [
             "tl.maximum(tl.max(largest, axis=0), label)",
             "tl.max(largest, axis=0)",
         ),
+    ),
+    *of(
+        FIELD + "labels",
+        FIELD_TESTS + "ignore_index_may_be_a_class[triton]",
+        (
+            "pairs with pixels that do not count",
+            "pair = tl.minimum(label_b, label[None, :]) >= 0",
+            "pair = label_b + 0 * label[None, :] >= 0",
+        ),
+    ),
+    *of(
+        FIELD + "counts",
+        FIELD_PATCHES,
+        (
+            "far pairs by the label of a patch",
+            "if (REACH > 0) & (tl.min(smallest",
+            "if (tl.min(smallest",
+        ),
+        ("totals of a pass", "column_ptr = totals_ptr + COLUMNS[k]", "column_ptr = totals_ptr + k"),
+    ),
+    *of(
+        FIELD + "counts",
+        FIELD_PIXELS,
+        ("edge counts of a label", "count = 2 * tables[1 + k]", "count = tables[1 + k]"),
+        ("entries with their edges", ".to(tl.int64) - edge_count", ".to(tl.int64)"),
+    ),
+    *of(
+        FIELD + "counts",
+        FIELD_TESTS + "several_passes_through_one_graph[triton]",
+        ("edges in one direction", "edge_count = 2 * tl.sum", "edge_count = tl.sum"),
+        ("pixels of every pass", "    if PIXELS:", "    if True:"),
+    ),
+    *of(
+        FIELD + "counts",
+        FIELD_TESTS + "nothing_is_left_unwritten[triton]",
+        ("pairs of ignored patches", "tl.where(label >= 0, 8, 0)", "8"),
+    ),
+    *of(
+        FIELD + "edges",
+        FIELD_TILES,
+        ("patches left out", "index += PROGRAMS", "index += 2 * PROGRAMS"),
+    ),
+    *of(
+        FIELD + "edges",
+        FIELD_PATCHES,
+        ("edge sums of a pass", "edges_ptr, 2 * COLUMNS[k], C", "edges_ptr, 2 * k, C"),
+    ),
+    *of(
+        FIELD + "edges",
+        FIELD_PIXELS,
         (
             "edges in their own channel only",
             "own[None, :] != (around[k] == c)",
             "own[None, :] & (around[k] != c)",
         ),
-        ("entries with their edges", ".to(tl.int64) - edge_count", ".to(tl.int64)"),
         ("p of the wrong centre", "margin + p_b * l_step", "margin + p * l_step"),
         ("p of the wrong neighbour", "margin - p * l_step", "margin - p_b * l_step"),
         ("products of edges added", "product -= tl.where(counted", "product += tl.where(counted"),
-        ("sign of an edge's l", "by_l -= for_dense * l_step", "by_l += for_dense * l_step"),
+        (
+            "sign of an edge's l",
+            "pair_d_u -= coef_dense * l_step",
+            "pair_d_u += coef_dense * l_step",
+        ),
         ("sign of another's u", "p + q_b - 2 * eps)", "2 * eps - p - q_b)"),
         (
             "the dense gradient replaced",
@@ -199,50 +297,67 @@ MUTANTS = [
         ),
     ),
     *of(
-        FIELD,
+        FIELD + "edges",
         FIELD_TESTS + "edges_in_half_precision[triton-dtype0]",
         (
             "sign of l in half precision",
-            "by_l = tl.where(edge, by_l, for_dense * l_step)",
-            "by_l = tl.where(edge, by_l, -for_dense * l_step)",
+            "pair_d_u = tl.where(edge, pair_d_u, coef_dense * l_step)",
+            "pair_d_u = tl.where(edge, pair_d_u, -coef_dense * l_step)",
         ),
         (
             "sign of p in half precision",
-            "by_p = tl.where(edge, by_p, for_dense * p_step)",
-            "by_p = tl.where(edge, by_p, -for_dense * p_step)",
+            "pair_d_l = tl.where(edge, pair_d_l, coef_dense * p_step)",
+            "pair_d_l = tl.where(edge, pair_d_l, -coef_dense * p_step)",
         ),
     ),
     *of(
-        FIELD,
-        FIELD_TESTS + "ignore_index_may_be_a_class[triton]",
-        ("l of pixels that do not count", "tl.where(there, log_odds, 0.0)", "log_odds"),
-        ("u of pixels that do not count", "tl.where(there, u, 0.0)", "u"),
-        (
-            "pairs with pixels that do not count",
-            "pair = tl.minimum(label_b, label[None, :]) >= 0",
-            "pair = label_b + 0 * label[None, :] >= 0",
-        ),
-    ),
-    *of(
-        FIELD,
+        FIELD + "edges",
         FIELD_TESTS + "confident_logits_keep_their_digits[triton]",
         (
-            "a gradient through the dense clamp",
-            "free = (tl.abs(l_i) < limit) &",
-            "free = (tl.abs(l_i) < 9e9) &",
-        ),
-        (
             "a gradient through the clamp of edges",
-            "tl.where(tl.abs(log_odds) < limit, from_u / q + from_l * p, 0.0)",
-            "from_u / q + from_l * p",
+            "tl.where(tl.abs(log_odds) < limit, d_l / q + d_u * p, 0.0)",
+            "d_l / q + d_u * p",
         ),
+    ),
+    *of(
+        FIELD + "edges",
+        FIELD_TESTS + "tables_and_gradient_together_and_apart[triton-dtype0-kernel_sizes0]",
+        ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
+    ),
+    *of(
+        FIELD + "pixels",
+        FIELD_TILES,
+        ("sign of u", "return tl.where(own, -u, u), log_odds", "return u, log_odds"),
+    ),
+    *of(
+        FIELD + "pixels",
+        FIELD_TESTS + "confident_logits_keep_their_digits[triton]",
         ("u below its clamp", "tl.maximum(u, 0.0, nan)", "u"),
+    ),
+    *of(
+        FIELD + "pixels",
+        FIELD_TESTS + "what_is_not_a_number_shows",
+        ("a maximum without NaN", "tl.maximum(u, 0.0, nan)", "tl.maximum(u, 0.0)"),
+    ),
+    *of(
+        FIELD + "softmax",
+        FIELD_TILES,
+        (
+            "softmax of a second block",
+            "tl.where(x > top, (rest + 1) * e, rest + e)",
+            "tl.where(x > top, rest * e, rest + e)",
+        ),
+        ("the largest of other rows", "others = (rest + 1) * exp", "others = rest * exp"),
+        ("classes that do not exist", '& mask, other=-float("inf")', "& mask, other=0.0"),
+    ),
+    *of(
+        FIELD + "softmax",
+        FIELD_TESTS + "confident_logits_keep_their_digits[triton]",
         ("digits of the largest class", "(x == top) & (rest < 1)", "(x == top) & (rest < 0)"),
     ),
     *of(
-        FIELD,
+        FIELD + "softmax",
         FIELD_TESTS + "what_is_not_a_number_shows",
-        ("a maximum without NaN", "tl.maximum(u, 0.0, nan)", "tl.maximum(u, 0.0)"),
         (
             "a softmax of infinity",
             'tl.where(tl.abs(largest) < 1e38, rest, float("nan"))',
@@ -250,10 +365,8 @@ MUTANTS = [
         ),
     ),
     *of(
-        FIELD,
+        FIELD + "softmax",
         FIELD_TESTS + "several_passes_through_one_graph[triton]",
-        ("edges in one direction", "edge_count = 2 * tl.sum", "edge_count = tl.sum"),
-        ("pixels of every pass", "    if PIXELS:", "    if True:"),
         ("cross-entropy of the label", "e - 1 - rest, e)", "e - 1, e)"),
         (
             "cross-entropy without its scale",
@@ -262,51 +375,21 @@ MUTANTS = [
         ),
     ),
     *of(
-        FIELD,
+        FIELD + "softmax",
         FIELD_TESTS + "nothing_is_left_unwritten[triton]",
-        ("pairs of ignored patches", "tl.where(label >= 0, 8, 0)", "8"),
         (
             "counts that do not begin at 0",
             "store_zeros(entries_ptr, ENTRIES, BLOCK_P)",
             "store_zeros(entries_ptr, 0, BLOCK_P)",
         ),
-        ("no zero", "            tl.store(zero_ptr, 0.0)\n", ""),
     ),
     *of(
-        FIELD,
+        FIELD + "softmax",
         FIELD_TESTS + "several_largest_logits[triton]",
         ("two largest classes", "tl.where((x == top) & (rest < 1)", "tl.where((x == top)"),
     ),
     *of(
-        FIELD,
-        FIELD_TESTS + "a_size_beyond_the_image_does_not_disturb_the_others[triton-shape1]",
-        (
-            "four columns beyond a row",
-            "& (w >= 0) & (w < W))[:, :, None]",
-            "& (w >= 0))[:, :, None]",
-        ),
-    ),
-    *of(
-        FIELD,
-        FIELD_TESTS + "tables_and_gradient_together_and_apart[triton-dtype0-kernel_sizes0]",
-        ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
-    ),
-    *of(
-        FIELD,
-        FIELD_TESTS + "a_loss_is_multiplied_in_place",
-        ("a scale of 1", "if scale != 1:", "if scale > 1:"),
-    ),
-    *of(
-        FIELD,
-        FIELD_TESTS + "channels_last[triton]",
-        (
-            "planes of any layout",
-            "return logits if pixel_step(logits) == 1 else logits.contiguous()",
-            "return logits",
-        ),
-    ),
-    *of(
-        FIELD,
+        FIELD + "softmax",
         FIELD_TESTS + "more_counts_than_pixels",
         (
             "tables of one block",
@@ -315,7 +398,7 @@ MUTANTS = [
         ),
     ),
     *of(
-        FIELD,
+        FIELD + "softmax",
         "test_backend test_ignored_pixels_may_hold_no_numbers[triton-nan-cross_entropy]",
         (
             "a gradient where no pixel counts",
@@ -323,32 +406,81 @@ MUTANTS = [
             "grad = grad + 0",
         ),
     ),
-    # --- Tiles of affinity regression ------------------------------------------------------------
     *of(
-        REGRESSION,
-        REGRESSION_TESTS + "tiles_do_not_depend_on_their_blocks[3]"
-        " test_a_fine_grid_is_several_blocks_of_points[triton]",
-        ("half exponents", "(x - top) * HALF_LOG2_E", "(x - top) * (2 * HALF_LOG2_E)"),
-        ("pairs once", "tl.where(start_j == start_i, 1, 2)", "1"),
-        ("every pair twice", "tl.where(start_j == start_i, 1, 2)", "2"),
-        ("points of every block", "(label_j >= 0) & (start_i == 0)", "label_j >= 0"),
-        ("points below the diagonal", "start_j = start_i\n", "start_j = start_i + BLOCK\n"),
-        ("one half of the difference", "tl.dot(tl.trans(m_j), d_i,", "tl.dot(tl.trans(d_j), m_i,"),
+        FIELD + "finish",
+        FIELD_TILES,
+        ("sums without an end", "mask=offs < left, other=0.0", "mask=offs >= 0, other=0.0"),
+        ("edges in their dense sums", "(dense - second).to", "dense.to"),
+    ),
+    *of(
+        FIELD + "finish",
+        FIELD_TESTS + "nothing_is_left_unwritten[triton]",
+        ("no zero", "            tl.store(zero_ptr, 0.0)\n", ""),
+    ),
+    *of(
+        FIELD + "finish",
+        FIELD_TESTS + "a_loss_is_multiplied_in_place",
+        ("a scale of 1", "if scale != 1:", "if scale > 1:"),
+    ),
+    *of(
+        FIELD + "launchers",
+        FIELD_TESTS + "channels_last[triton]",
+        (
+            "planes of any layout",
+            "return logits if pixel_step(logits) == 1 else logits.contiguous()",
+            "return logits",
+        ),
+    ),
+    # --- Tiles of affinity regression -------------------------------------------------------------
+    *of(
+        REGRESSION + "grids",
+        REGRESSION_TILES,
         ("points beyond the last", "return tl.where(index < L, h, -1), w", "return h, w"),
-        ("points that are several", "own_s_i, own_q_i) * times\n", "own_s_i, own_q_i)\n"),
         (
             "columns of a grid",
             "w = tl.where(inside, j * W // GRIDS[k], w)",
             "w = tl.where(inside, j * H // GRIDS[k], w)",
         ),
-        ("D of the label", "-own_q / (1 + own_s), s)", "-own_q / (1 - own_s), s)"),
-        ("M of the label", "tl.where(own, own_s + 1, s)", "s"),
+    ),
+    *of(
+        REGRESSION + "grids",
+        REGRESSION_TESTS + "points_that_are_the_same_pixel[triton]",
+        ("the last of a row", "first = tl.cdiv(h * size, H)", "first = h * size // H"),
+    ),
+    *of(
+        REGRESSION + "roots",
+        REGRESSION_TILES,
+        ("half exponents", "(x - top) * HALF_LOG2_E", "(x - top) * (2 * HALF_LOG2_E)"),
+        (
+            "D of the label",
+            "-points.own_q / (1 + points.own_s), s)",
+            "-points.own_q / (1 - points.own_s), s)",
+        ),
+        ("M of the label", "tl.where(own, points.own_s + 1, s)", "s"),
         (
             "gradient of the label",
-            "own_grad = own_q * own_product - own_s * own_s * others",
-            "own_grad = own_q * own_product + own_s * own_s * others",
+            "own_product - points.own_s * points.own_s * others",
+            "own_product + points.own_s * points.own_s * others",
+        ),
+    ),
+    *of(
+        REGRESSION + "pairs",
+        REGRESSION_TILES,
+        ("pairs once", "tl.where(start_j == start_i, 1, 2)", "1"),
+        ("every pair twice", "tl.where(start_j == start_i, 1, 2)", "2"),
+        ("points of every block", "(points_j.label >= 0) & (start_i == 0)", "points_j.label >= 0"),
+        ("points below the diagonal", "start_j = start_i\n", "start_j = start_i + BLOCK\n"),
+        ("one half of the difference", "tl.dot(tl.trans(m_j), d_i,", "tl.dot(tl.trans(d_j), m_i,"),
+        (
+            "points that are several",
+            "others, s_i, c, points_i) * times\n",
+            "others, s_i, c, points_i)\n",
         ),
         ("zeros at sample points", "W, GRIDS) == 0)", "W, GRIDS) >= 0)"),
+    ),
+    *of(
+        REGRESSION + "every_pixel",
+        REGRESSION_TILES,
         ("Y beside D", "tl.where(c == C + label, 1.0, 0.0))", "0.0)"),
         ("labels of a step", "count += tl.where((c < C)", "count = tl.where((c < C)"),
         (
@@ -356,19 +488,15 @@ MUTANTS = [
             "target_ptr += n * HW\n    factor_ptr += n * 2 * C * C\n",
             "target_ptr += n * HW\n",
         ),
-        (
-            "pixels beyond the image",
-            "mask=(c < C) & (pixel < HW))\n\n\n@triton.jit\ndef statistics_kernel",
-            "mask=c < C)\n\n\n@triton.jit\ndef statistics_kernel",
-        ),
-        (
-            "rows of the matrix",
-            "s_i = half_exp(x_ai, top_i) * scale_i",
-            "s_i = half_exp(x_ai, top_j) * scale_i",
-        ),
+        ("pixels beyond the image", "mask=(c < C) & (pixel < HW))", "mask=c < C)"),
     ),
     *of(
-        REGRESSION,
+        REGRESSION + "every_pixel",
+        REGRESSION_TESTS + "many_classes[triton-None-19]",
+        ("rest of Y", "y = tl.where(rest == C + label", "y = tl.where(rest == label"),
+    ),
+    *of(
+        REGRESSION + "many_classes",
         REGRESSION_TESTS + "tiles_do_not_depend_on_their_blocks[65]",
         (
             "matrices of one image",
@@ -393,67 +521,34 @@ MUTANTS = [
         ),
         (
             "statistics of one kind",
-            "        statistics_ptr += HW\n    return points",
-            "    return points",
+            "        statistics_ptr += HW\n    return Points",
+            "    return Points",
         ),
-        ("sums of the last block", "others += others_of_block", "others = others_of_block"),
+        ("sums of the last block", "others += block_others", "others = block_others"),
         ("where gradients begin", "acc=grads_s[k], ", ""),
     ),
     *of(
-        REGRESSION,
-        REGRESSION_TESTS + "many_classes[triton-None-19]",
-        ("rest of Y", "y = tl.where(rest == C + label", "y = tl.where(rest == label"),
+        REGRESSION + "matrix",
+        REGRESSION_TILES,
+        (
+            "rows of the matrix",
+            "s_i = half_exp(x_ai, top_i) * scale_i",
+            "s_i = half_exp(x_ai, top_j) * scale_i",
+        ),
     ),
+    # --- Tiles of affinity propagation ------------------------------------------------------------
     *of(
-        REGRESSION,
-        REGRESSION_TESTS + "points_that_are_the_same_pixel[triton]",
-        ("the last of a row", "first = tl.cdiv(h * size, H)", "first = h * size // H"),
-    ),
-    # --- Tiles of affinity propagation -----------------------------------------------------------
-    *of(
-        PROPAGATION,
-        PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]"
-        " test_tiles_do_not_depend_on_their_blocks",
+        PROPAGATION + "classes",
+        PROPAGATION_TESTS + "images_without_numbers_do_not_disturb_the_one_between_them[triton]",
         (
             "neighbours of other pixels",
-            "tl.where(there, pixel + (dy * tl.cast(W, tl.int64) + dx), pixel)",
-            "pixel + (dy * tl.cast(W, tl.int64) + dx)",
-        ),
-        ("gates of the border", "gate = tl.where(there, gate, 0.0)", "gate = gate + 0"),
-        (
-            "rates transposed",
-            "h + dy * RATES[2 * k], w + dx * RATES[2 * k + 1]",
-            "h + dy * RATES[2 * k + 1], w + dx * RATES[2 * k]",
-        ),
-        ("the first class of a sum", "total = y[0]\n", "total = 0 * y[0]\n"),
-        (
-            "own weight of the last block",
-            "own_weight = self_weight * largest_of_classes(largest, p_ptrs",
-            "own_weight = self_weight * largest_of_classes(largest, p_ptr + pixel",
-        ),
-        ("mean of the last block", "mean += part", "mean = part"),
-        ("totals of the last block", "        total += part\n        p_ptr", "        p_ptr"),
-        ("class of the largest", "first -= BLOCK_C", "first -= 0"),
-        ("the largest without its weight", "to_largest *= self_weight", "to_largest *= 1"),
-        ("the first iteration normalised", "if IS_FIRST:", "if False:"),
-        (
-            "gates of one iteration",
-            "tl.store(grad_gates_ptrs, before + grad_gate",
-            "tl.store(grad_gates_ptrs, grad_gate",
-        ),
-        ("sigmoid's derivative", "grad * gate * (1 - gate) * slope", "grad * gate * slope"),
-        ("gradient through the mean", "(grad_p - mean) / total", "grad_p / total"),
-        ("neighbours in the other direction", "neighbor(s, -1, *place", "neighbor(s, 1, *place"),
-        (
-            "images of gates",
-            "gates_ptr += n * (4 * len(RATES)) * HW\n    for",
-            "gates_ptr += 0 * n\n    for",
+            "tl.where(there, place.pixel + (dy * tl.cast(W, tl.int64) + dx), place.pixel)",
+            "place.pixel + (dy * tl.cast(W, tl.int64) + dx)",
         ),
     ),
     *of(
-        PROPAGATION,
-        PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]",
-        ("division by 0", 'tl.where(total == 0, float("inf"), total)', "total + 0"),
+        PROPAGATION + "classes",
+        PROPAGATION_NOTHING,
         ("rates of the first", "r1 = tl.where(s < 8 * k, r1, RATES[2 * k])", "r1 = r1 + 0"),
         (
             "columns of the first rate",
@@ -462,7 +557,58 @@ MUTANTS = [
         ),
     ),
     *of(
-        PROPAGATION,
+        PROPAGATION + "gates",
+        PROPAGATION_TILES,
+        ("gates of the border", "gate = tl.where(there, gate, 0.0)", "gate = gate + 0"),
+        (
+            "rates transposed",
+            "h + dy * RATES[2 * k], w + dx * RATES[2 * k + 1]",
+            "h + dy * RATES[2 * k + 1], w + dx * RATES[2 * k]",
+        ),
+        ("sigmoid's derivative", "grad * gate * (1 - gate) * slope", "grad * gate * slope"),
+        (
+            "images of gates",
+            "gates_ptr += n * (4 * len(RATES)) * HW\n    for",
+            "gates_ptr += 0 * n\n    for",
+        ),
+    ),
+    *of(
+        PROPAGATION + "steps",
+        PROPAGATION_TILES,
+        ("the first class of a sum", "total = y[0]\n", "total = 0 * y[0]\n"),
+        (
+            "own weight of the last block",
+            "own_weight = self_weight * largest_of_classes(largest, p_ptrs",
+            "own_weight = self_weight * largest_of_classes(largest, p_ptr + pixel",
+        ),
+        (
+            "totals of the last block",
+            "        total += block_total\n        p_ptr",
+            "        p_ptr",
+        ),
+    ),
+    *of(
+        PROPAGATION + "steps",
+        PROPAGATION_NOTHING,
+        ("division by 0", 'tl.where(total == 0, float("inf"), total)', "total + 0"),
+    ),
+    *of(
+        PROPAGATION + "steps_backward",
+        PROPAGATION_TILES,
+        ("mean of the last block", "mean += block_mean", "mean = block_mean"),
+        ("class of the largest", "first -= BLOCK_C", "first -= 0"),
+        ("the largest without its weight", "grad_largest *= self_weight", "grad_largest *= 1"),
+        ("the first iteration normalised", "if IS_FIRST:", "if False:"),
+        (
+            "gates of one iteration",
+            "tl.store(grad_gates_ptrs, before + grad_gate",
+            "tl.store(grad_gates_ptrs, grad_gate",
+        ),
+        ("gradient through the mean", "(grad_p - mean) / total", "grad_p / total"),
+        ("neighbours in the other direction", "neighbor(s, -1, place", "neighbor(s, 1, place"),
+    ),
+    *of(
+        PROPAGATION + "steps_backward",
         PROPAGATION_TESTS + "the_largest_passes_its_gradient_to_the_first_of_equals[triton]",
         (
             "the last of equals",
@@ -470,11 +616,10 @@ MUTANTS = [
             "tl.where(p[c] >= largest, FIRST + c",
         ),
     ),
-    # --- Tiles of dilated affinity ---------------------------------------------------------------
+    # --- Tiles of dilated affinity ----------------------------------------------------------------
     *of(
-        DILATED,
-        DILATED_TESTS + "a_rate_beyond_the_image_does_not_disturb_the_others[triton]"
-        " test_tiles_do_not_depend_on_their_blocks[4]",
+        DILATED + "signals",
+        DILATED_TILES,
         ("pairs of the next row", "pair += BLOCK_PAIRS % W_PAIRS", "pair += 0"),
         (
             "rows of the next block",
@@ -504,11 +649,19 @@ MUTANTS = [
             "OFFSETS[2 * s + 1], dx)",
         ),
         ("bits", "((x >> 2) & 0x33333333)", "((x >> 2) & 0x13333333)"),
+    ),
+    *of(
+        DILATED + "focal",
+        DILATED_TILES,
         (
             "the wrong logarithm",
             "return tl.maximum(-u, 0.0) + log, tl.maximum(u, 0.0) + log",
             "return tl.maximum(u, 0.0) + log, tl.maximum(-u, 0.0) + log",
         ),
+    ),
+    *of(
+        DILATED + "tables",
+        DILATED_TILES,
         ("categories one off", "is_category = 8 - tl.arange", "is_category = 7 - tl.arange"),
         (
             "last category without its loss",
@@ -532,6 +685,15 @@ MUTANTS = [
             "(not_positive.to(tl.int32) * 0x101 ^ 0xFF00)",
             "(not_positive.to(tl.int32) * 0x101 ^ 0xFFFF)",
         ),
+    ),
+    *of(
+        DILATED + "tables",
+        DILATED_TESTS + "the_smallest_logit_above_zero_predicts_a_same_label[triton]",
+        ("the smallest logits", "x_2 = x * LOG2_E - SMALLEST", "x_2 = x * LOG2_E"),
+    ),
+    *of(
+        DILATED + "gradient",
+        DILATED_TILES,
         (
             "coefficients of a category",
             "2 * (8 - bits_of_bytes(different))",
@@ -539,10 +701,14 @@ MUTANTS = [
         ),
         (
             "sign of same signals",
-            "tl.where(is_different, of_different, -of_same)",
-            "tl.where(is_different, of_different, of_same)",
+            "tl.where(is_different, coef_different, -coef_same)",
+            "tl.where(is_different, coef_different, coef_same)",
         ),
-        ("slope of the focus", "slope = gamma * tl.exp2", "slope = tl.exp2"),
+        (
+            "slope of the focus",
+            "slope = gamma * p * minus_log_p + q",
+            "slope = p * minus_log_p + q",
+        ),
         (
             "gradients that are not valid",
             "tl.where(is_different | is_same, slope, 0.0)",
@@ -550,12 +716,7 @@ MUTANTS = [
         ),
         ("coefficients of the first rate", "coefficients_ptr += 2 * 9", "coefficients_ptr += 0"),
     ),
-    *of(
-        DILATED,
-        DILATED_TESTS + "the_smallest_logit_above_zero_predicts_a_same_label[triton]",
-        ("the smallest logits", "x_2 = x * LOG2_E - SMALLEST", "x_2 = x * LOG2_E"),
-    ),
-    # --- What tiles share ------------------------------------------------------------------------
+    # --- What tiles share -------------------------------------------------------------------------
     *of(
         "kernels/shared",
         "test_affinity_propagation test_tiles_do_not_depend_on_their_blocks",
@@ -597,11 +758,12 @@ MUTANTS = [
         "test_affinity_field test_gigantic_sizes_cost_nothing",
         ("steps beyond 32 bits", "max(-FAR, min(FAR, step))", "max(-FAR, step)"),
     ),
-    # --- Torch operations ------------------------------------------------------------------------
+    # --- Torch operations -------------------------------------------------------------------------
     *of(
         "portable/affinity_field",
         "test_affinity_field test_portable_does_not_depend_on_its_blocks"
-        " test_portable_without_selecting_pairs test_portable_matches_the_reference",
+        " test_portable_without_selecting_pairs"
+        " test_portable_matches_the_reference",
         ("edges in one direction", "weight.to(counts.dtype), alpha=2)", "weight.to(counts.dtype))"),
         ("a pixel as its own pair", "(valid * (boxes - 1)).sum", "(valid * boxes).sum"),
         ("products of edges added", "product.to(sums.dtype), alpha=-1)", "product.to(sums.dtype))"),
@@ -697,7 +859,8 @@ MUTANTS = [
     *of(
         "portable/affinity_regression",
         "test_affinity_regression test_portable_does_not_depend_on_its_blocks"
-        " test_points_that_are_the_same_pixel[portable] test_gradcheck",
+        " test_points_that_are_the_same_pixel[portable]"
+        " test_gradcheck",
         ("bands of one image", "gram[images] += points.gram()", "gram[images] = points.gram()"),
         ("points of one band", "count[images] += points.count()", "count[images] = points.count()"),
         ("M of the label", "(self.own_s + valid).to", "self.own_s.to"),
@@ -722,7 +885,8 @@ MUTANTS = [
     *of(
         "portable/dilated_affinity",
         "test_dilated_affinity test_portable_does_not_depend_on_its_blocks"
-        " test_portable_matches_the_reference test_targets_and_counts_match_the_reference",
+        " test_portable_matches_the_reference"
+        " test_targets_and_counts_match_the_reference",
         (
             "bands of the first rows",
             "x[images, pad_h + band.start :, pad_w",
@@ -759,8 +923,8 @@ MUTANTS = [
         " test_portable_matches_the_reference",
         (
             "images of a block",
-            "images = max(1, block_size(logits) // (c * height * width))\n    classes",
-            "images = n\n    classes",
+            "slice(i, i + images), slice(j, j + classes)",
+            "slice(i, i + 1), slice(j, j + classes)",
         ),
         ("ignored labels", " & (label != ignore_index)", ""),
     ),
@@ -778,15 +942,33 @@ MUTANTS = [
 ]
 
 
-def main(words: list[str]) -> int:
-    survivors = 0
-    for mutant in MUTANTS:
-        if words and not any(word in str(mutant) for word in words):
-            continue
+def in_turns(mutants: Iterable[Mutant]) -> list[Mutant]:
+    """The first fault of every file, the second of every file, and so on."""
+    files: dict[str, list[Mutant]] = {}
+    for mutant in mutants:
+        files.setdefault(mutant.file, []).append(mutant)
+    turns = chain.from_iterable(zip_longest(*files.values()))
+    return [mutant for mutant in turns if mutant is not None]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Says which deliberate faults no test catches.")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of a fault's file or name")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no fault after them")
+    options = parser.parse_args(arguments)
+    words = options.words or [""]
+    chosen = in_turns(m for m in MUTANTS if any(word in str(m) for word in words))
+    end = time.monotonic() + options.seconds
+    survivors = done = 0
+    for mutant in chosen:
+        if time.monotonic() >= end:
+            break
         caught = is_caught(mutant)
         survivors += not caught
+        done += 1
         print("caught  " if caught else "SURVIVED", mutant, flush=True)
-    return survivors
+    print(f"{survivors} of {done} survived, {len(chosen) - done} left out")
+    return int(survivors > 0)
 
 
 if __name__ == "__main__":
