@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import current_backend, implementation, reference, tile_runs
+from tritonaff.ops.backend import current_backend, implementation, tile_runs
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityFieldOptions
 from tritonaff.portable.blocks import grad_dtype, label_dtype, precision
@@ -98,7 +98,9 @@ class CountedByReference(Counted):
     def __init__(
         self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
     ) -> None:
-        equations, ignore_index = reference("affinity_field"), options.ignore_index
+        from tritonaff.reference import affinity_field as equations
+
+        ignore_index = options.ignore_index
         edge_sum, non_edge_sum, *self.entries = equations.affinity_field_terms(
             logits,
             target,

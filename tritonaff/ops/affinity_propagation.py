@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import current_backend, implementation, reference
+from tritonaff.ops.backend import current_backend, implementation
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityPropagationOptions
 
@@ -18,7 +18,8 @@ def propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptio
     """The refined probs (N, C, H, W), in the dtype and memory format of ``probs``."""
     backend = current_backend()
     if backend == "reference":
-        equations = reference("affinity_propagation")
+        from tritonaff.reference import affinity_propagation as equations
+
         refined: Tensor = equations.affinity_propagation(probs, affinity, **options._asdict())
         return refined
     flat_rates = [rate for pair in options.rates for rate in pair]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import current_backend, implementation, reference, without_autocast
+from tritonaff.ops.backend import current_backend, implementation, without_autocast
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityRegressionOptions
 from tritonaff.portable import affinity_regression as portable
@@ -28,8 +28,10 @@ def terms(
     """Squared error (N,) and number of pairs (N,)."""
     backend = current_backend()
     if backend == "reference":
+        from tritonaff.reference import affinity_regression as equations
+
         with without_autocast(logits):
-            tables: tuple[Tensor, Tensor] = reference(NAME).affinity_regression_terms(
+            tables: tuple[Tensor, Tensor] = equations.affinity_regression_terms(
                 logits, target, **options._asdict()
             )
         return tables
@@ -43,8 +45,10 @@ def predicted_affinity(logits: Tensor, grid_sizes: tuple[int, ...] | None) -> Te
     """The affinity matrices (N, L, L) that the logits predict."""
     backend = current_backend()
     if backend == "reference":
+        from tritonaff.reference import affinity_regression as equations
+
         with without_autocast(logits):
-            matrices: Tensor = reference(NAME).square_root_affinity(logits, grid_sizes)
+            matrices: Tensor = equations.square_root_affinity(logits, grid_sizes)
         return matrices
     matrices = square_root_affinity(logits, grid_sizes or (), backend)
     return matrices
@@ -57,9 +61,9 @@ def true_affinity(
     Labels are compared in plain torch on any device: there is no gradient, and nothing to fuse.
     """
     if current_backend() == "reference":
-        matrices: tuple[Tensor, Tensor] = reference(NAME).label_affinity(
-            target, grid_sizes, ignore_index
-        )
+        from tritonaff.reference import affinity_regression as equations
+
+        matrices: tuple[Tensor, Tensor] = equations.label_affinity(target, grid_sizes, ignore_index)
         return matrices
     return portable.label_affinity(target, list(grid_sizes or ()), ignore_index)
 

@@ -102,11 +102,6 @@ def implementation(
     return importlib.import_module(f"tritonaff.{'kernels' if runs else 'portable'}.{name}")
 
 
-def reference(name: str) -> Any:
-    """The module with the equations of the operation ``name``."""
-    return importlib.import_module(f"tritonaff.reference.{name}")
-
-
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Turns autocast off, which would compute an operation's float32 products in half precision."""
     device = tensor.device.type

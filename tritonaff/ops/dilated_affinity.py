@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonaff.ops.backend import current_backend, implementation, reference
+from tritonaff.ops.backend import current_backend, implementation
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import DilatedAffinityOptions
 from tritonaff.portable import dilated_affinity as portable
@@ -32,7 +32,9 @@ def terms(
     gamma, ignore_index = options.gamma, options.ignore_index
     tables: tuple[Tensor, Tensor, Tensor, Tensor]
     if backend == "reference":
-        tables = reference(NAME).dilated_affinity_terms(
+        from tritonaff.reference import dilated_affinity as equations
+
+        tables = equations.dilated_affinity_terms(
             affinity_logits, target, rates, gamma=gamma, ignore_index=ignore_index
         )
         return tables
@@ -46,7 +48,9 @@ def counts(target: Tensor, rates: Pairs, ignore_index: int) -> tuple[Tensor, Ten
     """Pixel counts (R, 9) and signal counts (R, 9, 2) of labels."""
     tables: tuple[Tensor, Tensor]
     if current_backend() == "reference":
-        tables = reference(NAME).neighbor_counts(target, rates, ignore_index=ignore_index)
+        from tritonaff.reference import dilated_affinity as equations
+
+        tables = equations.neighbor_counts(target, rates, ignore_index=ignore_index)
     else:
         tables = neighbor_counts(target, rate_offsets(rates), ignore_index)
     return tables
@@ -56,7 +60,9 @@ def signals(target: Tensor, rates: Pairs, ignore_index: int) -> Tensor:
     """(N, 8 R, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
     result: Tensor
     if current_backend() == "reference":
-        result = reference(NAME).dilated_affinity_target(target, rates, ignore_index=ignore_index)
+        from tritonaff.reference import dilated_affinity as equations
+
+        result = equations.dilated_affinity_target(target, rates, ignore_index=ignore_index)
     else:
         result = dilated_affinity_target(target, rate_offsets(rates), ignore_index)
     return result
