@@ -954,7 +954,7 @@ def in_turns(mutants: Iterable[Mutant]) -> list[Mutant]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Says which deliberate faults no test catches.")
     parser.add_argument("words", nargs="*", metavar="WORD", help="of a fault's file or name")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no fault after them")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no fault begins later")
     options = parser.parse_args(arguments)
     words = options.words or [""]
     chosen = in_turns(m for m in MUTANTS if any(word in str(m) for word in words))
