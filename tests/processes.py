@@ -29,7 +29,7 @@ def end_processes(module, function, size, folder):
         for rank in range(size)
     ]
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
