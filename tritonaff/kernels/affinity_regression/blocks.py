@@ -1,7 +1,7 @@
 """Block sizes of affinity regression's kernels.
 
 Blocks are small because products in full precision keep their operands in registers: with 19 and
-with 150 classes they spill none on the GPUs that `tritonaff-bench static` compiles for, from Triton
+with 150 classes they spill none on the GPUs that `tools/static_counts.py` compiles for, from Triton
 3.7 on.
 """
 
