@@ -1,6 +1,5 @@
 """The training example as its users run it, small."""
 
-import contextlib
 import csv
 import importlib
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk import full_disk
 from torch.nn import functional as F
 
 import tritonaff
@@ -182,18 +182,6 @@ def test_crops_without_a_label_have_no_loss(script):
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()
-
-
-@contextlib.contextmanager
-def full_disk(size):
-    """No file grows beyond ``size`` bytes."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_takes_one_line_and_leaves_no_part(folder, tmp_path, main, capsys):

@@ -1,6 +1,5 @@
 """Statistics of neighbours: against counts by hand, over batches and over folders."""
 
-import contextlib
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk import full_disk
 
 import tritonaff
 from tritonaff import NeighborStatistics
@@ -366,18 +366,6 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(folder, monkeypatch, cap
     assert statistics_cli.main(["labels", "--rates", "1", "--workers", "1"]) == 1
     errors = capsys.readouterr().err
     assert errors == "tritonaff-stats: [Errno 13] Permission denied: 'labels/below'\n"
-
-
-@contextlib.contextmanager
-def full_disk(size):
-    """No file grows beyond ``size`` bytes."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [1000, 10_000])  # the statistics are larger; the picture alone is
