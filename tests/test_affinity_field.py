@@ -12,6 +12,7 @@ import pytest
 import torch
 from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
+from opchecks import image_size, opcheck
 
 import tritonaff
 from tritonaff.functional import AffinityFieldTerms
@@ -214,8 +215,9 @@ def test_authors_variant_matches_the_reference(values, options):
     check_parity(case, "portable", logits, target)
 
 
-@pytest.mark.parametrize("shape", [(2, 19, 45, 70), (1, 40, 33, 9)], ids=str)
-@pytest.mark.parametrize("confidence", [0.0, 9.0])
+@pytest.mark.parametrize(
+    ("shape", "confidence"), [((1, 7, 33, 70), 9.0), ((1, 40, 33, 9), 0.0)], ids=str
+)
 def test_larger_images_of_many_classes(backend, device, shape, confidence):
     """More than one block of classes and pixels in both directions."""
     check_parity(
@@ -349,7 +351,7 @@ def test_what_is_not_a_number_shows(backend, device, bad, monkeypatch):
     assert not grad[0, :, 5, 6].isfinite().any()
 
 
-@pytest.mark.parametrize("width", [56, 57, 61, 115, 116, 117, 250])
+@pytest.mark.parametrize("width", [56, 57, 116, 250])
 def test_strips_of_any_width(device, width):
     """Strips that end with an image, inside one, between two; sizes that reach out of a strip."""
     pytest.importorskip("triton", minversion="3.6")
@@ -505,9 +507,9 @@ def test_confident_logits_keep_their_digits(backend, device):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck(backend, variant):
     torch.manual_seed(0)
-    logits = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 3, 2, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(0, 3, (2, 5, 6))
+    target = torch.randint(0, 3, (1, 4, 5))
     target[0, 0, :2] = 255
 
     def loss(logits, edge_weight, non_edge_weight):
@@ -530,9 +532,9 @@ def test_gradcheck(backend, variant):
 @pytest.mark.parametrize("backend", ["reference", "portable"])
 def test_gradcheck_with_cross_entropy(backend):
     torch.manual_seed(0)
-    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(3, dtype=torch.float64)
-    target = torch.randint(0, 3, (2, 4, 5))
+    target = torch.randint(0, 3, (1, 4, 5))
     target[0, 0, :2] = 255
 
     def loss(logits):
@@ -671,32 +673,32 @@ def test_a_mixed_second_derivative_is_refused(learned):
 def test_opcheck(backend, device, variant, memory_format):
     if (backend, variant) == ("triton", "authors"):
         pytest.skip("this variant has no tile")
-    logits, target = make_inputs((2, 4, 9, 11), device=device)
+    logits, target = make_inputs((2, 4, *image_size(backend)), device=device)
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
     ops = torch.ops.tritonaff
     of_labels = logits.detach(), target, (3, 7), 255, variant, backend
-    torch.library.opcheck(ops.affinity_field_statistics.default, of_labels)
+    opcheck(ops.affinity_field_statistics.default, of_labels, backend)
     _, _, *pixels = ops.affinity_field_statistics(*of_labels)
     options = *pixels, (3, 7), 3.0, 1e-4, variant, backend
-    torch.library.opcheck(ops.affinity_field.default, (logits, *options))
+    opcheck(ops.affinity_field.default, (logits, *options), backend)
     tables = ops.affinity_field(logits, *options)
     assert all(table.requires_grad for table in tables)
     sums, log_loss = (torch.ones_like(table) for table in tables)
     for grads in ((sums, None), (sums, log_loss)):
-        torch.library.opcheck(
-            ops.affinity_field_backward.default, (*grads, logits.detach(), *options)
-        )
+        of_gradients = *grads, logits.detach(), *options
+        opcheck(ops.affinity_field_backward.default, of_gradients, backend)
         # Traced, the op has the same results, see tests/test_compile.py; but the backward pass of
         # eager mode turns one result into the gradient, in place.
-        torch.library.opcheck(
+        opcheck(
             ops.affinity_field_with_gradient.default,
             (logits, *grads, *options),
+            backend,
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
         results = ops.affinity_field_with_gradient(logits, *grads, *options)
         assert [result.requires_grad for result in results] == [False, False, True, False]
         assert results[2].item() == 0
-    torch.library.opcheck(ops.affinity_field_scale.default, (results[3], log_loss[0], backend))
+    opcheck(ops.affinity_field_scale.default, (results[3], log_loss[0], backend), backend)
 
 
 # --- Properties ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
+from opchecks import image_size, opcheck
 
 import tritonaff
 from tritonaff.checks import check_rates
@@ -209,8 +210,8 @@ def test_dtypes_may_differ(backend, device, dtype):
 @pytest.mark.parametrize("implementation", ["reference", "portable"])
 def test_gradcheck(implementation, softmax, from_logits):
     torch.manual_seed(0)
-    x = torch.rand(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
-    affinity = torch.rand(2, 16, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(1, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    affinity = torch.rand(1, 16, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def refine(x, affinity):
         probs = x.softmax(dim=1) if softmax else x
@@ -267,17 +268,20 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(backend, device, layout):
-    probs, affinity = (laid_out(x, layout) for x in make((2, 3, 5, 6), device=device))
+    shape = 2, 3, *image_size(backend)
+    probs, affinity = (laid_out(x, layout) for x in make(shape, device=device))
     affinity = affinity[:, :8]
     settings = [2, 3], 1, 6.0, 7.0, True, backend
-    torch.library.opcheck(
+    opcheck(
         torch.ops.tritonaff.affinity_propagation.default,
         (probs.clone().requires_grad_(), affinity.clone().requires_grad_(), *settings),
+        backend,
     )
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
+        opcheck(
             torch.ops.tritonaff.affinity_propagation_backward.default,
             (torch.ones_like(probs), probs, affinity, *needs, *settings),
+            backend,
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from inputs import given, maker
 from layouts import BACKENDS, LAYOUTS, laid_out
+from opchecks import image_size, opcheck
 
 import tritonaff
 from tritonaff.bench.measure import peak_bytes
@@ -388,19 +389,20 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("grid_sizes", [(4, 3), ()])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(backend, device, grid_sizes, memory_format):
-    logits, target = make_inputs((2, 4, 9, 11), device=device)
+    logits, target = make_inputs((2, 4, *image_size(backend)), device=device)
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
     op = torch.ops.tritonaff.affinity_regression.default
-    torch.library.opcheck(op, (logits, target, grid_sizes, 255, backend))
+    opcheck(op, (logits, target, grid_sizes, 255, backend), backend)
     squared_error, pair_count, gram = op(logits, target, grid_sizes, 255, backend)
     assert [x.requires_grad for x in (squared_error, pair_count, gram)] == [True, False, False]
-    torch.library.opcheck(
+    opcheck(
         torch.ops.tritonaff.affinity_regression_backward.default,
         (torch.ones(2, device=device), logits.detach(), target, gram, grid_sizes, 255, backend),
+        backend,
     )
     op = torch.ops.tritonaff.square_root_affinity.default
-    torch.library.opcheck(op, (logits, grid_sizes, backend))
-    torch.library.opcheck(
+    opcheck(op, (logits, grid_sizes, backend), backend)
+    opcheck(
         torch.ops.tritonaff.square_root_affinity_backward.default,
         (op(logits.detach(), grid_sizes, backend), logits.detach(), grid_sizes),
     )

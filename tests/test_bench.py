@@ -13,6 +13,7 @@ import torch
 import tritonaff
 from tritonaff.bench import __main__, machine, measure
 from tritonaff.bench.__main__ import main
+from tritonaff.bench.measure import compiler_works
 from tritonaff.bench.tables import to_json, write_json
 from tritonaff.testing import (
     CASES,
@@ -27,7 +28,13 @@ QUICK_ALL = ["run", "--quick", "--device", "cpu", "--impl", "reference,portable"
 QUICK = [*QUICK_ALL, "--op", "affinity_field"]
 
 
-def test_rows(capsys, tmp_path):
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Compiling takes most of a quick run; one test below runs with it."""
+    monkeypatch.setattr(measure, "compiler_works", lambda device: False)
+
+
+def test_rows(capsys, tmp_path, no_compiler):
     path = tmp_path / "rows.json"
     assert main([*QUICK_ALL, "--mode", "fwd,fwd_bwd", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -65,6 +72,8 @@ def test_what_no_memory_holds_is_named_and_left_out(capsys, tmp_path, monkeypatc
     content = json.loads(path.read_text())
     (left_out,) = content["left_out"]
     assert (left_out["impl"], left_out["shape"]) == (["reference"], [1, 3, 20, 100])
+    compiled = [row["compile_s"] for row in content["rows"] if row["impl"] == "portable"]
+    assert all(compiled) == compiler_works(torch.device("cpu"))
     implementations = [(row["shape"][2], row["impl"]) for row in content["rows"]]
     assert (5, "reference") in implementations
     assert (20, "portable") in implementations
@@ -105,7 +114,7 @@ def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path
     assert not path.exists()
 
 
-def test_it_refuses_to_time_what_goes_wrong_only_on_large_images(monkeypatch, capsys):
+def test_it_refuses_to_time_what_goes_wrong_only_on_large_images(monkeypatch, capsys, no_compiler):
     """Left-out blocks are found, although the corner for full parity has one block only."""
     from tritonaff.portable import affinity_field as portable
 
@@ -142,7 +151,7 @@ def test_peak_bytes_counts_what_lives_at_one_time():
     assert measure.peak_bytes(run, torch.device("cpu")) == pytest.approx(8000, rel=0.1)
 
 
-def test_portable_memory_is_at_most_eight_times_the_logits():
+def test_portable_memory_is_at_most_eight_times_the_logits(no_compiler):
     """Random labels too, where nearly every pair is an edge."""
     logits, target = make_inputs((1, 19, 256, 512))
     case = CASES["affinity_field"]
@@ -188,7 +197,7 @@ def test_a_device_that_cannot_compute(capsys, device):
     assert line.startswith(f"tritonaff-bench: device {device} cannot be used: ")
 
 
-def test_shapes_beyond_memory_are_named_and_left_out(capsys, tmp_path, monkeypatch):
+def test_shapes_beyond_memory_are_named_and_left_out(capsys, tmp_path, monkeypatch, no_compiler):
     path = tmp_path / "rows.json"
     huge = "64,1000,100000,10000"  # 512 TB of float64
     arguments = [*QUICK, "--mode", "fwd", "--json", str(path), "--shape"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
+from opchecks import image_size, opcheck
 from torch.nn import functional as F
 
 import tritonaff
@@ -259,17 +260,18 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(backend, device, memory_format):
-    logits, target = CASE.make_inputs((2, 32, 9, 11), device=device)
+    logits, target = CASE.make_inputs((2, 32, *image_size(backend)), device=device)
     logits = logits[:, :8].contiguous(memory_format=memory_format).requires_grad_()
     offsets = [2 * step for direction in DIRECTIONS for step in direction]
     settings = offsets, 2.0, 255, backend
     op = torch.ops.tritonaff.dilated_affinity.default
-    torch.library.opcheck(op, (logits, target, *settings))
+    opcheck(op, (logits, target, *settings), backend)
     assert [out.requires_grad for out in op(logits, target, *settings)] == [True] + 3 * [False]
     loss_sum = op(logits.detach(), target, *settings)[0]
-    torch.library.opcheck(
+    opcheck(
         torch.ops.tritonaff.dilated_affinity_backward.default,
         (torch.ones_like(loss_sum), logits.detach(), target, *settings),
+        backend,
     )
 
 
@@ -470,7 +472,7 @@ def test_statistics_are_buffers_of_the_module():
     assert set(module.state_dict()) == {"pixel_count", "signal_count"}
     assert module.to("meta").pixel_count.device.type == "meta"
     assert not tritonaff.DilatedAffinityLoss([1]).state_dict()
-    assert "weighting='sqrt', statistics=given" in repr(module)
+    assert "statistics=given" in repr(module)
 
 
 # --- Special images ------------------------------------------------------------------------------

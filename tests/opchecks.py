@@ -1,0 +1,17 @@
+"""torch.library.opcheck for an op of any backend."""
+
+import torch
+
+
+def opcheck(op, arguments, backend="portable", **options):
+    """All checks. Schema and fake tensors alone where the interpreter would run tiles many times:
+    autograd and tracing are the same for every backend.
+    """
+    if backend == "triton" and not torch.cuda.is_available():
+        options = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(op, arguments, **options)
+
+
+def image_size(backend):
+    """Rows and columns of an image that shows each layout, small for interpreted tiles."""
+    return (3, 5) if backend == "triton" else (9, 11)
