@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonaff
-from tritonaff.testing import CASES, evaluate
+from tritonaff.testing import CASES, evaluate, make_inputs
 
 
 class Strict(torch.Tensor):
@@ -135,3 +135,55 @@ def test_statistics_are_any_pair_of_counts():
     for wrong in ("ab", {1: 2, 3: 4}, torch.zeros(2, 9)):
         with pytest.raises(TypeError, match="statistics must be a sequence of two tensors"):
             tritonaff.dilated_affinity_loss(logits, target, 1, statistics=wrong)
+
+
+DTYPES = (
+    "int8",
+    "int16",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_targets_as_other_libraries_have_them(device, case):
+    """nnU-Net's int16, MONAI's channel, masks that are floating point."""
+    logits, target, *others = case.make_inputs(
+        (1, 32 if "dilated" in case.name else 3, 6, 7), device=device
+    )
+    target[target == 255] = 0
+    expected = case.loss(logits, target, *others)
+    if "propagation" in case.name:  # its loss is torch's own
+        return
+    for dtype in DTYPES:
+        other = target.to(getattr(torch, dtype))
+        assert torch.equal(case.loss(logits, other, *others), expected), dtype
+        assert torch.equal(case.loss(logits, other[:, None], *others), expected), dtype
+    two = target.clamp(max=1)
+    assert torch.equal(case.loss(logits, two.bool(), *others), case.loss(logits, two, *others))
+
+
+@pytest.mark.parametrize("name", ["affinity_field", "affinity_regression", "dilated_affinity"])
+def test_nothing_is_ignored(any_backend, device, name):
+    """ignore_index=None: every label counts, 255 too, which is no class."""
+    make = {
+        "affinity_field": lambda index: tritonaff.AffinityFieldLoss((3, 5), ignore_index=index),
+        "affinity_regression": lambda index: tritonaff.AffinityRegressionLoss(ignore_index=index),
+        "dilated_affinity": lambda index: tritonaff.DilatedAffinityLoss([1, 2], ignore_index=index),
+    }[name]
+    shape = (2, 16, 9, 8)
+    logits, target = make_inputs(shape, device=device)
+    target[target == 255] = 0
+    with tritonaff.use_backend(any_backend):
+        loss = make(None)(logits, target)
+        assert torch.equal(loss, make(-7)(logits, target))
+        assert not torch.equal(loss, make(3)(logits, target))
+    assert "ignore_index=None" in repr(make(None))
+    if name != "dilated_affinity":  # where every label of at least 0 counts
+        with pytest.raises(ValueError, match=r"target must hold classes in \[0, 16\), got \[255\]"):
+            make(None)(logits.cpu(), torch.full_like(target, 255).cpu())

@@ -20,7 +20,24 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 
 Option = TypeVar("Option", bound=str)
-TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
+# Labels in these dtypes are read as they are; other labels are converted first.
+LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+# Dtypes of labels, each with the dtype that holds all its values, or the nearest one that does.
+TARGET_DTYPES = {
+    **{dtype: dtype for dtype in LABEL_DTYPES},
+    torch.bool: torch.uint8,
+    torch.int8: torch.int32,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.int64,
+    torch.float16: torch.int64,
+    torch.bfloat16: torch.int64,
+    torch.float32: torch.int64,
+    torch.float64: torch.int64,
+}
+# The label to ignore where none is: no image holds it.
+NO_LABEL = -(2**63)
 COUNT_DTYPES = (torch.int32, torch.int64)
 # An affinity matrix is for people to look at: a larger matrix is taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
@@ -31,33 +48,57 @@ LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ASSERT_LABELS = os.environ.get("TRITONAFF_CHECK") == "1"
 
 
-def check_logits(value: Any, name: str = "logits") -> Tensor:
+def check_logits(value: Any, name: str = "logits", activation: str = "softmax") -> Tensor:
     logits = check_tensor(name, value, LOGITS_DTYPES, ("N", "C", "H", "W"))
     if any(size < 1 for size in logits.shape[1:]):
         raise ValueError(
             f"{name} must have at least one class, row and column, got shape {tuple(logits.shape)}"
         )
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1 and activation == "softmax":
         background = "1 - probs" if name == "probs" else f"torch.zeros_like({name})"
+        remedy = "" if name == "probs" else "activation='sigmoid' where there is one, or "
         raise ValueError(
             f"{name} must have at least two classes, got 1: a distribution over one class is 1 "
-            f"everywhere; pass torch.cat(({background}, {name}), dim=1)"
+            f"everywhere; pass {remedy}torch.cat(({background}, {name}), dim=1)"
         )
     return logits
 
 
-def check_target(value: Any) -> Tensor:
-    target = check_tensor("target", value, TARGET_DTYPES, ("N", "H", "W"))
-    if any(size < 1 for size in target.shape[1:]):
+def check_target(value: Any, name: str = "target") -> Tensor:
+    """The labels (N, H, W) of uint8, int32 or int64, from labels (N, H, W) or (N, 1, H, W) of any
+    integer dtype, bool, or floating point that holds whole numbers.
+    """
+    target = check_tensor(name, value, tuple(TARGET_DTYPES), ("N", "H", "W"), with_channel=True)
+    return _labels(target, name)
+
+
+def _labels(target: Tensor, name: str = "target") -> Tensor:
+    dtype = TARGET_DTYPES[target.dtype]
+    if target.dtype != dtype:
+        labels = target.to(dtype)
+        if target.is_floating_point() and may_look_into(target):
+            wrong = labels != target
+            if wrong.any():
+                raise ValueError(
+                    f"{name} must hold whole numbers, got {target[wrong][:5].tolist()} at "
+                    f"{int(wrong.sum())} pixels: pass labels, not probabilities"
+                )
+        target = labels
+    if any(size < 1 for size in target.shape[-2:]):
         raise ValueError(
-            f"target must have at least one row and column, got shape {tuple(target.shape)}"
+            f"{name} must have at least one row and column, got shape {tuple(target.shape)}"
         )
     return target
 
 
-def check_logits_and_target(logits: Any, target: Any) -> tuple[Tensor, Tensor]:
-    logits = check_logits(logits)
-    target = check_tensor("target", target, TARGET_DTYPES, ("N", "H", "W"))
+def check_logits_and_target(
+    logits: Any, target: Any, activation: str = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """With ``activation="sigmoid"`` the returned target is (N, C, H, W)."""
+    logits = check_logits(logits, activation=activation)
+    if activation == "sigmoid":
+        return logits, _check_target_by_channel(target, logits)
+    target = check_target(target)
     check_one_device("logits", logits, "target", target)
     n, _, height, width = logits.shape
     if tuple(target.shape) != (n, height, width):
@@ -66,6 +107,23 @@ def check_logits_and_target(logits: Any, target: Any) -> tuple[Tensor, Tensor]:
             f"of logits {tuple(logits.shape)}, got {tuple(target.shape)}"
         )
     return logits, target
+
+
+def _check_target_by_channel(value: Any, logits: Tensor) -> Tensor:
+    """The target (N, C, H, W) of yes-or-no labels; (N, H, W) is a target of one channel."""
+    num_channels = logits.shape[1]
+    if num_channels == 1:
+        target = check_target(value)[:, None]
+    else:
+        shape = "N", num_channels, "H", "W"
+        target = _labels(check_tensor("target", value, tuple(TARGET_DTYPES), shape))
+    check_one_device("logits", logits, "target", target)
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target must have the shape (N, C, H, W) = {tuple(logits.shape)} of logits with "
+            f"activation='sigmoid', got {tuple(target.shape)}"
+        )
+    return target
 
 
 def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +157,7 @@ def _check_affinity_shape(
 
 
 def check_statistics(
-    statistics: Any, rates: tuple[tuple[int, int], ...], ignore_index: int
+    statistics: Any, rates: tuple[tuple[int, int], ...], ignore_index: int | None
 ) -> tuple[Tensor, Tensor] | None:
     """Counts of pixels (R, 9) and of signals (R, 9, 2), from a pair or an object that has both."""
     if statistics is None:
@@ -189,7 +247,7 @@ def may_look_into(tensor: Tensor) -> bool:
     return holds_values and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_label_values(target: Tensor, num_classes: int | None, ignore_index: int) -> None:
+def check_label_values(target: Tensor, num_classes: int | None, ignore_index: int | None) -> None:
     """ValueError for a label that is neither a class nor ignore_index, where labels may be read.
 
     Elsewhere such pixels are ignored, or with TRITONAFF_CHECK=1 an assertion on the device fails.
@@ -203,9 +261,11 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
     wrong = label < 0
     if num_classes is not None:
         wrong = wrong | (label >= num_classes)
-    wrong = wrong & (label != ignore_index)
+    wrong = wrong & (label != label_to_ignore(ignore_index))
     end = "inf" if num_classes is None else num_classes
-    expected = f"target must hold classes in [0, {end}) or ignore_index {ignore_index}"
+    expected = f"target must hold classes in [0, {end})"
+    if ignore_index is not None:
+        expected = f"{expected} or ignore_index {ignore_index}"
     if not looked_at:
         torch._assert_async(~wrong.any(), expected)
     elif wrong.any():
@@ -318,16 +378,21 @@ def _tensor(value: Any) -> Any:
     return torch.as_tensor(value) if is_array else value
 
 
-def check_ignore_index(value: Any) -> int:
-    return check_int("ignore_index", value)
+def check_ignore_index(value: Any) -> int | None:
+    return None if value is None else check_int("ignore_index", value)
 
 
-def check_num_classes(value: Any) -> int:
-    num_classes = check_int("num_classes", value)
-    if num_classes < 2:
+def label_to_ignore(ignore_index: int | None) -> int:
+    return NO_LABEL if ignore_index is None else ignore_index
+
+
+def check_num_classes(value: Any, activation: str = "softmax") -> int:
+    num_classes = check_int("num_classes", value, at_least=1)
+    if num_classes < 2 and activation == "softmax":
         raise ValueError(
-            f"num_classes must be at least 2, got {num_classes}: give the background a channel of "
-            "its own, torch.cat((torch.zeros_like(logits), logits), dim=1)"
+            f"num_classes must be at least 2, got {num_classes}: pass activation='sigmoid', or "
+            "give the background a channel of its own, torch.cat((torch.zeros_like(logits), "
+            "logits), dim=1)"
         )
     return num_classes
 
@@ -388,9 +453,15 @@ def check_option(name: str, value: Any, options: Sequence[Option]) -> Option:
 
 
 def check_tensor(
-    name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[str | int]
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[str | int],
+    *,
+    with_channel: bool = False,
 ) -> Tensor:
-    """A dense tensor of one of the dtypes and this rank; ints in ``shape`` are exact sizes.
+    """A dense tensor of one of the dtypes and this rank; ints in ``shape`` are exact sizes. With
+    ``with_channel`` a second dimension of size 1 is taken too, and dropped.
 
     Returns it as a plain torch.Tensor: a subclass may have methods that behave differently.
     """
@@ -414,16 +485,16 @@ def check_tensor(
             f"{name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}"
         )
     sizes = tuple(value.shape)
+    if with_channel and len(sizes) == len(shape) + 1 and sizes[1] == 1:
+        value = _plain(value).squeeze(1)
+        sizes = tuple(value.shape)
     fits = all(
         not isinstance(want, int) or want == size for want, size in zip(shape, sizes, strict=False)
     )
     if len(sizes) != len(shape) or not fits:
         comma = "," if len(shape) == 1 else ""
         expected = f"({', '.join(map(str, shape))}{comma})"
-        remedy = ""
-        if len(sizes) == len(shape) + 1 and list(shape) == ["N", "H", "W"] and sizes[1] == 1:
-            remedy = f": pass {name}.squeeze(1)"
-        raise ValueError(f"{name} must have shape {expected}, got {sizes}{remedy}")
+        raise ValueError(f"{name} must have shape {expected}, got {sizes}")
     return _plain(value)
 
 

@@ -103,7 +103,7 @@ class BoundaryScore(Metric):
     counts: Tensor
 
     def __init__(
-        self, num_classes: int, tolerance: int = 1, ignore_index: int = 255, **kwargs: Any
+        self, num_classes: int, tolerance: int = 1, ignore_index: int | None = 255, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
@@ -115,7 +115,7 @@ class BoundaryScore(Metric):
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Adds a batch: predicted classes and labels, both (N, H, W) of uint8, int32 or int64."""
+        """Adds a batch: predicted classes and labels, both (N, H, W), as losses take targets."""
         target = checks.check_target(target)
         prediction = _check_like_target("prediction", prediction, target)
         checks.check_label_values(target, self.num_classes, self.ignore_index)
@@ -178,7 +178,7 @@ class InstanceMeanIoU(Metric):
 
     Args:
         num_classes: C, at least 1.
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
         variant: ``"paper"``, the equation above; ``"authors"``, the published script:
 
             - an id is one instance, of the class that most of its pixels have, in a tie of the
@@ -220,7 +220,11 @@ class InstanceMeanIoU(Metric):
     instance_count: Tensor
 
     def __init__(
-        self, num_classes: int, ignore_index: int = 255, variant: str = "paper", **kwargs: Any
+        self,
+        num_classes: int,
+        ignore_index: int | None = 255,
+        variant: str = "paper",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.num_classes = checks.check_int("num_classes", num_classes, at_least=1)
@@ -234,7 +238,7 @@ class InstanceMeanIoU(Metric):
 
     def update(self, prediction: Tensor, target: Tensor, instance_ids: Tensor) -> None:
         """Adds a batch: predicted classes, labels, and ids that tell the instances of an image
-        apart, each (N, H, W) of uint8, int32 or int64.
+        apart, each (N, H, W), as losses take targets.
         """
         target = checks.check_target(target)
         prediction = _check_like_target("prediction", prediction, target)
@@ -327,7 +331,7 @@ class AffinityAccuracy(Metric):
 
     Args:
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
@@ -355,7 +359,7 @@ class AffinityAccuracy(Metric):
     correct_count: Tensor
 
     def __init__(
-        self, rates: Sequence[int | tuple[int, int]], ignore_index: int = 255, **kwargs: Any
+        self, rates: Sequence[int | tuple[int, int]], ignore_index: int | None = 255, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.rates = checks.check_rates(rates)
@@ -445,7 +449,7 @@ class RefinementReport(Metric):
     Args:
         distances: D ascending distances, each at least 1: the last pixel of each bin. Pixels
             farther away than the last distance are a bin too.
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
         kwargs: options of ``torchmetrics.Metric``.
 
     Raises:
@@ -471,7 +475,10 @@ class RefinementReport(Metric):
     counts: Tensor
 
     def __init__(
-        self, distances: Sequence[int] = (1, 2, 4, 8, 16), ignore_index: int = 255, **kwargs: Any
+        self,
+        distances: Sequence[int] = (1, 2, 4, 8, 16),
+        ignore_index: int | None = 255,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.distances = checks.check_distances(distances)
@@ -490,7 +497,7 @@ class RefinementReport(Metric):
         checks.check_label_values(target, None, self.ignore_index)
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
-        counted = target.to(torch.int64) != self.ignore_index
+        counted = target.to(torch.int64) != checks.label_to_ignore(self.ignore_index)
         kinds = torch.stack((counted, ~was_right & is_right, was_right & ~is_right, stayed_wrong))
         near = self._near_boundary(target, counted)
         # Pixels within each distance, and all pixels; the differences are the bins.
@@ -520,16 +527,18 @@ class RefinementReport(Metric):
 
 
 def _check_like_target(name: str, value: Any, target: Tensor) -> Tensor:
-    labels = checks.check_tensor(name, value, checks.TARGET_DTYPES, tuple(target.shape))
+    labels = checks.check_target(value, name)
+    checks.check_tensor(name, labels, checks.LABEL_DTYPES, tuple(target.shape))
     checks.check_one_device(name, labels, "target", target)
     return labels
 
 
-def _counted(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _counted(target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
     """Mask of the pixels whose label is a class and not ignored."""
     # As int64: ignore_index and num_classes must not wrap around in a narrower dtype.
     label = target.to(torch.int64)
-    return (label != ignore_index) & (label >= 0) & (label < num_classes)
+    counted = label != checks.label_to_ignore(ignore_index)
+    return counted & (label >= 0) & (label < num_classes)
 
 
 def _dilate(image: Tensor, distance: int) -> Tensor:

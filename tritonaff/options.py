@@ -12,6 +12,8 @@ from tritonaff import checks
 
 Variant = Literal["paper", "authors"]
 Weighting = Literal["sqrt", "neighbor", "signal", "none"]
+Activation = Literal["softmax", "sigmoid"]
+ACTIVATIONS: tuple[Activation, ...] = ("softmax", "sigmoid")
 VARIANTS: tuple[Variant, ...] = ("paper", "authors")
 WEIGHTINGS: tuple[Weighting, ...] = ("sqrt", "neighbor", "signal", "none")
 Rates = Sequence["int | tuple[int, int]"]
@@ -25,9 +27,10 @@ class AffinityFieldOptions(NamedTuple):
     non_edge_lambda: float
     margin: float
     eps: float
-    ignore_index: int
+    ignore_index: int | None
     variant: Variant
     cross_entropy: bool
+    activation: Activation
 
 
 def affinity_field_options(
@@ -40,7 +43,13 @@ def affinity_field_options(
     ignore_index: Any = 255,
     variant: Any = "paper",
     cross_entropy: Any = False,
+    activation: Any = "softmax",
 ) -> AffinityFieldOptions:
+    if variant == "authors" and activation == "sigmoid":
+        raise ValueError(
+            "variant 'authors' has no activation 'sigmoid': its rows are the labels of pixels, "
+            "which have one label each; pass variant='paper'"
+        )
     return AffinityFieldOptions(
         checks.check_kernel_sizes(kernel_sizes),
         checks.check_number("edge_lambda", edge_lambda, at_least=0),
@@ -50,6 +59,7 @@ def affinity_field_options(
         checks.check_ignore_index(ignore_index),
         checks.check_option("variant", variant, VARIANTS),
         checks.check_bool("cross_entropy", cross_entropy),
+        checks.check_option("activation", activation, ACTIVATIONS),
     )
 
 
@@ -57,14 +67,17 @@ class AffinityRegressionOptions(NamedTuple):
     """See :func:`tritonaff.affinity_regression_loss`."""
 
     grid_sizes: tuple[int, ...] | None
-    ignore_index: int
+    ignore_index: int | None
+    activation: Activation
 
 
 def affinity_regression_options(
-    grid_sizes: Any, *, ignore_index: Any = 255
+    grid_sizes: Any, *, ignore_index: Any = 255, activation: Any = "softmax"
 ) -> AffinityRegressionOptions:
     return AffinityRegressionOptions(
-        checks.check_grid_sizes(grid_sizes), checks.check_ignore_index(ignore_index)
+        checks.check_grid_sizes(grid_sizes),
+        checks.check_ignore_index(ignore_index),
+        checks.check_option("activation", activation, ACTIVATIONS),
     )
 
 
@@ -75,7 +88,7 @@ class DilatedAffinityOptions(NamedTuple):
     weighting: Weighting
     gamma: float
     beta: float
-    ignore_index: int
+    ignore_index: int | None
 
 
 def dilated_affinity_options(

@@ -69,8 +69,7 @@ class SegmentationModelsLoss(nn.Module):
             y_pred = checks.check_tensor("y_pred", y_pred, checks.LOGITS_DTYPES, shape)
         else:
             y_pred = checks.check_logits(y_pred, "y_pred")
-        if not isinstance(y_true, Tensor):
-            raise TypeError(f"y_true must be a tensor, got {type(y_true).__name__}")
+        y_true = checks.check_target(y_true, "y_true")
         if not self.from_logits:
             # Half precision would lose 1 - p, and the logarithms of small p.
             y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))
@@ -78,16 +77,6 @@ class SegmentationModelsLoss(nn.Module):
             # With probabilities, log(1 - p) and log p are the logits of the two classes.
             other = torch.zeros_like(y_pred) if self.from_logits else 1 - y_pred
             y_pred = torch.cat((other, y_pred), dim=1)
-            if y_true.dim() == 4:
-                if y_true.shape[1] != 1:
-                    raise ValueError(
-                        f"y_true must have one channel, got shape {tuple(y_true.shape)}"
-                    )
-                y_true = y_true[:, 0]
-            label = y_true.to(torch.int64)
-            if checks.may_look_into(y_true) and not torch.equal(label.to(y_true.dtype), y_true):
-                raise ValueError("y_true must hold whole numbers, got soft labels")
-            y_true = label
         if not self.from_logits:
             y_pred = y_pred.clamp_min(torch.finfo(y_pred.dtype).tiny).log()
         loss: Tensor = self.loss(y_pred, self._labels_of_the_loss(y_true, y_pred.shape[1]))
@@ -95,8 +84,12 @@ class SegmentationModelsLoss(nn.Module):
 
     def _labels_of_the_loss(self, y_true: Tensor, num_classes: int) -> Tensor:
         """The labels, with the loss's ignore_index in the place of this module's."""
-        y_true = checks.check_tensor("y_true", y_true, checks.TARGET_DTYPES, ("N", "H", "W"))
-        ignored, ignored_by_loss = self.ignore_index, int(self.loss.ignore_index)  # type: ignore[arg-type]
+        ignored, by_loss = self.ignore_index, self.loss.ignore_index
+        ignored_by_loss = checks.label_to_ignore(by_loss)  # type: ignore[arg-type]
+        if ignored is not None and by_loss is None:
+            raise ValueError(
+                f"loss.ignore_index must be a label with ignore_index {ignored}, got None"
+            )
         if 0 <= ignored_by_loss < num_classes and ignored_by_loss != ignored:
             raise ValueError(
                 f"loss.ignore_index must be no class in [0, {num_classes}) with the ignore_index "

@@ -13,7 +13,7 @@ from tritonaff import checks
 from tritonaff.api.module import Loss
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import affinity_field as ops
-from tritonaff.options import AffinityFieldOptions, Variant, affinity_field_options
+from tritonaff.options import Activation, AffinityFieldOptions, Variant, affinity_field_options
 from tritonaff.portable.blocks import precision
 
 
@@ -42,8 +42,9 @@ def affinity_field_terms(
     *,
     margin: float = 3.0,
     eps: float = 1e-4,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     variant: Variant = "paper",
+    activation: Activation = "softmax",
 ) -> AffinityFieldTerms:
     r"""Sums and counts from which affinity field losses are computed, in one pass over the logits.
 
@@ -57,20 +58,27 @@ def affinity_field_terms(
     to ``edge_sum[c, k]``. Every other entry is a *non-edge* and adds f to ``non_edge_sum[c, k]``.
     Pairs with a pixel that is ignored or outside the image do not count.
 
+    With ``activation="sigmoid"`` each channel is a question of its own: p = sigmoid(logits), the
+    labels of a channel are 0 and 1, and a pair counts in a channel if both pixels count there.
+
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
             is read as it is and computed in float32.
-        target: (N, H, W) of uint8, int32 or int64.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode). With ``activation="sigmoid"`` labels
+            0 and 1, (N, C, H, W); for one channel (N, H, W) too.
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
         margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
         eps: clamp of the probabilities, at least the machine epsilon (float32 1.2e-7, float64
             2.2e-16) and below 0.5.
-        ignore_index: label of the pixels to leave out, even where a class has this number. The
-            default is 255; torch's own losses have -100.
+        ignore_index: label of the pixels to leave out, even where a class has this number; None if
+            there is no such label. The default is 255; torch's own losses have -100.
         variant: ``"paper"``, the equations above; ``"authors"``, the published TensorFlow code: all
             channels of a pair go to the table row of the centre's label, a pair counts only if the
             pixel opposite to j counts as well, p and 1 - p are clamped to [eps, 1] separately, and
             every label outside [0, C) is ignored.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel (vessels, cracks,
+            membranes) or several labels per pixel. Not with variant "authors".
 
     Returns:
         :class:`AffinityFieldTerms`. Differentiable with respect to the logits: once, in
@@ -78,9 +86,10 @@ def affinity_field_terms(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or range; fewer than two classes. A label outside [0, C)
-            other than ignore_index raises in eager mode on the CPU (variant "paper"); elsewhere
-            such pixels are ignored, unless TRITONAFF_CHECK=1 asserts labels on the device.
+        ValueError: a wrong shape, device or range; with softmax fewer than two classes. A label
+            outside [0, C) other than ignore_index raises in eager mode on the CPU (variant
+            "paper"); elsewhere such pixels are ignored, unless TRITONAFF_CHECK=1 asserts labels on
+            the device.
 
     Paper: Ke, Hwang, Liu, Yu, "Adaptive Affinity Fields for Semantic Segmentation", ECCV 2018, Eq.
     3. We clamp p so that p and 1 - p stay a distribution, and count exactly the pairs that exist.
@@ -94,9 +103,15 @@ def affinity_field_terms(
         ([[6.0], [6.0]], [[2], [2]], [[0], [0]])
     """
     options = affinity_field_options(
-        kernel_sizes, margin=margin, eps=eps, ignore_index=ignore_index, variant=variant
+        kernel_sizes,
+        margin=margin,
+        eps=eps,
+        ignore_index=ignore_index,
+        variant=variant,
+        activation=activation,
     )
-    counted = _count(*checks.check_logits_and_target(logits, target), options)
+    logits, target = checks.check_logits_and_target(logits, target, activation)
+    counted = _count(logits, target, options)
     edge_sum, non_edge_sum = counted.sums()[0].unbind()
     return AffinityFieldTerms(edge_sum, non_edge_sum, *counted.entry_counts())
 
@@ -112,8 +127,9 @@ def affinity_field_loss(
     non_edge_lambda: float = 1.0,
     margin: float = 3.0,
     eps: float = 1e-4,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     variant: Variant = "paper",
+    activation: Activation = "softmax",
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -129,14 +145,15 @@ def affinity_field_loss(
 
     Args:
         logits: (N, C, H, W) floating, see :func:`affinity_field_terms`.
-        target: (N, H, W) of uint8, int32 or int64.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode).
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
         edge_weight: (C, K) floating, weight of each class and size in the edge term; rows usually
             sum to 1. Default 1/K. Differentiable.
         non_edge_weight: (C, K), likewise for the non-edge term.
         edge_lambda: factor of the edge term, at least 0.
         non_edge_lambda: factor of the non-edge term, at least 0.
-        margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+        margin, eps, ignore_index, variant, activation: see :func:`affinity_field_terms`.
         normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to divide
             by, in place of the batch's own; :meth:`AffinityFieldLoss.normalizer` counts them. If
             every part of a batch is divided by the numbers of the full batch, the losses of the
@@ -174,6 +191,7 @@ def affinity_field_loss(
         eps=eps,
         ignore_index=ignore_index,
         variant=variant,
+        activation=activation,
     )
     return _loss(
         logits,
@@ -198,8 +216,10 @@ def affinity_field_cross_entropy(
     non_edge_lambda: float = 1.0,
     margin: float = 3.0,
     eps: float = 1e-4,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     variant: Variant = "paper",
+    activation: Activation = "softmax",
+    pos_weight: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits one time
@@ -211,12 +231,19 @@ def affinity_field_cross_entropy(
     unclamped; the second term is :func:`affinity_field_loss`. If every pixel is ignored, the loss
     is 0 with a zero gradient, where :func:`torch.nn.functional.cross_entropy` gives NaN.
 
+    With ``activation="sigmoid"`` the first term is binary cross-entropy, a mean over the entries
+    (pixel, channel) that are not ignored, in which entries of label 1 have the weight pos_weight.
+
     Args:
         logits, target, kernel_sizes: see :func:`affinity_field_terms`.
-        weight: (C,) floating, the weight w of each class in cross-entropy. Default 1.
+        weight: (C,) floating, the weight w of each class in cross-entropy. Default 1. With
+            softmax alone.
         edge_weight, non_edge_weight, edge_lambda, non_edge_lambda: see
             :func:`affinity_field_loss`.
-        margin, eps, ignore_index, variant: see :func:`affinity_field_terms`.
+        margin, eps, ignore_index, variant, activation: see :func:`affinity_field_terms`.
+        pos_weight: (C,) floating, the weight of label 1 in each channel's binary cross-entropy, as
+            :func:`torch.nn.functional.binary_cross_entropy_with_logits` has it. Default 1. With
+            sigmoid alone.
         process_group: see :func:`affinity_field_loss`; both terms are means over all processes.
 
     Returns:
@@ -248,12 +275,14 @@ def affinity_field_cross_entropy(
         ignore_index=ignore_index,
         variant=variant,
         cross_entropy=True,
+        activation=activation,
     )
     return _loss(
         logits,
         target,
         options,
         weight=weight,
+        pos_weight=pos_weight,
         edge_weight=edge_weight,
         non_edge_weight=non_edge_weight,
         process_group=process_group,
@@ -265,11 +294,13 @@ class AffinityFieldLoss(Loss):
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
-            :func:`tritonaff.affinity_field_loss`.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, activation, process_group:
+            see :func:`tritonaff.affinity_field_loss`.
         cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
         weight: (C,) floating, or a sequence of C numbers: the weight of each class in
-            cross-entropy. Default 1. (``class_weight`` is its deprecated name.)
+            cross-entropy. Default 1. (``class_weight`` is its deprecated name.) With softmax alone.
+        pos_weight: (C,) floating, or a sequence of C numbers: the weight of label 1 in binary
+            cross-entropy. Default 1. With sigmoid alone.
 
     Shapes:
         ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
@@ -301,10 +332,12 @@ class AffinityFieldLoss(Loss):
         non_edge_lambda: float = 1.0,
         margin: float = 3.0,
         eps: float = 1e-4,
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
         variant: Variant = "paper",
         cross_entropy: bool = False,
         weight: Tensor | Sequence[float] | None = None,
+        activation: Activation = "softmax",
+        pos_weight: Tensor | Sequence[float] | None = None,
         process_group: dist.ProcessGroup | None = None,
         class_weight: Tensor | Sequence[float] | None = None,
     ) -> None:
@@ -318,14 +351,18 @@ class AffinityFieldLoss(Loss):
             ignore_index=ignore_index,
             variant=variant,
             cross_entropy=cross_entropy,
+            activation=activation,
         )
         super().__init__(options, process_group)
-        if weight is not None:
-            weight = checks.check_class_weight("weight", weight)
-            if not options.cross_entropy:
-                raise ValueError("weight needs cross_entropy=True")
         self.weight: Tensor | None
-        self.register_buffer("weight", weight)
+        self.pos_weight: Tensor | None
+        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
+            if value is not None:
+                value = checks.check_class_weight(name, value)
+                if not options.cross_entropy:
+                    raise ValueError(f"{name} needs cross_entropy=True")
+                _check_activation_of(name, options)
+            self.register_buffer(name, value)
 
     def forward(
         self,
@@ -337,15 +374,19 @@ class AffinityFieldLoss(Loss):
         return self._loss(logits, target, progress, normalizer)
 
     def normalizer(self, target: Tensor, num_classes: int) -> Tensor:
-        """Numbers of edge and non-edge entries, (2, K) int64, in labels (N, H, W) of C classes.
+        """Numbers of edge and non-edge entries, (2, K) int64, in a target of C classes.
 
         Add up the numbers of a batch's parts and give ``forward`` the total with every part: the
         accumulated gradient is then the gradient of the batch.
         """
-        num_classes = checks.check_num_classes(num_classes)
-        target = checks.check_target(target)
-        n, height, width = target.shape
+        num_classes = checks.check_num_classes(num_classes, self.activation)
+        if self.activation == "softmax":
+            target = checks.check_target(target)
+        else:
+            checks.check_tensor("target", target, tuple(checks.TARGET_DTYPES), target.shape)
+        n, (height, width) = len(target), target.shape[-2:]
         blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
+        blank, target = checks.check_logits_and_target(blank, target, self.activation)
         totals: Tensor = _count(blank, target, self.options).totals
         return totals
 
@@ -368,6 +409,7 @@ class AffinityFieldLoss(Loss):
             self.options,
             progress=progress,
             weight=self.weight,
+            pos_weight=self.pos_weight,
             normalizer=normalizer,
             process_group=self.process_group,
             **weights,
@@ -388,11 +430,11 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     module that DistributedDataParallel wraps, or the processes' weights drift apart.
 
     Args:
-        num_classes: C, at least 2.
+        num_classes: C, at least 2; with sigmoid the number of channels, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, process_group: see
-            :func:`tritonaff.affinity_field_loss`.
-        cross_entropy, weight: see :class:`AffinityFieldLoss`.
+        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, activation, process_group:
+            see :func:`tritonaff.affinity_field_loss`.
+        cross_entropy, weight, pos_weight: see :class:`AffinityFieldLoss`.
 
     Shapes:
         ``forward(logits, target, progress=None, normalizer=None)`` as :class:`AffinityFieldLoss`;
@@ -426,10 +468,12 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         non_edge_lambda: float = 1.0,
         margin: float = 3.0,
         eps: float = 1e-4,
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
         variant: Variant = "paper",
         cross_entropy: bool = False,
         weight: Tensor | Sequence[float] | None = None,
+        activation: Activation = "softmax",
+        pos_weight: Tensor | Sequence[float] | None = None,
         process_group: dist.ProcessGroup | None = None,
         class_weight: Tensor | Sequence[float] | None = None,
     ) -> None:
@@ -443,12 +487,15 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             variant=variant,
             cross_entropy=cross_entropy,
             weight=weight,
+            activation=activation,
+            pos_weight=pos_weight,
             process_group=process_group,
             class_weight=class_weight,
         )
-        self.num_classes = checks.check_num_classes(num_classes)
-        if self.weight is not None:
-            checks.check_class_weight("weight", self.weight, self.num_classes)
+        self.num_classes = checks.check_num_classes(num_classes, activation)
+        for name, value in (("weight", self.weight), ("pos_weight", self.pos_weight)):
+            if value is not None:
+                checks.check_class_weight(name, value, self.num_classes)
         shape = self.num_classes, len(self.options.kernel_sizes)
         self.edge_scores = nn.Parameter(torch.zeros(shape))
         self.non_edge_scores = nn.Parameter(torch.zeros(shape))
@@ -529,7 +576,8 @@ def _full(parameter: Tensor) -> Tensor:
 def _count(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> ops.Counted:
     checks.check_number("eps", options.eps, at_least=torch.finfo(precision(logits)).eps, below=0.5)
     if options.variant == "paper":
-        checks.check_label_values(target, logits.shape[1], options.ignore_index)
+        num_labels = 2 if options.activation == "sigmoid" else logits.shape[1]
+        checks.check_label_values(target, num_labels, options.ignore_index)
     return ops.count(logits, target, options)
 
 
@@ -540,6 +588,7 @@ def _loss(
     *,
     progress: float | Tensor | None = None,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     edge_weight: Tensor | None = None,
     non_edge_weight: Tensor | None = None,
     normalizer: Tensor | None = None,
@@ -548,9 +597,13 @@ def _loss(
     """The affinity field loss, decayed by progress, plus cross-entropy if options ask for it."""
     # Everything is checked before the first collective: a process that raised an error later would
     # leave the others waiting.
-    logits, target = checks.check_logits_and_target(logits, target)
+    logits, target = checks.check_logits_and_target(logits, target, options.activation)
     c, k = logits.shape[1], len(options.kernel_sizes)
+    for name, value in (("weight", weight), ("pos_weight", pos_weight)):
+        if value is not None:
+            _check_activation_of(name, options)
     weight = checks.check_weight("weight", weight, (c,), logits)
+    pos_weight = checks.check_weight("pos_weight", pos_weight, (c,), logits)
     weights = (
         checks.check_weight("edge_weight", edge_weight, (c, k), logits),
         checks.check_weight("non_edge_weight", non_edge_weight, (c, k), logits),
@@ -569,7 +622,10 @@ def _loss(
     coefficients = counted.differentiable_once(coefficients)
     log_loss_coefficients = None
     if options.cross_entropy:
-        log_loss_coefficients = _log_loss_coefficients(weight, pixel_count, logits)
+        if options.activation == "softmax":
+            log_loss_coefficients = _log_loss_coefficients(weight, pixel_count, logits)
+        else:
+            log_loss_coefficients = _binary_log_loss_coefficients(pos_weight, pixel_count, logits)
         log_loss_coefficients = counted.differentiable_once(log_loss_coefficients)
     sums, log_loss, zero = counted.sums_with_gradient(coefficients, log_loss_coefficients)
     sums, log_loss = all_reduce((sums, log_loss), process_group)
@@ -601,6 +657,28 @@ def _log_loss_coefficients(weight: Tensor | None, pixel_count: Tensor, logits: T
     weight = weight.to(dtype)
     total = (pixel_count * weight).sum()
     return weight * torch.where(total != 0, total.reciprocal(), 0)
+
+
+def _binary_log_loss_coefficients(
+    pos_weight: Tensor | None, pixel_count: Tensor, logits: Tensor
+) -> Tensor:
+    """Coefficients (C, 2) of the log loss table, by channel and answer, in a mean over entries in
+    which entries of label 1 are weighted; 0 where nothing counts.
+    """
+    mean = _log_loss_coefficients(None, pixel_count, logits)
+    if pos_weight is None:
+        return mean
+    return mean * torch.stack((torch.ones_like(pos_weight), pos_weight), dim=1).to(mean.dtype)
+
+
+def _check_activation_of(name: str, options: AffinityFieldOptions) -> None:
+    """ValueError if the weight is of the other activation's cross-entropy."""
+    needed = {"weight": "softmax", "pos_weight": "sigmoid"}[name]
+    if options.activation != needed:
+        other = "pos_weight" if name == "weight" else "weight"
+        raise ValueError(
+            f"{name} needs activation={needed!r}, got {options.activation!r}: pass {other}"
+        )
 
 
 def _coefficients(

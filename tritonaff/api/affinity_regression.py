@@ -14,11 +14,13 @@ from tritonaff.api.module import Loss
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import affinity_regression as ops
 from tritonaff.ops.backend import current_backend
-from tritonaff.options import AffinityRegressionOptions, affinity_regression_options
+from tritonaff.options import Activation, AffinityRegressionOptions, affinity_regression_options
 
 
 class AffinityRegressionTerms(NamedTuple):
-    """Sums and counts of affinity regression by image, each of shape (N,)."""
+    """Sums and counts of affinity regression by image, each of shape (N,); with sigmoid by image
+    and channel, (N, C).
+    """
 
     squared_error: Tensor
     """Sum of (A - M)^2 over the pairs of points; float32, float64 for float64 logits.
@@ -33,7 +35,8 @@ def affinity_regression_terms(
     target: Tensor,
     grid_sizes: Sequence[int] | int | None = (12, 6),
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    activation: Activation = "softmax",
 ) -> AffinityRegressionTerms:
     r"""Squared error between the square-root affinity and the label affinity of each image.
 
@@ -47,13 +50,20 @@ def affinity_regression_terms(
     is linear in L, except on a GPU for grids of up to 4096 points, where comparing all pairs is as
     quick. Therefore ``grid_sizes=None``, every pixel, is as good as any other choice.
 
+    With ``activation="sigmoid"`` each channel is a problem of two classes, yes and no: S is
+    (sqrt(1 - p), sqrt(p)) with p = sigmoid(logits), and the labels of a channel are 0 and 1.
+
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
             is read as it is and computed in float32.
-        target: (N, H, W) of uint8, int32 or int64.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode). With ``activation="sigmoid"`` labels
+            0 and 1, (N, C, H, W); for one channel (N, H, W) too.
         grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
             None: every pixel.
         ignore_index: label of the points to leave out, see :func:`affinity_field_terms`.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel or several labels
+            per pixel.
 
     Returns:
         :class:`AffinityRegressionTerms`. Differentiable with respect to the logits: once, in
@@ -76,8 +86,10 @@ def affinity_regression_terms(
         >>> terms.squared_error.tolist(), terms.pair_count.tolist()
         ([2.0], [4])
     """
-    options = affinity_regression_options(grid_sizes, ignore_index=ignore_index)
-    return _terms(*checks.check_logits_and_target(logits, target), options)
+    options = affinity_regression_options(
+        grid_sizes, ignore_index=ignore_index, activation=activation
+    )
+    return _terms(*checks.check_logits_and_target(logits, target, activation), options)
 
 
 def affinity_regression_loss(
@@ -85,7 +97,8 @@ def affinity_regression_loss(
     target: Tensor,
     grid_sizes: Sequence[int] | int | None = (12, 6),
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    activation: Activation = "softmax",
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -94,12 +107,13 @@ def affinity_regression_loss(
 
     The mean over images of squared_error / pair_count of :func:`affinity_regression_terms`: a mean
     square. Images without any point that counts are left out; if no image remains, the loss is 0
-    with a zero gradient.
+    with a zero gradient. With ``activation="sigmoid"`` the mean is over images and channels.
 
     Args:
-        logits, target, grid_sizes, ignore_index: see :func:`affinity_regression_terms`.
+        logits, target, grid_sizes, ignore_index, activation: see :func:`affinity_regression_terms`.
         normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
-            batch's own; :meth:`AffinityRegressionLoss.normalizer` counts them.
+            batch's own (with sigmoid images times channels);
+            :meth:`AffinityRegressionLoss.normalizer` counts them.
         process_group: see :func:`affinity_field_loss`; the mean is over the images of all
             processes.
 
@@ -121,7 +135,9 @@ def affinity_regression_loss(
         >>> loss = loss + 0.1 * tritonaff.affinity_regression_loss(logits, target)
         >>> loss.backward()
     """
-    options = affinity_regression_options(grid_sizes, ignore_index=ignore_index)
+    options = affinity_regression_options(
+        grid_sizes, ignore_index=ignore_index, activation=activation
+    )
     return _loss(logits, target, options, normalizer, process_group)
 
 
@@ -132,7 +148,8 @@ class AffinityRegressionLoss(Loss):
     with cross-entropy alone has reached its peak.
 
     Args:
-        grid_sizes, ignore_index, process_group: see :func:`tritonaff.affinity_regression_loss`.
+        grid_sizes, ignore_index, activation, process_group: see
+            :func:`tritonaff.affinity_regression_loss`.
 
     Shapes:
         ``forward(logits, target, normalizer=None)`` with logits (N, C, H, W) and target (N, H, W)
@@ -153,10 +170,14 @@ class AffinityRegressionLoss(Loss):
     def __init__(
         self,
         grid_sizes: Sequence[int] | int | None = (12, 6),
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
         process_group: dist.ProcessGroup | None = None,
+        *,
+        activation: Activation = "softmax",
     ) -> None:
-        options = affinity_regression_options(grid_sizes, ignore_index=ignore_index)
+        options = affinity_regression_options(
+            grid_sizes, ignore_index=ignore_index, activation=activation
+        )
         super().__init__(options, process_group)
 
     def forward(self, logits: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
@@ -164,10 +185,13 @@ class AffinityRegressionLoss(Loss):
 
     def normalizer(self, target: Tensor) -> Tensor:
         """Number of images with a point that counts among labels (N, H, W): an int64 scalar. Add up
-        the numbers of a batch's parts and give ``forward`` the total with every part.
+        the numbers of a batch's parts and give ``forward`` the total with every part. With sigmoid
+        the target is (N, C, H, W), and the images of each channel are counted.
         """
+        if self.activation == "sigmoid" and isinstance(target, Tensor) and target.dim() == 4:
+            target = target.flatten(0, 1)
         target = checks.check_target(target)
-        grid_sizes, ignore_index = self.options
+        grid_sizes, ignore_index, _ = self.options
         void = (target.to(torch.int64) == ignore_index).to(torch.int64)
         n, height, width = void.shape
         blank = torch.zeros((), device=target.device).expand(n, 2, height, width)
@@ -213,12 +237,12 @@ def square_root_affinity(
 
 
 def label_affinity(
-    target: Tensor, grid_sizes: Sequence[int] | int | None = (12, 6), ignore_index: int = 255
+    target: Tensor, grid_sizes: Sequence[int] | int | None = (12, 6), ignore_index: int | None = 255
 ) -> tuple[Tensor, Tensor]:
     """Matrices of the affinity that the labels ask for between all pairs of sample points.
 
     Args:
-        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
+        target: (N, H, W), see :func:`dilated_affinity_target`.
         grid_sizes: grids of the L points, see :func:`affinity_regression_terms`. None: every pixel,
             L = H W.
         ignore_index: label of the points that do not count.
@@ -251,10 +275,16 @@ def label_affinity(
 def _terms(
     logits: Tensor, target: Tensor, options: AffinityRegressionOptions
 ) -> AffinityRegressionTerms:
+    by_channel = options.activation == "sigmoid"
+    shape = logits.shape[:2] if by_channel else logits.shape[:1]
+    if by_channel:  # the sigmoid of x is the second class of the softmax of (0, x)
+        x, target = logits.flatten(0, 1)[:, None], target.flatten(0, 1)
+        logits = torch.cat((torch.zeros_like(x), x), dim=1)
     checks.check_label_values(target, logits.shape[1], options.ignore_index)
     if current_backend() == "reference":
         checks.check_matrices_fit(logits, options.grid_sizes)
-    return AffinityRegressionTerms(*ops.terms(logits, target, options))
+    squared_error, pair_count = ops.terms(logits, target, options)
+    return AffinityRegressionTerms(squared_error.view(shape), pair_count.view(shape))
 
 
 def _loss(
@@ -264,7 +294,7 @@ def _loss(
     normalizer: Tensor | None,
     process_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    logits, target = checks.check_logits_and_target(logits, target)
+    logits, target = checks.check_logits_and_target(logits, target, options.activation)
     if normalizer is not None:
         normalizer = checks.check_normalizer(normalizer, (), "logits", logits)
     checks.check_process_group(process_group)

@@ -45,7 +45,7 @@ def dilated_affinity_terms(
     rates: Rates,
     *,
     gamma: float = 2.0,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
 ) -> DilatedAffinityTerms:
     r"""Sums and counts from which dilated affinity losses are computed, in one pass over logits.
 
@@ -62,7 +62,7 @@ def dilated_affinity_terms(
         affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
             finite, with the channels of :func:`dilated_affinity_target`. Half precision is read as
             it is and computed in float32.
-        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
+        target: (N, H, W), see :func:`dilated_affinity_target`.
         rates, ignore_index: see :func:`dilated_affinity_target`.
         gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
 
@@ -99,7 +99,7 @@ def dilated_affinity_loss(
     statistics: Any = None,
     gamma: float = 2.0,
     beta: float = 1.0,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -116,7 +116,7 @@ def dilated_affinity_loss(
 
     Args:
         affinity_logits: (N, 8 R, H, W) floating, see :func:`dilated_affinity_terms`.
-        target: (N, H, W) of uint8, int32 or int64, see :func:`dilated_affinity_target`.
+        target: (N, H, W), see :func:`dilated_affinity_target`.
         rates: see :func:`dilated_affinity_target`. The paper's sets, in its bracket notation, are
             {8, 16} (its best), {8, 16, 32}, {8, 16, 32, 64}, {8, (12, 24), 16} and
             {8, (12, 24), 16, (32, 64), 48}: small rates serve training, large ones propagation.
@@ -129,7 +129,7 @@ def dilated_affinity_loss(
         beta: factor of the loss, at least 0. The paper's best, by weighting: 1.5 for sqrt, 0.25 for
             neighbor, 1.3 for signal, 1.1 for none (with gamma 0). The best depends on the
             normaliser, which the paper leaves open: with ours, try 0.1 first.
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
         normalizer: (R, 9, 3) of int32 or int64, counts (pixels, different signals, same signals) to
             use in place of the batch's own; :meth:`DilatedAffinityLoss.normalizer` counts them.
         process_group: see :func:`affinity_field_loss`.
@@ -196,7 +196,7 @@ class DilatedAffinityLoss(Loss):
         statistics: Any = None,
         gamma: float = 2.0,
         beta: float = 1.0,
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         options = dilated_affinity_options(

@@ -15,18 +15,20 @@ from tritonaff.options import WEIGHTINGS, Rates, Weighting
 from tritonaff.portable.blocks import precision
 
 
-def dilated_affinity_target(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> Tensor:
+def dilated_affinity_target(
+    target: Tensor, rates: Rates, *, ignore_index: int | None = 255
+) -> Tensor:
     """Target of an affinity head: 1 where a neighbour has the pixel's label, 0 where it has not.
 
     This tensor is for people and tests; the loss never builds it.
 
     Args:
-        target: (N, H, W) of uint8, int32 or int64. Every label of at least 0 except ignore_index is
-            a class: the number of classes is not known here.
+        target: (N, H, W) or (N, 1, H, W): integers, bool, or whole floats. Every label of at least
+            0 except ignore_index is a class: the number of classes is not known here.
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
             Pixels outside the image are no neighbours. The paper's bracket notation:
             :func:`expand_rates`.
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
 
     Returns:
         (N, 8 R, H, W) of uint8: 1 for the same label, 0 for a different label, 255 where one of the
@@ -62,7 +64,9 @@ class NeighborCounts(NamedTuple):
     """(R, 9, 2): signals of the pixels of each category by target, (different, same)."""
 
 
-def neighbor_counts(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> NeighborCounts:
+def neighbor_counts(
+    target: Tensor, rates: Rates, *, ignore_index: int | None = 255
+) -> NeighborCounts:
     """Numbers of pixels and signals by rate and neighbour category.
 
     :class:`NeighborStatistics` adds them up over a data set.
@@ -87,7 +91,7 @@ def neighbor_counts(target: Tensor, rates: Rates, *, ignore_index: int = 255) ->
     return NeighborCounts(*ops.counts(*_checked(target, rates, ignore_index)))
 
 
-def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int = 255) -> Tensor:
+def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int | None = 255) -> Tensor:
     """Numbers of pixels by the number of neighbours of their own label, n0 ... n8.
 
     The category of a pixel at a rate is 8 minus the number of its valid neighbours with a different
@@ -178,7 +182,7 @@ class NeighborStatistics:
     Args:
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r). The
             paper's bracket notation: :func:`tritonaff.expand_rates`.
-        ignore_index: label of the pixels to leave out.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
 
     Attributes:
         pixel_count: (R, 9) int64, pixels by rate and category n0 ... n8.
@@ -204,14 +208,14 @@ class NeighborStatistics:
         0.667
     """
 
-    def __init__(self, rates: Rates, ignore_index: int = 255) -> None:
+    def __init__(self, rates: Rates, ignore_index: int | None = 255) -> None:
         self.rates = checks.check_rates(rates)
         self.ignore_index = checks.check_ignore_index(ignore_index)
         self.pixel_count = torch.zeros(len(self.rates), 9, dtype=torch.int64)
         self.signal_count = torch.zeros(len(self.rates), 9, 2, dtype=torch.int64)
 
     def update(self, target: Tensor) -> None:
-        """Adds a batch of labels: (N, H, W) of uint8, int32 or int64."""
+        """Adds a batch of labels, (N, H, W), as losses take targets."""
         self._add(*neighbor_counts(target, self.rates, ignore_index=self.ignore_index))
 
     def merge(self, other: NeighborStatistics) -> None:
@@ -311,7 +315,7 @@ class NeighborStatistics:
         self.pixel_count = self.pixel_count.to(device) + pixel_count
         self.signal_count = self.signal_count.to(device) + signal_count
 
-    def _check_same(self, rates: tuple[tuple[int, int], ...], ignore_index: int) -> None:
+    def _check_same(self, rates: tuple[tuple[int, int], ...], ignore_index: int | None) -> None:
         for name, mine, other in (
             ("rates", self.rates, rates),
             ("ignore_index", self.ignore_index, ignore_index),
@@ -321,7 +325,7 @@ class NeighborStatistics:
 
 
 def _checked(
-    target: Tensor, rates: Rates, ignore_index: int
+    target: Tensor, rates: Rates, ignore_index: int | None
 ) -> tuple[Tensor, tuple[tuple[int, int], ...], int]:
     target = checks.check_target(target)
     pairs = checks.check_rates(rates)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonaff.checks import label_to_ignore
 from tritonaff.ops.backend import current_backend, implementation, tile_runs
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityFieldOptions
@@ -30,15 +31,19 @@ GRADS = "Tensor grad_sums, Tensor? grad_log_loss"  # (2, C, K), (C,)
 def count(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> Counted:
     """Counts the entries and pixels of a batch; the result can compute the sums."""
     backend = current_backend()
-    counted = CountedByReference if backend == "reference" else Counted
-    return counted(logits, target, options, backend)
+    if backend == "reference":
+        return CountedByReference(logits, target, options, backend)
+    if options.activation == "sigmoid":
+        return CountedByChannel(logits, target, options, backend)
+    return Counted(logits, target, options, backend)
 
 
 class Counted:
     """The counts of a batch, with methods that compute the sums over the counted entries.
 
     totals: (2, K) int64, numbers of edge and non-edge entries of each size over all classes.
-    pixel_count: (C,) int64, number of pixels of each label.
+    pixel_count: (C,) int64, number of pixels of each label; with activation "sigmoid" (C, 2), by
+    channel and answer, and log losses likewise.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class Counted:
         self.logits = logits
         self.options = sizes, options.margin, options.eps, variant, backend
         self.totals, self.counts, *self.pixels = affinity_field_statistics(
-            logits.detach(), target, sizes, options.ignore_index, variant, backend
+            logits.detach(), target, sizes, label_to_ignore(options.ignore_index), variant, backend
         )
         self.pixel_count = self.counts[: logits.shape[1], -1]
 
@@ -92,6 +97,48 @@ class Counted:
         return coefficients
 
 
+class CountedByChannel(Counted):
+    """Activation "sigmoid". The sigmoid of x is the second class of the softmax of (0, x): each
+    channel is an affinity field of these two classes, of which the second class is looked at.
+    """
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
+    ) -> None:
+        self.logits = logits
+        self.channels = [
+            Counted(torch.cat((torch.zeros_like(x), x), dim=1), labels, options, backend)
+            for x, labels in zip(logits.split(1, dim=1), target.unbind(dim=1), strict=True)
+        ]
+        self.totals = torch.stack(self.entry_counts()).sum(dim=1)
+        self.pixel_count = torch.stack([channel.pixel_count for channel in self.channels])
+
+    def entry_counts(self) -> tuple[Tensor, Tensor]:
+        edge, non_edge = zip(*(channel.entry_counts() for channel in self.channels), strict=True)
+        return torch.stack(edge)[:, 1], torch.stack(non_edge)[:, 1]
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        sums, log_loss = zip(*(channel.sums() for channel in self.channels), strict=True)
+        return torch.stack(sums, dim=1)[:, :, 1], torch.stack(log_loss)
+
+    def sums_with_gradient(
+        self, coefficients: Tensor, log_loss_coefficients: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        of_both = torch.stack((torch.zeros_like(coefficients), coefficients), dim=2)
+        of_log_loss = [None] * len(self.channels)
+        if log_loss_coefficients is not None:
+            of_log_loss = log_loss_coefficients.unbind()
+        parts = [
+            channel.sums_with_gradient(of_sums.contiguous(), of_loss)
+            for channel, of_sums, of_loss in zip(
+                self.channels, of_both.unbind(dim=1), of_log_loss, strict=True
+            )
+        ]
+        sums, log_loss, zeros = zip(*parts, strict=True)
+        zero = None if zeros[0] is None else torch.stack(zeros).sum()
+        return torch.stack(sums, dim=1)[:, :, 1], torch.stack(log_loss), zero
+
+
 class CountedByReference(Counted):
     """Counts and sums by the reference's equations, which autograd differentiates."""
 
@@ -100,7 +147,7 @@ class CountedByReference(Counted):
     ) -> None:
         from tritonaff.reference import affinity_field as equations
 
-        ignore_index = options.ignore_index
+        ignore_index = label_to_ignore(options.ignore_index)
         edge_sum, non_edge_sum, *self.entries = equations.affinity_field_terms(
             logits,
             target,
@@ -109,10 +156,11 @@ class CountedByReference(Counted):
             eps=options.eps,
             ignore_index=ignore_index,
             variant=options.variant,
+            activation=options.activation,
         )
         self.tables = torch.stack((edge_sum, non_edge_sum))
         self.log_loss, self.pixel_count = equations.cross_entropy_terms(
-            logits, target, ignore_index=ignore_index
+            logits, target, ignore_index=ignore_index, activation=options.activation
         )
         self.totals = torch.stack(self.entries).sum(dim=1)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonaff.checks import label_to_ignore
 from tritonaff.ops.backend import current_backend, implementation, without_autocast
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityRegressionOptions
@@ -26,17 +27,17 @@ def terms(
     logits: Tensor, target: Tensor, options: AffinityRegressionOptions
 ) -> tuple[Tensor, Tensor]:
     """Squared error (N,) and number of pairs (N,)."""
-    backend = current_backend()
+    backend, ignore_index = current_backend(), label_to_ignore(options.ignore_index)
     if backend == "reference":
         from tritonaff.reference import affinity_regression as equations
 
         with without_autocast(logits):
             tables: tuple[Tensor, Tensor] = equations.affinity_regression_terms(
-                logits, target, **options._asdict()
+                logits, target, options.grid_sizes, ignore_index=ignore_index
             )
         return tables
     squared_error, pair_count, _ = affinity_regression(
-        logits, target, options.grid_sizes or (), options.ignore_index, backend
+        logits, target, options.grid_sizes or (), ignore_index, backend
     )
     return squared_error, pair_count
 
@@ -55,17 +56,18 @@ def predicted_affinity(logits: Tensor, grid_sizes: tuple[int, ...] | None) -> Te
 
 
 def true_affinity(
-    target: Tensor, grid_sizes: tuple[int, ...] | None, ignore_index: int
+    target: Tensor, grid_sizes: tuple[int, ...] | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
     """The affinity matrices (N, L, L) of the labels, and a mask (N, L) of the points that count.
     Labels are compared in plain torch on any device: there is no gradient, and nothing to fuse.
     """
+    ignored = label_to_ignore(ignore_index)
     if current_backend() == "reference":
         from tritonaff.reference import affinity_regression as equations
 
-        matrices: tuple[Tensor, Tensor] = equations.label_affinity(target, grid_sizes, ignore_index)
+        matrices: tuple[Tensor, Tensor] = equations.label_affinity(target, grid_sizes, ignored)
         return matrices
-    return portable.label_affinity(target, list(grid_sizes or ()), ignore_index)
+    return portable.label_affinity(target, list(grid_sizes or ()), ignored)
 
 
 @define(NAME, f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor, Tensor, Tensor)")

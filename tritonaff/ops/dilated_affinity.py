@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonaff.checks import label_to_ignore
 from tritonaff.ops.backend import current_backend, implementation
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import DilatedAffinityOptions
@@ -29,7 +30,7 @@ def terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Focal loss sums, signal counts and correct counts, each (R, 9, 2); pixel counts (R, 9)."""
     backend, rates = current_backend(), options.rates
-    gamma, ignore_index = options.gamma, options.ignore_index
+    gamma, ignore_index = options.gamma, label_to_ignore(options.ignore_index)
     tables: tuple[Tensor, Tensor, Tensor, Tensor]
     if backend == "reference":
         from tritonaff.reference import dilated_affinity as equations
@@ -44,27 +45,29 @@ def terms(
     return tables
 
 
-def counts(target: Tensor, rates: Pairs, ignore_index: int) -> tuple[Tensor, Tensor]:
+def counts(target: Tensor, rates: Pairs, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Pixel counts (R, 9) and signal counts (R, 9, 2) of labels."""
     tables: tuple[Tensor, Tensor]
+    ignored = label_to_ignore(ignore_index)
     if current_backend() == "reference":
         from tritonaff.reference import dilated_affinity as equations
 
-        tables = equations.neighbor_counts(target, rates, ignore_index=ignore_index)
+        tables = equations.neighbor_counts(target, rates, ignore_index=ignored)
     else:
-        tables = neighbor_counts(target, rate_offsets(rates), ignore_index)
+        tables = neighbor_counts(target, rate_offsets(rates), ignored)
     return tables
 
 
-def signals(target: Tensor, rates: Pairs, ignore_index: int) -> Tensor:
+def signals(target: Tensor, rates: Pairs, ignore_index: int | None) -> Tensor:
     """(N, 8 R, H, W) of uint8: 1 for same, 0 for different, 255 where a signal is not valid."""
     result: Tensor
+    ignored = label_to_ignore(ignore_index)
     if current_backend() == "reference":
         from tritonaff.reference import dilated_affinity as equations
 
-        result = equations.dilated_affinity_target(target, rates, ignore_index=ignore_index)
+        result = equations.dilated_affinity_target(target, rates, ignore_index=ignored)
     else:
-        result = dilated_affinity_target(target, rate_offsets(rates), ignore_index)
+        result = dilated_affinity_target(target, rate_offsets(rates), ignored)
     return result
 
 

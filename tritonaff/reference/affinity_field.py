@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DIRECTIONS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-NOT_COUNTED = -1
 
 
 def affinity_field_terms(
@@ -23,22 +22,21 @@ def affinity_field_terms(
     eps: float,
     ignore_index: int,
     variant: str,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums and counts of Eq. 3 by class and neighbourhood size: four tables, each (C, K).
 
     ``variant="paper"``: the equations; a table's row is the channel c. ``variant="authors"``: the
     published TensorFlow code; a table's row is the label of the pair's centre.
+    ``activation="sigmoid"``: each channel is a question of its own, with a target (N, C, H, W).
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    channels = torch.arange(logits.shape[1], device=logits.device)
-    label = target.long()
-    counted = (label >= 0) & (label < len(channels)) & (label != ignore_index)
-    label = label.where(counted, NOT_COUNTED)  # (N, H, W)
-    logits = logits.where(counted[:, None], 0)  # logits that do not count may be NaN
-    has_label = label[:, None] == channels[:, None, None]  # (N, C, H, W)
+    c = logits.shape[1]
+    has_label, counted = labels(target, c, ignore_index, activation)
+    logits = logits.where(counted, 0)  # logits that do not count may be NaN
 
-    p = logits.softmax(dim=1)
+    p = logits.softmax(dim=1) if activation == "softmax" else logits.sigmoid()
     if variant == "paper":
         p = p.clamp(eps, 1 - eps)
         q = 1 - p
@@ -48,21 +46,20 @@ def affinity_field_terms(
     edge_sums, non_edge_sums, edge_counts, non_edge_counts = [], [], [], []
     for size in kernel_sizes:
         d = (size - 1) // 2
-        edge_sum = non_edge_sum = logits.new_zeros(len(channels))
-        edge_count = non_edge_count = label.new_zeros(len(channels))
+        edge_sum = non_edge_sum = logits.new_zeros(c)
+        edge_count = non_edge_count = logits.new_zeros(c, dtype=torch.int64)
         for dy, dx in DIRECTIONS:
             # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Any
             # probability would do outside the image: such pairs are not counted.
             p_j, q_j = (shifted(t, d * dy, d * dx, 0.5) for t in (p, q))
-            label_j = shifted(label, d * dy, d * dx, NOT_COUNTED)
-            has_label_j = label_j[:, None] == channels[:, None, None]
-            pair = (label != NOT_COUNTED) & (label_j != NOT_COUNTED)
+            has_label_j, counted_j = (shifted(t, d * dy, d * dx, 0) for t in (has_label, counted))
+            pair = counted & counted_j
             if variant == "authors":
-                pair = pair & (shifted(label, -d * dy, -d * dx, NOT_COUNTED) != NOT_COUNTED)
+                pair = pair & shifted(counted, -d * dy, -d * dx, 0)
 
             kl = p_j * (p_j / p).log() + q_j * (q_j / q).log()  # KL(p_j || p_i)
-            edge = pair[:, None] & (has_label != has_label_j)
-            non_edge = pair[:, None] & (has_label == has_label_j)
+            edge = pair & (has_label != has_label_j)
+            non_edge = pair & (has_label == has_label_j)
             row = None if variant == "paper" else has_label
             edge_sum = edge_sum + sum_by_class(F.relu(margin - kl) * edge, row)
             non_edge_sum = non_edge_sum + sum_by_class(kl * non_edge, row)
@@ -81,17 +78,40 @@ def affinity_field_terms(
 
 
 def cross_entropy_terms(
-    logits: Tensor, target: Tensor, *, ignore_index: int
+    logits: Tensor, target: Tensor, *, ignore_index: int, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Sum of -log p over the pixels of each label (C,), and number of these pixels (C,)."""
+    """Sum of -log p over the pixels of each label (C,), and number of these pixels (C,). With
+    ``activation="sigmoid"``, both (C, 2), by channel and answer.
+    """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    channels = torch.arange(logits.shape[1], device=logits.device)
-    label = target.long()
-    has_label = (label[:, None] == channels[:, None, None]) & (label != ignore_index)[:, None]
-    logits = logits.where(has_label.any(dim=1, keepdim=True), 0)
-    log_loss = torch.where(has_label, -logits.log_softmax(dim=1), 0)
-    return log_loss.sum(dim=(0, 2, 3)), has_label.sum(dim=(0, 2, 3))
+    has_label, counted = labels(target, logits.shape[1], ignore_index, activation)
+    logits = logits.where(counted, 0)
+    if activation == "softmax":
+        log_p = logits.log_softmax(dim=1)
+    else:  # the answers no and yes, in a dimension of their own
+        log_p = F.logsigmoid(torch.stack((-logits, logits), dim=-1)).movedim(-1, 0)
+        has_label = torch.stack((~has_label & counted, has_label))
+    log_loss = torch.where(has_label, -log_p, 0)
+    tables = log_loss.sum(dim=(-4, -2, -1)), has_label.sum(dim=(-4, -2, -1))
+    sums, counts = (table.T if table.dim() == 2 else table for table in tables)
+    return sums, counts
+
+
+def labels(
+    target: Tensor, num_channels: int, ignore_index: int, activation: str
+) -> tuple[Tensor, Tensor]:
+    """y_c of every pixel, (N, C, H, W), and a mask of the pixels that count: (N, 1, H, W), or with
+    sigmoid by channel, (N, C, H, W). A pixel that does not count has no label.
+    """
+    target = target.long()
+    if activation == "softmax":
+        channels = torch.arange(num_channels, device=target.device)
+        target, yes = target[:, None], channels[:, None, None]
+    else:
+        num_channels, yes = 2, torch.ones((), dtype=torch.int64, device=target.device)
+    counted = (target >= 0) & (target < num_channels) & (target != ignore_index)
+    return (target == yes) & counted, counted
 
 
 def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
@@ -100,7 +120,9 @@ def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
     # A longer shift is outside everywhere, too.
     dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))
     pad_h, pad_w = abs(dy), abs(dx)
-    padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h), value=outside)
+    # Masks are padded as numbers: torch pads no bool everywhere.
+    number = x.to(torch.uint8) if x.dtype == torch.bool else x
+    padded = F.pad(number, (pad_w, pad_w, pad_h, pad_h), value=outside).to(x.dtype)
     return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]
 
 
