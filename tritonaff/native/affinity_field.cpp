@@ -18,8 +18,13 @@ constexpr int LANES = 16;
 // Edges are computed for so many pixels side by side.
 constexpr int GROUP = 8;
 // Shape of a tile, and how many numbers the gradients of its classes may be.
-constexpr int64_t TILE_ROWS = 32, LEAST_TILE_ROWS = 8, TILE_COLUMNS = 128;
-constexpr int64_t TILE_NUMBERS = 1 << 17;
+#ifndef TR
+#define TR 32
+#define TC 128
+#define TN (1<<17)
+#endif
+constexpr int64_t TILE_ROWS = TR, LEAST_TILE_ROWS = 8, TILE_COLUMNS = TC;
+constexpr int64_t TILE_NUMBERS = TN;
 // Up to this distance the rows between a pixel and its neighbours are kept; for a larger one, rows
 // are computed three times.
 constexpr int64_t MOST_ROWS_KEPT = 16;
@@ -235,28 +240,22 @@ private:
 // --- Counts -------------------------------------------------------------------------------------
 
 // Numbers of neighbours that count, and of those with another label.
-inline void count_neighbour(int32_t here, int32_t there, int32_t& count, int32_t& different) {
-    int32_t counted = (here >= 0) & (there >= 0);
-    count += counted;
-    different += counted & (here != there);
-}
-
 ROW_FUNCTION void count_row(
     Ints above, Ints here, Ints below, int d, IntsOut count, IntsOut different, int n
 ) {
 #pragma omp simd
     for (int w = 0; w < n; w++) {
-        int32_t label = here[w], all = 0, others = 0;
-        count_neighbour(label, above[w - d], all, others);
-        count_neighbour(label, above[w], all, others);
-        count_neighbour(label, above[w + d], all, others);
-        count_neighbour(label, here[w - d], all, others);
-        count_neighbour(label, here[w + d], all, others);
-        count_neighbour(label, below[w - d], all, others);
-        count_neighbour(label, below[w], all, others);
-        count_neighbour(label, below[w + d], all, others);
-        count[w] = all;
-        different[w] = others;
+        int32_t label = here[w];
+        auto counted = [](int32_t there) { return int32_t(there >= 0); };
+        auto differs = [label](int32_t there) { return int32_t((there >= 0) & (there != label)); };
+        int32_t all = counted(above[w - d]) + counted(above[w]) + counted(above[w + d]) +
+                      counted(here[w - d]) + counted(here[w + d]) + counted(below[w - d]) +
+                      counted(below[w]) + counted(below[w + d]);
+        int32_t others = differs(above[w - d]) + differs(above[w]) + differs(above[w + d]) +
+                         differs(here[w - d]) + differs(here[w + d]) + differs(below[w - d]) +
+                         differs(below[w]) + differs(below[w + d]);
+        count[w] = label >= 0 ? all : 0;
+        different[w] = label >= 0 ? others : 0;
     }
 }
 
@@ -301,6 +300,32 @@ void count_pixels(const int32_t* label, int n, int64_t num_sizes, int64_t* table
     }
 }
 
+// Asks for the row that will be needed next, an image's rows are too far apart for processors to
+// guess it.
+inline void prefetch(const float* row, int n) {
+    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
+}
+
+// Row h of a channel from column w on: numbers for n columns, which may lie beyond the image's row
+// only in the buffer; the first and the last ones in the image are first and end. In place if the
+// image holds all of them as they are needed.
+const float* padded_row(
+    const Images& x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t width, int count,
+    float* buffer, int64_t next = 0
+) {
+    if (x.dtype == FLOAT32 && x.stride_w == 1 && w >= 0 && w + count <= width) {
+        const float* row = static_cast<const float*>(x.data) + x.offset(n, c, h, w);
+#ifndef NOPF
+        prefetch(row + next, count);
+#endif
+        return row;
+    }
+    int first = int(std::max<int64_t>(0, -w)), end = int(std::min<int64_t>(count, width - w));
+    const float* row = load_row(x, n, c, h, w + first, end - first, buffer + first);
+    if (row != buffer + first) std::copy_n(row, end - first, buffer + first);
+    return buffer;
+}
+
 // --- Softmax statistics -------------------------------------------------------------------------
 
 // Takes another class into top, the largest logit, and rest, the sum of exp(logit - top) over the
@@ -323,22 +348,19 @@ ROW_FUNCTION void finish_statistics_row(Floats top, FloatsOut rest, int n) {
 
 // The softmax statistics of row t of a tile.
 void softmax_statistics(
-    const Images& logits, int64_t c, const Tile& tile, int t, Rows<float>& buffers,
+    const Images& logits, const Shape& shape, const Tile& tile, int t, Rows<float>& buffers,
     const Images& top_image, float* rest_row
 ) {
     const int n = tile.columns, whole = int(round_up(n, GROUP));
-    float *top = buffers.row(0), *rest = buffers.row(1), *x = buffers.row(2);
-    auto load = [&](int64_t channel) {
-        const float* row = load_row(logits, tile.n, channel, tile.h + t, tile.w, n, x);
-        if (row != x) std::memcpy(x, row, size_t(n) * sizeof(float));
+    float *top = buffers.row(0), *rest = buffers.row(1);
+    auto load = [&](int64_t c) {
+        return padded_row(
+            logits, tile.n, c, tile.h + t, tile.w, shape.w, whole, buffers.row(2), logits.stride_c
+        );
     };
-    load(0);
-    std::copy_n(x, whole, top);
+    std::copy_n(load(0), whole, top);
     std::fill_n(rest, whole, 0.0f);
-    for (int64_t channel = 1; channel < c; channel++) {
-        load(channel);
-        statistics_row(x, top, rest, whole);
-    }
+    for (int64_t c = 1; c < shape.c; c++) statistics_row(load(c), top, rest, whole);
     finish_statistics_row(top, rest, whole);
     store_row(top_image, tile.n, 0, tile.h + t, tile.w, n, top);
     std::copy_n(rest, n, rest_row);
@@ -433,50 +455,47 @@ struct DenseSize {
     float coefficient, sum;
 };
 
-struct DenseSums {
-    float u = 0, l = 0;  // coefficients times steps, summed over the sizes
-};
-
-// The sum of u_i - u_j over the neighbours j, which is returned, and the same of l.
-template <bool GRADIENT>
-inline float add_size(const DenseSize& size, int w, float u, float l, DenseSums& sums) {
-    const float *us = size.u + w, *ls = size.l + w;
-    float box = size.box[w];
-    float u_step = box * u - (us[-size.d] + us[0] + us[size.d]);
-    if (GRADIENT) {
-        float l_step = box * l - (ls[-size.d] + ls[0] + ls[size.d]);
-        sums.u += size.coefficient * u_step;
-        sums.l += size.coefficient * l_step;
-    }
-    return u_step;
+// x_i - x_j, summed over the neighbours j.
+inline float step_to_neighbours(Floats x, Floats row_sums, Floats box, int d, int w) {
+    return box[w] * x[w] - (row_sums[w - d] + row_sums[w] + row_sums[w + d]);
 }
 
 // The dense part of K sizes: sums of l_i (u_i - u_j), and p times its gradient, which is added to
-// what is there if this is not the first group of sizes.
+// what is there unless this is the first group of sizes.
 template <int K, bool GRADIENT>
 ROW_FUNCTION void dense_row(
     Floats u, Floats l, Floats p_free, Floats inverse_q_free, DenseSize* sizes, bool first,
     FloatsOut grad, int n
 ) {
-    const DenseSize s0 = sizes[0], s1 = sizes[K > 1], s2 = sizes[K > 2 ? 2 : 0],
+    const DenseSize s0 = sizes[0], s1 = sizes[K > 1 ? 1 : 0], s2 = sizes[K > 2 ? 2 : 0],
                     s3 = sizes[K > 3 ? 3 : 0];
     float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+    const int32_t bits_before = first ? 0 : -1;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
     for (int w = 0; w < n; w++) {
-        DenseSums sums;
-        sum0 += l[w] * add_size<GRADIENT>(s0, w, u[w], l[w], sums);
-        if constexpr (K > 1) sum1 += l[w] * add_size<GRADIENT>(s1, w, u[w], l[w], sums);
-        if constexpr (K > 2) sum2 += l[w] * add_size<GRADIENT>(s2, w, u[w], l[w], sums);
-        if constexpr (K > 3) sum3 += l[w] * add_size<GRADIENT>(s3, w, u[w], l[w], sums);
-        if constexpr (GRADIENT) {
-            float before = first ? 0.0f : grad[w];
-            grad[w] = before + (sums.u * inverse_q_free[w] + sums.l * p_free[w]);
+        float step0 = step_to_neighbours(u, s0.u, s0.box, s0.d, w);
+        float step1 = K > 1 ? step_to_neighbours(u, s1.u, s1.box, s1.d, w) : 0.0f;
+        float step2 = K > 2 ? step_to_neighbours(u, s2.u, s2.box, s2.d, w) : 0.0f;
+        float step3 = K > 3 ? step_to_neighbours(u, s3.u, s3.box, s3.d, w) : 0.0f;
+        sum0 += l[w] * step0;
+        sum1 += l[w] * step1;
+        sum2 += l[w] * step2;
+        sum3 += l[w] * step3;
+        if (GRADIENT) {
+            float u_step = s0.coefficient * step0;
+            if (K > 1) u_step += s1.coefficient * step1;
+            if (K > 2) u_step += s2.coefficient * step2;
+            if (K > 3) u_step += s3.coefficient * step3;
+            float l_step = s0.coefficient * step_to_neighbours(l, s0.l, s0.box, s0.d, w);
+            if (K > 1) l_step += s1.coefficient * step_to_neighbours(l, s1.l, s1.box, s1.d, w);
+            if (K > 2) l_step += s2.coefficient * step_to_neighbours(l, s2.l, s2.box, s2.d, w);
+            if (K > 3) l_step += s3.coefficient * step_to_neighbours(l, s3.l, s3.box, s3.d, w);
+            float before = as_float(as_int(grad[w]) & bits_before);
+            grad[w] = before + (u_step * inverse_q_free[w] + l_step * p_free[w]);
         }
     }
-    sizes[0].sum = sum0;
-    if constexpr (K > 1) sizes[1].sum = sum1;
-    if constexpr (K > 2) sizes[2].sum = sum2;
-    if constexpr (K > 3) sizes[3].sum = sum3;
+    const float sums[] = {sum0, sum1, sum2, sum3};
+    for (int s = 0; s < K; s++) sizes[s].sum = sums[s];
 }
 
 // --- Edges --------------------------------------------------------------------------------------
@@ -730,8 +749,8 @@ public:
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
         for (int i = 0; i < march_.num_rows(tile.rows); i++) {
             if (!in_image(i)) continue;
-            load_pixels(problem_.top, 0, i, top_.row(i));
-            load_pixels(problem_.rest, 0, i, rest_.row(i));
+            std::copy_n(load_pixels(problem_.top, 0, i, x_.row(0)), n, top_.row(i) + begin);
+            std::copy_n(load_pixels(problem_.rest, 0, i, x_.row(0)), n, rest_.row(i) + begin);
             softmax_row(rest_.row(i) + begin, inverse_.row(i) + begin, log_total_.row(i) + begin, n);
         }
         for (int s = 0; s < march_.num_sizes(); s++) {
@@ -751,13 +770,15 @@ public:
     // Adds the sums of class c to the tables, and p times the gradient of p to the rows of grad,
     // [tile_rows, columns]; the first march overwrites them.
     template <bool GRADIENT>
-    void march(int32_t c, bool first, double* tables, float* grad) {
+    void march(int32_t c, bool first, double* tables, float* grad, int64_t stride) {
         if (march_.sizes.empty()) {
-            if (GRADIENT && first) std::fill_n(grad, int64_t(tile_.rows) * columns_, 0.0f);
+            for (int t = 0; GRADIENT && first && t < tile_.rows; t++) {
+                std::fill_n(grad + t * stride, columns_, 0.0f);
+            }
             return;
         }
         int computed = 0;
-        for (int t = 0; t < tile_.rows; t++, grad += columns_) {
+        for (int t = 0; t < tile_.rows; t++, grad += stride) {
             for (; computed < march_.rows_before(t); computed++) compute_row<GRADIENT>(c, computed);
             for (int s = 0; s < march_.num_sizes(); s += 4) {
                 int sizes = std::min(4, march_.num_sizes() - s);
@@ -788,12 +809,13 @@ private:
 
     float* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
 
-    // Copies row i of the march, so that loops may go on to the end of a group.
-    void load_pixels(const Images& x, int64_t c, int i, float* out) {
-        int first = labels_.first(), n = labels_.end() - first;
-        int64_t h = march_.image_row(tile_, i), w = tile_.w + first - labels_.margin();
-        const float* row = load_row(x, tile_.n, c, h, w, n, out + first);
-        if (row != out + first) std::memcpy(out + first, row, size_t(n) * sizeof(float));
+    // Row i of the march, from the margin's first column in the image on, in whole groups.
+    const float* load_pixels(const Images& x, int64_t c, int i, float* buffer) const {
+        const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
+        const int64_t w = tile_.w + begin - labels_.margin();
+        return padded_row(
+            x, tile_.n, c, march_.image_row(tile_, i), w, problem_.shape.w, n, buffer, x.stride_h
+        );
     }
 
     template <bool GRADIENT>
@@ -805,11 +827,10 @@ private:
             std::fill(l, l + width_, 0.0f);
             return;
         }
-        float* x = x_.row(0);
-        load_pixels(problem_.logits, c, i, x);
+        const float* x = load_pixels(problem_.logits, c, i, x_.row(0));
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
         probability_row<GRADIENT>(
-            x + begin, top_.row(i) + begin, rest_.row(i) + begin, inverse_.row(i) + begin,
+            x, top_.row(i) + begin, rest_.row(i) + begin, inverse_.row(i) + begin,
             log_total_.row(i) + begin, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin,
             l + begin, log_q_.row(kept) + begin, p_free_.row(kept) + begin,
             inverse_q_free_.row(kept) + begin, n
@@ -926,7 +947,7 @@ private:
         const int32_t* label = marcher.label(t);
         const int n = int(round_up(tile.columns, GROUP));
         const int64_t h = tile.h + t;
-        auto row = [&](int64_t c) { return grad + (c * tile_rows_ + t) * columns_; };
+        auto row = [&](int64_t c) { return grad + (t * problem_.shape.c + c) * columns_; };
         for (int w = 0; w < n; w++) {
             bool counts = problem_.grad_log_loss && label[w] >= 0;
             factor_[w] = counts ? problem_.grad_log_loss[label[w]] : 0.0f;
@@ -936,11 +957,11 @@ private:
         }
         for (int64_t c = 0; c < problem_.shape.c; c++) add_to_row(row(c), total_.data(), n);
         for (int64_t c = 0; c < problem_.shape.c; c++) {
-            const float* x =
-                load_row(problem_.logits, tile.n, c, h, tile.w, tile.columns, x_.data());
-            if (x != x_.data()) std::memcpy(x_.data(), x, size_t(tile.columns) * sizeof(float));
+            const float* x = padded_row(
+                problem_.logits, tile.n, c, h, tile.w, problem_.shape.w, n, x_.data(), problem_.logits.stride_c
+            );
             softmax_backward_row(
-                x_.data(), marcher.top(t), marcher.inverse(t), label, total_.data(), int32_t(c),
+                x, marcher.top(t), marcher.inverse(t), label, total_.data(), int32_t(c),
                 row(c), others_.data(), largest_.data(), n
             );
         }
@@ -986,8 +1007,9 @@ void compute_tables(const Problem& problem, const std::vector<March>& all, const
                     marcher.load(tile);
                     bool first = &marcher == &marchers.front();
                     for (int64_t c = 0; c < problem.shape.c; c++) {
-                        float* rows = grad.data() + (GRADIENT ? c * plane : 0);
-                        marcher.template march<GRADIENT>(int32_t(c), first, sums, rows);
+                        float* rows = grad.data() + (GRADIENT ? c * tiling.columns() : 0);
+                        int64_t stride = GRADIENT ? problem.shape.c * tiling.columns() : 0;
+                        marcher.template march<GRADIENT>(int32_t(c), first, sums, rows, stride);
                     }
                 }
                 add_log_loss(problem, marchers.back(), tile, sums);
@@ -1042,7 +1064,7 @@ EXPORT void affinity_field_statistics(
                     } else {
                         std::copy_n(row, tile.columns, static_cast<int32_t*>(label) + at);
                     }
-                    softmax_statistics(*logits, shape.c, tile, t, pixels, *top, rest + at);
+                    softmax_statistics(*logits, shape, tile, t, pixels, *top, rest + at);
                 }
             }
         }
