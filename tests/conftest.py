@@ -10,6 +10,8 @@ import torch
 from fast_interpreter import speed_up_interpreter
 from hypothesis import HealthCheck, settings
 
+from tritonaff.native.library import find_compiler
+
 # Most tensors here are tiny: waking a second thread for them costs more than it saves.
 torch.set_num_threads(1)
 # Convolutions in full precision: networks are compared with themselves.
@@ -62,22 +64,25 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["portable", "triton"])
+@pytest.fixture(params=["portable", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """The two implementations behind the custom ops."""
-    name: str = request.param
-    if name == "triton":
-        pytest.importorskip("triton", minversion="3.6")
-    return name
+    """The implementations behind the custom ops."""
+    return available(request.param)
 
 
-@pytest.fixture(params=["reference", "portable", "triton"])
+@pytest.fixture(params=["reference", "portable", "native", "triton"])
 def any_backend(request: pytest.FixtureRequest) -> str:
-    """Both implementations, and the specification."""
-    name: str = request.param
-    if name == "triton":
+    """All implementations, and the specification."""
+    return available(request.param)
+
+
+def available(backend: str) -> str:
+    """The backend's name; skips the test where the backend cannot run."""
+    if backend == "triton":
         pytest.importorskip("triton", minversion="3.6")
-    return name
+    if backend == "native" and find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return backend
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import available
 from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
 from opchecks import image_size, opcheck
@@ -194,6 +195,13 @@ def test_portable_matches_the_reference(values, options):
     check_parity(case, "portable", logits, target)
 
 
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]), options, rows=24)
+def test_native_matches_the_reference(values, options):
+    logits, target, ignore_index = values
+    case = case_with(**options, ignore_index=ignore_index)
+    check_parity(case, available("native"), logits, target)
+
+
 # The dense kernel marches row by row: with few rows the interpreter is fast. These rows are enough
 # for every row in registers to pass through once.
 TILE_ROWS = 9
@@ -235,6 +243,34 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     monkeypatch.setattr(portable, "CPU_PAIRS", 7)
     for case in (case_with((3, 7)), case_with((5,), variant="authors")):
         check_parity(case, "portable", *make_inputs((3, 4, 6, 7)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel_sizes", [(3, 7), (13, 5, 3, 9, 7), (41, 5, 201), (601,)], ids=str)
+def test_native_kernels_do_not_depend_on_their_tiles(kernel_sizes, layout):
+    """Seams between tiles and groups of columns; sizes that keep rows, and sizes that do not."""
+    logits, target = make_inputs((2, 2, 75, 611))
+    logits, target = logits[..., :, :], target.to(torch.uint8)
+    check_parity(case_with(kernel_sizes), available("native"), laid_out(logits, layout), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_kernels_do_not_depend_on_the_number_of_threads(dtype):
+    case, values = CASES["affinity_field"], make_inputs((2, 19, 70, 150), dtype)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(evaluate(case, available("native"), *values))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_native_kernels_far_beyond_one_tile():
+    """Labels that share a bit, and so many classes that a tile is small."""
+    check_parity(case_with((3, 5)), available("native"), *make_inputs((1, 600, 20, 150)))
 
 
 def test_portable_without_selecting_pairs(monkeypatch):
@@ -441,6 +477,8 @@ def check_cross_entropy(backend, values, kind, variant="paper"):
 @given(inputs([torch.float32, torch.bfloat16, torch.float64]), weights, VARIANTS)
 def test_cross_entropy_with_the_affinity_field(values, kind, variant):
     check_cross_entropy("portable", values, kind, variant)
+    if variant == "paper" and values[0].dtype != torch.float64:
+        check_cross_entropy(available("native"), values, kind)
     logits, target, ignore_index = values  # in float32 the reference's q is 1e-3 off
     check_cross_entropy("reference", (logits.double(), target, ignore_index), kind, variant)
 
@@ -468,8 +506,9 @@ def test_cross_entropy_keeps_its_digits(backend, device, confidence):
     assert (gradient - exact_gradient).norm() <= 2e-6 * exact_gradient.norm()
 
 
+@pytest.mark.parametrize("backend", ["portable", "native"])
 @pytest.mark.parametrize("confidence", [0.0, 9.0])
-def test_portable_gradient_is_at_most_twice_as_far_off_as_eager(confidence):
+def test_gradient_is_at_most_twice_as_far_off_as_eager(backend, confidence):
     """The budget without the allowance for nearly exact eager results: float32, a whole
     gradient.
     """
@@ -477,7 +516,7 @@ def test_portable_gradient_is_at_most_twice_as_far_off_as_eager(confidence):
     case = CASES["affinity_field"]
     exact = evaluate(case, "reference", logits.double(), target)["gradient"]
     eager = evaluate(case, "reference", logits, target)["gradient"]
-    ours = evaluate(case, "portable", logits, target)["gradient"]
+    ours = evaluate(case, available(backend), logits, target)["gradient"]
     assert (ours - exact).norm() <= 2 * (eager - exact).norm()
 
 

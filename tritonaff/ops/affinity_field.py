@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tritonaff.checks import label_to_ignore
-from tritonaff.ops.backend import current_backend, implementation, tile_runs
+from tritonaff.ops.backend import current_backend, implementation
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityFieldOptions
 from tritonaff.portable.blocks import grad_dtype, label_dtype, precision
@@ -310,12 +310,7 @@ def _(
 @define("affinity_field_scale", "(Tensor(a!) grad, Tensor scale, str backend) -> ()", ("grad",))
 def affinity_field_scale(grad: Tensor, scale: Tensor, backend: str) -> None:
     """grad *= scale, in place."""
-    if tile_runs(backend, grad):
-        from tritonaff.kernels.affinity_field import scale_
-
-        scale_(grad, scale)
-    else:
-        grad.mul_(scale)
+    implementation("affinity_field", backend, grad).scale_(grad, scale)
 
 
 def _setup_gradient_context(

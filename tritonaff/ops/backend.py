@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "portable", "reference")
+from tritonaff.native.library import OPERATIONS
+from tritonaff.native.library import obstacle as native_obstacle
+
+BACKENDS = ("auto", "triton", "native", "portable", "reference")
 # Most tiles hold a pixel's classes in one block, of at most this size.
 MAX_TILE_CLASSES = 1024
 LEAST_TRITON = (3, 6)
@@ -28,12 +31,13 @@ def use_backend(backend: str) -> AbstractContextManager[None]:
     """Chooses the implementation of every operation of this library inside a ``with`` block.
 
     Args:
-        backend: ``"auto"`` (the default: Triton tiles where they can run, portable torch operations
-            elsewhere), ``"triton"``, ``"portable"``, or ``"reference"`` (the papers' equations in
-            eager PyTorch).
+        backend: ``"auto"`` (the default: Triton tiles where they can run, native kernels on a CPU
+            with a C++ compiler, portable torch operations elsewhere), ``"triton"``, ``"native"``,
+            ``"portable"``, or ``"reference"`` (the papers' equations in eager PyTorch).
 
     Raises:
-        ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run.
+        ValueError: an unknown name; later, from an operation, ``"triton"`` where no tile can run,
+            ``"native"`` where no native kernel can run.
 
     The choice holds for the whole process, and a backward pass runs the implementation that its
     forward pass ran. A call without ``with`` chooses nothing.
@@ -77,7 +81,7 @@ def tile_runs(
     ``max_classes`` is the largest number of classes that the tile takes, None where channels are no
     classes; ``obstacle`` says why the operation's own options rule out a tile.
     """
-    if backend == "portable":
+    if backend in ("native", "portable"):
         return False
     obstacle = obstacle or _obstacle(logits, max_classes)
     if obstacle and backend == "triton":
@@ -93,13 +97,32 @@ def implementation(
     max_classes: int | None = MAX_TILE_CLASSES,
     obstacle: str | None = None,
 ) -> Any:
-    """The module that computes the operation ``name`` for this call: tiles or portable torch.
+    """The module that computes the operation ``name`` for this call: tiles, native kernels or
+    portable torch.
 
     :func:`tile_runs` explains the arguments. "reference" never comes here: the reference runs
     outside the ops, so that autograd differentiates the equations themselves.
     """
-    runs = tile_runs(backend, tensor, max_classes=max_classes, obstacle=obstacle)
-    return importlib.import_module(f"tritonaff.{'kernels' if runs else 'portable'}.{name}")
+    if tile_runs(backend, tensor, max_classes=max_classes, obstacle=obstacle):
+        room = "kernels"
+    elif native_runs(name, backend, tensor):
+        room = "native"
+    else:
+        room = "portable"
+    return importlib.import_module(f"tritonaff.{room}.{name}")
+
+
+def native_runs(name: str, backend: str, tensor: Tensor) -> bool:
+    """True if a native kernel takes this call; ValueError if the user asks for native kernels and
+    none can run.
+    """
+    if backend not in ("auto", "native"):
+        return False
+    obstacle = f"{name} has no native kernel" if name not in OPERATIONS else None
+    obstacle = obstacle or native_obstacle(name, tensor)
+    if obstacle and backend == "native":
+        raise ValueError(f"backend 'native' cannot run here: {obstacle}")
+    return obstacle is None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -129,6 +129,11 @@ def compute(
     return *tables, in_layout_of(given, grad_p, grad_dtype(given))
 
 
+def scale_(grad: Tensor, scale: Tensor) -> None:
+    """grad *= scale, in place."""
+    grad.mul_(scale)
+
+
 def add_to_tables(sums: Tensor, edge: Edge, margin: float) -> None:
     """Adds hinges to the edge sums of one size, and takes the edges out of its non-edge sums.
 

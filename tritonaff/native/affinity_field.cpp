@@ -1,0 +1,1105 @@
+// The affinity field and cross-entropy: counts, tables and the gradient of the logits.
+//
+// docs/affinity_field.md derives the sums: a dense part over all neighbours, whose stencils are sums
+// over three rows and three columns, and the edges, which are taken out of it again.
+//
+// The image is cut into tiles of some rows and columns. For one class after another, a march walks
+// down the rows of a tile: the class's probabilities in a new row, the sums over its neighbours,
+// the edges. The gradients of all classes of a tile, times p, stay in a buffer that fits into the
+// cache, until the last step turns them into gradients of the logits.
+#include <limits>
+
+#include "common.h"
+
+namespace {
+
+// Rows of the buffers begin and end at multiples of so many pixels, whole vectors on every CPU.
+constexpr int LANES = 16;
+// Edges are computed for so many pixels side by side.
+constexpr int GROUP = 8;
+// Shape of a tile, and how many numbers the gradients of its classes may be.
+#ifndef TR
+#define TR 32
+#define TC 128
+#define TN (1<<17)
+#endif
+constexpr int64_t TILE_ROWS = TR, LEAST_TILE_ROWS = 8, TILE_COLUMNS = TC;
+constexpr int64_t TILE_NUMBERS = TN;
+// Up to this distance the rows between a pixel and its neighbours are kept; for a larger one, rows
+// are computed three times.
+constexpr int64_t MOST_ROWS_KEPT = 16;
+// Tables are partial per task and added up in the tasks' order.
+constexpr int64_t MOST_TASKS = 256;
+// A second thread takes longer to wake than these many elements take.
+constexpr int64_t ELEMENTS_PER_THREAD = 1 << 14;
+
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+int64_t divide_up(int64_t x, int64_t step) { return (x + step - 1) / step; }
+
+// --- Labels -------------------------------------------------------------------------------------
+
+enum LabelDtype : int64_t { UINT8, INT16, INT32, INT64 };
+
+// Labels (N, H, W); strides in elements. affinity_field.py holds the same fields.
+struct Labels {
+    const void* data;
+    int64_t dtype;
+    int64_t stride_n, stride_h, stride_w;
+    int64_t num_classes, ignore_index;
+};
+
+template <class T>
+ROW_FUNCTION void load_labels(
+    const T* RESTRICT x, int64_t stride, int64_t num_classes, int64_t ignore_index, IntsOut label,
+    int n
+) {
+    for (int w = 0; w < n; w++) {
+        int64_t given = int64_t(x[w * stride]);
+        bool counted = (given >= 0) & (given < num_classes) & (given != ignore_index);
+        label[w] = counted ? int32_t(given) : -1;
+    }
+}
+
+// n labels of row h from column w on; -1 at pixels that do not count.
+void load_labels(const Labels& x, int64_t n, int64_t h, int64_t w, IntsOut label, int count) {
+    int64_t at = n * x.stride_n + h * x.stride_h + w * x.stride_w;
+    auto load = [&](auto* data) {
+        load_labels(data + at, x.stride_w, x.num_classes, x.ignore_index, label, count);
+    };
+    if (x.dtype == UINT8) load(static_cast<const uint8_t*>(x.data));
+    if (x.dtype == INT16) load(static_cast<const int16_t*>(x.data));
+    if (x.dtype == INT32) load(static_cast<const int32_t*>(x.data));
+    if (x.dtype == INT64) load(static_cast<const int64_t*>(x.data));
+}
+
+// --- Tiles --------------------------------------------------------------------------------------
+
+struct Shape {
+    int64_t n, c, h, w;
+};
+
+struct Tile {
+    int64_t n, h, w;  // image, first row and first column
+    int rows, columns;
+};
+
+// The tiles of all images, as many of them in a task as its turn in num_tasks gives it.
+class Tiling {
+public:
+    Tiling(const Shape& shape, int64_t most_rows, int64_t most_columns)
+        : shape_(shape),
+          bands_(divide_up(shape.h, most_rows)),
+          strips_(divide_up(shape.w, most_columns)),
+          rows_(divide_up(shape.h, bands_)),
+          columns_(round_up(divide_up(shape.w, strips_), LANES)) {
+        strips_ = divide_up(shape.w, columns_);
+        bands_ = divide_up(shape.h, rows_);
+        num_tiles_ = shape.n * bands_ * strips_;
+    }
+
+    int rows() const { return int(rows_); }
+    int columns() const { return int(columns_); }
+    int64_t num_tasks() const { return std::min(num_tiles_, MOST_TASKS); }
+    int64_t first_tile(int64_t task) const { return num_tiles_ * task / num_tasks(); }
+
+    Tile tile(int64_t i) const {
+        int64_t h = i / strips_ % bands_ * rows_, w = i % strips_ * columns_;
+        return Tile{i / (strips_ * bands_), h, w, int(std::min(rows_, shape_.h - h)),
+                    int(std::min(columns_, shape_.w - w))};
+    }
+
+private:
+    Shape shape_;
+    int64_t bands_, strips_, rows_, columns_, num_tiles_;
+};
+
+// --- Marches ------------------------------------------------------------------------------------
+
+struct Size {
+    int64_t k;  // column of the size in the tables
+    int64_t d;
+    int columns;  // the distance in columns, at most the image's width
+};
+
+// The way of one or more sizes through the rows of a tile: rows 0, 1, ... of the march are rows of
+// the image. Small sizes share the rows from the first one within reach to the last one. A large
+// size passes three rows for every row of the tile: above, here, below.
+struct March {
+    std::vector<Size> sizes;
+    bool large;
+    int64_t reach = 0;  // in rows
+    int columns = 0;    // reach in columns
+
+    void add(const Size& size) {
+        sizes.push_back(size);
+        reach = std::max(reach, size.d);
+        columns = std::max(columns, size.columns);
+    }
+
+    int num_sizes() const { return int(sizes.size()); }
+    int margin() const { return int(round_up(columns, LANES)); }
+    int num_rows(int rows) const { return large ? 3 * rows : rows + 2 * int(reach); }
+    int rows_kept() const { return large ? 3 : 2 * int(reach) + 1; }
+    int rows_before(int t) const { return large ? 3 * t + 3 : t + 2 * int(reach) + 1; }
+    int here(int t) const { return large ? 3 * t + 1 : t + int(reach); }
+    int above(int t, const Size& size) const { return large ? 3 * t : here(t) - int(size.d); }
+    int below(int t, const Size& size) const { return large ? 3 * t + 2 : here(t) + int(size.d); }
+
+    int64_t image_row(const Tile& tile, int i) const {
+        return large ? tile.h + i / 3 + (i % 3 - 1) * reach : tile.h - reach + i;
+    }
+};
+
+// The marches for the sizes that have pairs in the image. The last one is for the small sizes, and
+// may be without a size.
+std::vector<March> marches(const Shape& shape, int64_t num_sizes, const int64_t* distances) {
+    std::vector<March> all;
+    March small{{}, false};
+    for (int64_t k = 0; k < num_sizes; k++) {
+        int64_t d = distances[k];
+        if (d >= std::max(shape.h, shape.w)) continue;
+        Size size{k, d, int(std::min(d, shape.w))};
+        if (d <= MOST_ROWS_KEPT) {
+            small.add(size);
+        } else {
+            all.push_back(March{{}, true});
+            all.back().add(size);
+        }
+    }
+    all.push_back(small);
+    return all;
+}
+
+Tiling tiling(const Shape& shape, const std::vector<March>& all) {
+    int64_t columns = TILE_COLUMNS;
+    for (const March& march : all) columns = std::max<int64_t>(columns, 4 * march.columns);
+    columns = std::min(columns, round_up(shape.w, LANES));
+    int64_t rows = TILE_NUMBERS / std::max<int64_t>(1, shape.c * columns);
+    return Tiling(shape, std::min(std::max(rows, LEAST_TILE_ROWS), TILE_ROWS), columns);
+}
+
+// A buffer of rows of n numbers each.
+template <class T>
+class Rows {
+public:
+    Rows(int64_t rows, int64_t n, T fill = T()) : n_(n), data_(size_t(rows * n), fill) {}
+    T* row(int64_t i) { return data_.data() + i * n_; }
+    const T* row(int64_t i) const { return data_.data() + i * n_; }
+    void clear() { std::fill(data_.begin(), data_.end(), T()); }
+
+private:
+    int64_t n_;
+    std::vector<T> data_;
+};
+
+// The labels of a march's rows, with margins on both sides; -1 outside the image.
+class LabelRows {
+public:
+    LabelRows(const Shape& shape, const Tiling& tiling, const March& march)
+        : shape_(shape),
+          march_(march),
+          margin_(march.margin()),
+          width_(round_up(tiling.columns(), LANES) + 2 * margin_),
+          label_(march.num_rows(tiling.rows()), width_) {}
+
+    void load(const Labels& labels, const Tile& tile) {
+        first_ = int(margin_ - std::min<int64_t>(tile.w, march_.columns));
+        int64_t beyond = std::min<int64_t>(shape_.w - tile.w - tile.columns, march_.columns);
+        end_ = int(margin_ + tile.columns + beyond);
+        for (int i = 0; i < march_.num_rows(tile.rows); i++) {
+            int32_t* label = label_.row(i);
+            std::fill(label, label + width_, -1);
+            int64_t h = march_.image_row(tile, i);
+            if (h < 0 || h >= shape_.h) continue;
+            load_labels(
+                labels, tile.n, h, tile.w + first_ - margin_, label + first_, end_ - first_
+            );
+        }
+    }
+
+    // Labels of row i of the march; number 0 is the tile's first column.
+    const int32_t* row(int i) const { return label_.row(i) + margin_; }
+    const int32_t* whole_row(int i) const { return label_.row(i); }
+    int margin() const { return int(margin_); }
+    int width() const { return int(width_); }
+    // The columns that lie in the image and within reach of the tile, counted from the margin's
+    // first one; begin and end in whole groups.
+    int first() const { return first_; }
+    int end() const { return end_; }
+    int begin_of_groups() const { return first_ / GROUP * GROUP; }
+    int end_of_groups() const { return int(round_up(end_, GROUP)); }
+
+private:
+    const Shape& shape_;
+    const March& march_;
+    int64_t margin_, width_;
+    Rows<int32_t> label_;
+    int first_ = 0, end_ = 0;
+};
+
+// --- Counts -------------------------------------------------------------------------------------
+
+// Numbers of neighbours that count, and of those with another label.
+ROW_FUNCTION void count_row(
+    Ints above, Ints here, Ints below, int d, IntsOut count, IntsOut different, int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        int32_t label = here[w];
+        auto counted = [](int32_t there) { return int32_t(there >= 0); };
+        auto differs = [label](int32_t there) { return int32_t((there >= 0) & (there != label)); };
+        int32_t all = counted(above[w - d]) + counted(above[w]) + counted(above[w + d]) +
+                      counted(here[w - d]) + counted(here[w + d]) + counted(below[w - d]) +
+                      counted(below[w]) + counted(below[w + d]);
+        int32_t others = differs(above[w - d]) + differs(above[w]) + differs(above[w + d]) +
+                         differs(here[w - d]) + differs(here[w + d]) + differs(below[w - d]) +
+                         differs(below[w]) + differs(below[w + d]);
+        count[w] = label >= 0 ? all : 0;
+        different[w] = label >= 0 ? others : 0;
+    }
+}
+
+ROW_FUNCTION int64_t sum_row(Ints x, int n) {
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int w = 0; w < n; w++) sum += x[w];
+    return sum;
+}
+
+// Pairs of each size: 2 entries in the channel of a pixel's label for each different neighbour.
+struct Counts {
+    int64_t* pairs;  // (K,)
+    int64_t* table;  // (C, K + 1): edge entries, and in the last column pixels
+};
+
+void count_tile(
+    const March& march, const LabelRows& labels, const Tile& tile, int64_t num_sizes, Rows<int32_t>& buffers,
+    Counts counts
+) {
+    int32_t *count = buffers.row(0), *different = buffers.row(1);
+    for (const Size& size : march.sizes) {
+        for (int t = 0; t < tile.rows; t++) {
+            const int32_t* label = labels.row(march.here(t));
+            count_row(
+                labels.row(march.above(t, size)), label, labels.row(march.below(t, size)),
+                size.columns, count, different, tile.columns
+            );
+            counts.pairs[size.k] += sum_row(count, tile.columns);
+            for (int w = 0; w < tile.columns; w++) {
+                if (different[w]) {
+                    counts.table[label[w] * (num_sizes + 1) + size.k] += 2 * different[w];
+                }
+            }
+        }
+    }
+}
+
+void count_pixels(const int32_t* label, int n, int64_t num_sizes, int64_t* table) {
+    for (int w = 0; w < n; w++) {
+        if (label[w] >= 0) table[label[w] * (num_sizes + 1) + num_sizes]++;
+    }
+}
+
+// Asks for the row that will be needed next, an image's rows are too far apart for processors to
+// guess it.
+inline void prefetch(const float* row, int n) {
+    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
+}
+
+// Row h of a channel from column w on: numbers for n columns, which may lie beyond the image's row
+// only in the buffer; the first and the last ones in the image are first and end. In place if the
+// image holds all of them as they are needed.
+const float* padded_row(
+    const Images& x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t width, int count,
+    float* buffer, int64_t next = 0
+) {
+    if (x.dtype == FLOAT32 && x.stride_w == 1 && w >= 0 && w + count <= width) {
+        const float* row = static_cast<const float*>(x.data) + x.offset(n, c, h, w);
+#ifndef NOPF
+        prefetch(row + next, count);
+#endif
+        return row;
+    }
+    int first = int(std::max<int64_t>(0, -w)), end = int(std::min<int64_t>(count, width - w));
+    const float* row = load_row(x, n, c, h, w + first, end - first, buffer + first);
+    if (row != buffer + first) std::copy_n(row, end - first, buffer + first);
+    return buffer;
+}
+
+// --- Softmax statistics -------------------------------------------------------------------------
+
+// Takes another class into top, the largest logit, and rest, the sum of exp(logit - top) over the
+// other classes. A tie counts as another class, also between two logits of -infinity.
+ROW_FUNCTION void statistics_row(Floats x, FloatsOut top, FloatsOut rest, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float step = x[w] == top[w] ? 0.0f : x[w] - top[w];
+        float e = exp_of_negative(-std::fabs(step));
+        rest[w] = step > 0.0f ? (rest[w] + 1.0f) * e : rest[w] + e;
+        top[w] = top[w] < x[w] ? x[w] : top[w];
+    }
+}
+
+// No probability exists where the largest logit is infinite: rest becomes NaN.
+ROW_FUNCTION void finish_statistics_row(Floats top, FloatsOut rest, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) rest[w] += top[w] - top[w];
+}
+
+// The softmax statistics of row t of a tile.
+void softmax_statistics(
+    const Images& logits, const Shape& shape, const Tile& tile, int t, Rows<float>& buffers,
+    const Images& top_image, float* rest_row
+) {
+    const int n = tile.columns, whole = int(round_up(n, GROUP));
+    float *top = buffers.row(0), *rest = buffers.row(1);
+    auto load = [&](int64_t c) {
+        return padded_row(
+            logits, tile.n, c, tile.h + t, tile.w, shape.w, whole, buffers.row(2), logits.stride_c
+        );
+    };
+    std::copy_n(load(0), whole, top);
+    std::fill_n(rest, whole, 0.0f);
+    for (int64_t c = 1; c < shape.c; c++) statistics_row(load(c), top, rest, whole);
+    finish_statistics_row(top, rest, whole);
+    store_row(top_image, tile.n, 0, tile.h + t, tile.w, n, top);
+    std::copy_n(rest, n, rest_row);
+}
+
+// --- Rows of the march --------------------------------------------------------------------------
+
+struct Clamp {
+    float eps;    // of p
+    float limit;  // of log(p / q)
+    float log_eps, log_1_eps;
+
+    explicit Clamp(double given)
+        : eps(float(given)),
+          limit(float(std::log((1 - given) / given))),
+          log_eps(float(std::log(given))),
+          log_1_eps(float(std::log1p(-given))) {}
+};
+
+// log(1 + rest), with all the digits of a small rest; and 1 / (1 + rest).
+ROW_FUNCTION void softmax_row(Floats rest, FloatsOut inverse, FloatsOut log_total, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float total = 1.0f + rest[w];
+        inverse[w] = 1.0f / total;
+        log_total[w] = log_of_positive(total) + (rest[w] - (total - 1.0f)) * inverse[w];
+    }
+}
+
+inline float clamp(float x, float least, float most) {  // NaN stays NaN
+    x = x < least ? least : x;
+    return x > most ? most : x;
+}
+
+// One row of a class: u = -q at pixels of this class, p elsewhere, shifted by eps so that a clamped
+// u is 0; l = log(p / q); log q. All clamped; u and l are 0 at pixels that do not count. For the
+// gradient p and 1 / q, 0 where the clamp passes no gradient.
+template <bool GRADIENT>
+ROW_FUNCTION void probability_row(
+    Floats x, Floats top, Floats rest, Floats inverse, Floats log_total, Ints label, int32_t c,
+    const Clamp& given, FloatsOut u, FloatsOut l, FloatsOut log_q, FloatsOut p_free,
+    FloatsOut inverse_q_free, int n
+) {
+    const float eps = given.eps, limit = given.limit;
+    const float log_eps = given.log_eps, log_1_eps = given.log_1_eps;
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float step = x[w] - top[w];
+        float e = exp_of_negative(step);
+        float p = e * inverse[w];
+        float q = ((1.0f - e) + rest[w]) * inverse[w];
+        float own_log_q = log_of_positive(q);
+        float log_odds = step - log_total[w] - own_log_q;
+        int32_t y = label[w];
+        bool counted = y >= 0;
+        float shifted = clamp((y == c ? q : p) - eps, 0.0f, 1.0f - 2.0f * eps);
+        shifted = y == c ? -shifted : shifted;
+        u[w] = counted ? shifted : 0.0f;
+        l[w] = counted ? clamp(log_odds, -limit, limit) : 0.0f;
+        log_q[w] = clamp(own_log_q, log_eps, log_1_eps);
+        if constexpr (GRADIENT) {
+            bool free = (std::fabs(log_odds) < limit) & counted;
+            float inverse_q = 1.0f / q;
+            p_free[w] = free ? p : 0.0f;
+            inverse_q_free[w] = free ? inverse_q : 0.0f;
+        }
+    }
+}
+
+// Sums over three rows.
+ROW_FUNCTION void add_rows(Floats above, Floats here, Floats below, FloatsOut sum, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) sum[w] = above[w] + here[w] + below[w];
+}
+
+// Number of valid pixels among a pixel and its 8 neighbours.
+ROW_FUNCTION void box_row(Ints above, Ints here, Ints below, int d, FloatsOut box, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        int32_t sum = (above[w - d] >= 0) + (above[w] >= 0) + (above[w + d] >= 0);
+        sum += (here[w - d] >= 0) + (here[w] >= 0) + (here[w + d] >= 0);
+        sum += (below[w - d] >= 0) + (below[w] >= 0) + (below[w + d] >= 0);
+        box[w] = float(sum);
+    }
+}
+
+// A size's rows in the dense part: numbers of valid pixels, sums over three rows of u and l; its
+// coefficient; and the sum of the products, which dense_row adds to.
+struct DenseSize {
+    const float *box, *u, *l;
+    int d;
+    float coefficient, sum;
+};
+
+// x_i - x_j, summed over the neighbours j.
+inline float step_to_neighbours(Floats x, Floats row_sums, Floats box, int d, int w) {
+    return box[w] * x[w] - (row_sums[w - d] + row_sums[w] + row_sums[w + d]);
+}
+
+// The dense part of K sizes: sums of l_i (u_i - u_j), and p times its gradient, which is added to
+// what is there unless this is the first group of sizes.
+template <int K, bool GRADIENT>
+ROW_FUNCTION void dense_row(
+    Floats u, Floats l, Floats p_free, Floats inverse_q_free, DenseSize* sizes, bool first,
+    FloatsOut grad, int n
+) {
+    const DenseSize s0 = sizes[0], s1 = sizes[K > 1 ? 1 : 0], s2 = sizes[K > 2 ? 2 : 0],
+                    s3 = sizes[K > 3 ? 3 : 0];
+    float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+    const int32_t bits_before = first ? 0 : -1;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int w = 0; w < n; w++) {
+        float step0 = step_to_neighbours(u, s0.u, s0.box, s0.d, w);
+        float step1 = K > 1 ? step_to_neighbours(u, s1.u, s1.box, s1.d, w) : 0.0f;
+        float step2 = K > 2 ? step_to_neighbours(u, s2.u, s2.box, s2.d, w) : 0.0f;
+        float step3 = K > 3 ? step_to_neighbours(u, s3.u, s3.box, s3.d, w) : 0.0f;
+        sum0 += l[w] * step0;
+        sum1 += l[w] * step1;
+        sum2 += l[w] * step2;
+        sum3 += l[w] * step3;
+        if (GRADIENT) {
+            float u_step = s0.coefficient * step0;
+            if (K > 1) u_step += s1.coefficient * step1;
+            if (K > 2) u_step += s2.coefficient * step2;
+            if (K > 3) u_step += s3.coefficient * step3;
+            float l_step = s0.coefficient * step_to_neighbours(l, s0.l, s0.box, s0.d, w);
+            if (K > 1) l_step += s1.coefficient * step_to_neighbours(l, s1.l, s1.box, s1.d, w);
+            if (K > 2) l_step += s2.coefficient * step_to_neighbours(l, s2.l, s2.box, s2.d, w);
+            if (K > 3) l_step += s3.coefficient * step_to_neighbours(l, s3.l, s3.box, s3.d, w);
+            float before = as_float(as_int(grad[w]) & bits_before);
+            grad[w] = before + (u_step * inverse_q_free[w] + l_step * p_free[w]);
+        }
+    }
+    const float sums[] = {sum0, sum1, sum2, sum3};
+    for (int s = 0; s < K; s++) sizes[s].sum = sums[s];
+}
+
+// --- Edges --------------------------------------------------------------------------------------
+
+// GROUP pixels of a row, the first of which is w, that have edges at one distance. The bits of the
+// set are the labels, modulo 32, of these pixels and their neighbours.
+struct Group {
+    int w;
+    uint32_t labels;
+};
+
+uint32_t bit_of(int32_t label) { return uint32_t(1) << (uint32_t(label) % 32); }
+
+// The sets of the labels of the pixels w, ..., w + GROUP - 1.
+ROW_FUNCTION void label_sets_row(Ints label, uint32_t* RESTRICT sets, int n) {
+    for (int w = 0; w < n; w++) sets[w] = label[w] < 0 ? 0 : uint32_t(1) << (label[w] & 31);
+    for (int step = 1; step < GROUP; step *= 2) {
+        for (int w = 0; w + step < n; w++) sets[w] |= sets[w + step];
+    }
+}
+
+ROW_FUNCTION void differs_row(
+    Ints above, Ints here, Ints below, int d, IntsOut differs, int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        int32_t label = here[w];
+        auto differ = [label](int32_t there) { return int32_t((there >= 0) & (there != label)); };
+        int32_t any = differ(above[w - d]) | differ(above[w]) | differ(above[w + d]) |
+                      differ(here[w - d]) | differ(here[w + d]) | differ(below[w - d]) |
+                      differ(below[w]) | differ(below[w + d]);
+        differs[w] = label >= 0 ? any : 0;
+    }
+}
+
+// The groups with edges of every size and row of a tile.
+class Edges {
+public:
+    Edges(const Tiling& tiling, const March& march, const LabelRows& labels)
+        : march_(march),
+          labels_(labels),
+          sets_(march.num_rows(tiling.rows()), labels.width()),
+          differs_(1, round_up(tiling.columns(), LANES)) {}
+
+    void find(const Tile& tile) {
+        rows_ = tile.rows;
+        groups_.clear();
+        ends_.assign(1, 0);
+        for (int i = 0; i < march_.num_rows(tile.rows); i++) {
+            label_sets_row(labels_.whole_row(i), sets_.row(i), labels_.width());
+        }
+        for (const Size& size : march_.sizes) {
+            for (int t = 0; t < tile.rows; t++) find_in_row(size, t, tile.columns);
+        }
+    }
+
+    // The groups of row t of the march's size number s.
+    const Group* begin(int s, int t) const { return groups_.data() + ends_[s * rows_ + t]; }
+    const Group* end(int s, int t) const { return groups_.data() + ends_[s * rows_ + t + 1]; }
+
+private:
+    void find_in_row(const Size& size, int t, int columns) {
+        const int d = size.columns;
+        const int rows[3] = {march_.above(t, size), march_.here(t), march_.below(t, size)};
+        int32_t* differs = differs_.row(0);
+        int n = int(round_up(columns, GROUP));
+        differs_row(labels_.row(rows[0]), labels_.row(rows[1]), labels_.row(rows[2]), d, differs, n);
+        for (int w = 0; w < n; w += GROUP) {
+            int32_t any = 0;
+            for (int i = 0; i < GROUP; i++) any |= differs[w + i];
+            if (!any) continue;
+            uint32_t labels = 0;
+            for (int row : rows) {
+                const uint32_t* sets = sets_.row(row) + labels_.margin() + w;
+                labels |= sets[-d] | sets[0] | sets[d];
+            }
+            groups_.push_back(Group{w, labels});
+        }
+        ends_.push_back(groups_.size());
+    }
+
+    const March& march_;
+    const LabelRows& labels_;
+    Rows<uint32_t> sets_;
+    Rows<int32_t> differs_;
+    std::vector<Group> groups_;
+    std::vector<size_t> ends_;
+    int rows_ = 0;
+};
+
+struct PixelRow {
+    const float *u, *l, *log_q;
+    const int32_t* label;
+};
+
+// One pixel i and its edges in a class: sums over the neighbours j.
+struct Centre {
+    bool counted, own;
+    float u, l, log_q;
+    float shift_i, shift_j;  // p - u
+    float margin;
+    float hinge = 0;   // max(0, margin - KL(p_j || p_i))
+    float u_step = 0;  // u_i - u_j
+    float p_step = 0;  // p_i - p_j where the hinge of KL(p_j || p_i) is not 0
+    float l_step = 0;  // l_j - l_i, once for the dense part, once more where the hinge of
+                       // KL(p_i || p_j) is not 0, times their coefficients
+};
+
+inline void add_neighbour(
+    Centre& i, const PixelRow& row, int w, int32_t c, float edge_grad, float non_edge_grad
+) {
+    int32_t y = row.label[w];
+    bool edge = i.counted & (y >= 0) & ((y == c) != i.own);
+    float p_i = i.u + i.shift_i, p_j = row.u[w] + i.shift_j;
+    float l_step = row.l[w] - i.l, q_step = row.log_q[w] - i.log_q;
+    float room = i.margin - (p_j * l_step + q_step);       // margin - KL(p_j || p_i)
+    float room_back = i.margin + (p_i * l_step + q_step);  // margin - KL(p_i || p_j)
+    i.hinge += edge ? (room < 0.0f ? 0.0f : room) : 0.0f;  // NaN stays NaN
+    i.u_step += edge ? i.u - row.u[w] : 0.0f;
+    i.p_step += (edge & (room > 0.0f)) ? p_i - p_j : 0.0f;
+    float factor = non_edge_grad + (room_back > 0.0f ? edge_grad : 0.0f);
+    i.l_step += edge ? factor * l_step : 0.0f;
+}
+
+struct EdgeSums {
+    double hinge = 0, product = 0;
+};
+
+// The edges in class c of those groups that may have one: the sums of hinges and of
+// l_i (u_i - u_j), which the dense part holds too much; and p times their gradient.
+template <bool GRADIENT>
+ROW_FUNCTION EdgeSums edge_row(
+    const Group* begin, const Group* end, const PixelRow& above, const PixelRow& here,
+    const PixelRow& below, int d, int32_t c, float eps, float margin, float edge_grad,
+    float non_edge_grad, Floats p_free, Floats inverse_q_free, FloatsOut grad
+) {
+    const uint32_t bit = bit_of(c);
+    float hinge[GROUP] = {}, product[GROUP] = {};
+    for (const Group* group = begin; group != end; group++) {
+        if (!(group->labels & bit)) continue;
+        const int first = group->w;
+#pragma omp simd
+        for (int lane = 0; lane < GROUP; lane++) {
+            const int w = first + lane;
+            Centre i;
+            i.counted = here.label[w] >= 0;
+            i.own = here.label[w] == c;
+            i.u = here.u[w];
+            i.l = here.l[w];
+            i.log_q = here.log_q[w];
+            i.shift_i = i.own ? 1.0f - eps : eps;
+            i.shift_j = i.own ? eps : 1.0f - eps;
+            i.margin = margin;
+            add_neighbour(i, above, w - d, c, edge_grad, non_edge_grad);
+            add_neighbour(i, above, w, c, edge_grad, non_edge_grad);
+            add_neighbour(i, above, w + d, c, edge_grad, non_edge_grad);
+            add_neighbour(i, here, w - d, c, edge_grad, non_edge_grad);
+            add_neighbour(i, here, w + d, c, edge_grad, non_edge_grad);
+            add_neighbour(i, below, w - d, c, edge_grad, non_edge_grad);
+            add_neighbour(i, below, w, c, edge_grad, non_edge_grad);
+            add_neighbour(i, below, w + d, c, edge_grad, non_edge_grad);
+            hinge[lane] += i.hinge;
+            product[lane] += i.l * i.u_step;
+            if constexpr (GRADIENT) {
+                float u_grad = edge_grad * i.p_step + non_edge_grad * i.u_step;
+                grad[w] += i.l_step * p_free[w] - u_grad * inverse_q_free[w];
+            }
+        }
+    }
+    EdgeSums sums;
+    for (int lane = 0; lane < GROUP; lane++) {
+        sums.hinge += hinge[lane];
+        sums.product += product[lane];
+    }
+    return sums;
+}
+
+// --- From the gradient of the softmax to the gradient of the logits ------------------------------
+
+ROW_FUNCTION void add_to_row(Floats x, FloatsOut sum, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) sum[w] += x[w];
+}
+
+// Softmax backward for one class, in place: p g becomes p g - p total. Adds up the results of all
+// classes but the largest one, and keeps the number of the largest one.
+ROW_FUNCTION void softmax_backward_row(
+    Floats x, Floats top, Floats inverse, Ints label, Floats total, int32_t c, FloatsOut grad,
+    FloatsOut others, IntsOut largest, int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float p = exp_of_negative(x[w] - top[w]) * inverse[w];
+        float result = label[w] >= 0 ? grad[w] - p * total[w] : 0.0f;
+        bool below = x[w] < top[w];
+        grad[w] = result;
+        others[w] += below ? result : 0.0f;
+        largest[w] = below ? largest[w] : c;
+    }
+}
+
+// --- Tables and gradient -------------------------------------------------------------------------
+
+struct Problem {
+    Shape shape;
+    Images logits, top, rest;  // top and rest: (N, 1, H, W)
+    Labels labels;
+    int64_t num_sizes;
+    float margin;
+    Clamp clamp;
+    const float* grad_sums;      // (2, C, K), or null
+    const float* grad_log_loss;  // (C,), or null
+    const Images* grad;          // with grad_sums
+
+    int64_t table_size() const { return (2 * num_sizes + 1) * shape.c; }
+    int64_t edge_entry(int64_t c, int64_t k) const { return c * num_sizes + k; }
+    int64_t non_edge_entry(int64_t c, int64_t k) const { return (shape.c + c) * num_sizes + k; }
+    int64_t log_loss_entry(int64_t c) const { return 2 * shape.c * num_sizes + c; }
+    float coefficient(int64_t entry) const { return grad_sums ? grad_sums[entry] : 0.0f; }
+};
+
+// A march through tiles: the labels and softmax statistics of its rows, which all classes share,
+// and the rows of the class that is being computed.
+class Marcher {
+public:
+    Marcher(const Problem& problem, const Tiling& tiling, const March& march)
+        : problem_(problem),
+          march_(march),
+          labels_(problem.shape, tiling, march),
+          edges_(tiling, march, labels_),
+          width_(labels_.width()),
+          columns_(tiling.columns()),
+          tile_rows_(tiling.rows()),
+          top_(march.num_rows(tile_rows_), width_),
+          rest_(march.num_rows(tile_rows_), width_),
+          inverse_(march.num_rows(tile_rows_), width_),
+          log_total_(march.num_rows(tile_rows_), width_),
+          boxes_(march.num_sizes() * tile_rows_, columns_),
+          u_(march.rows_kept(), width_),
+          l_(march.rows_kept(), width_),
+          log_q_(march.rows_kept(), width_),
+          p_free_(march.rows_kept(), width_),
+          inverse_q_free_(march.rows_kept(), width_),
+          u_sums_(march.num_sizes(), width_),
+          l_sums_(march.num_sizes(), width_),
+          x_(1, width_) {}
+
+    void load(const Tile& tile) {
+        tile_ = tile;
+        labels_.load(problem_.labels, tile);
+        const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
+        for (int i = 0; i < march_.num_rows(tile.rows); i++) {
+            if (!in_image(i)) continue;
+            std::copy_n(load_pixels(problem_.top, 0, i, x_.row(0)), n, top_.row(i) + begin);
+            std::copy_n(load_pixels(problem_.rest, 0, i, x_.row(0)), n, rest_.row(i) + begin);
+            softmax_row(rest_.row(i) + begin, inverse_.row(i) + begin, log_total_.row(i) + begin, n);
+        }
+        for (int s = 0; s < march_.num_sizes(); s++) {
+            const Size& size = march_.sizes[s];
+            for (int t = 0; t < tile.rows; t++) {
+                const int32_t* here = labels_.row(march_.here(t));
+                const int32_t* above = labels_.row(march_.above(t, size));
+                const int32_t* below = labels_.row(march_.below(t, size));
+                box_row(above, here, below, size.columns, box(s, t), columns_);
+            }
+        }
+        edges_.find(tile);
+        // Beyond the image u and l are 0. Every tile has margins of its own.
+        for (Rows<float>* rows : {&u_, &l_, &u_sums_, &l_sums_}) rows->clear();
+    }
+
+    // Adds the sums of class c to the tables, and p times the gradient of p to the rows of grad,
+    // [tile_rows, columns]; the first march overwrites them.
+    template <bool GRADIENT>
+    void march(int32_t c, bool first, double* tables, float* grad, int64_t stride) {
+        if (march_.sizes.empty()) {
+            for (int t = 0; GRADIENT && first && t < tile_.rows; t++) {
+                std::fill_n(grad + t * stride, columns_, 0.0f);
+            }
+            return;
+        }
+        int computed = 0;
+        for (int t = 0; t < tile_.rows; t++, grad += stride) {
+            for (; computed < march_.rows_before(t); computed++) compute_row<GRADIENT>(c, computed);
+            for (int s = 0; s < march_.num_sizes(); s += 4) {
+                int sizes = std::min(4, march_.num_sizes() - s);
+                bool sets = first && s == 0;
+                if (sizes == 1) add_dense<1, GRADIENT>(c, t, s, sets, tables, grad);
+                if (sizes == 2) add_dense<2, GRADIENT>(c, t, s, sets, tables, grad);
+                if (sizes == 3) add_dense<3, GRADIENT>(c, t, s, sets, tables, grad);
+                if (sizes == 4) add_dense<4, GRADIENT>(c, t, s, sets, tables, grad);
+            }
+            for (int s = 0; s < march_.num_sizes(); s++) add_edges<GRADIENT>(c, t, s, tables, grad);
+        }
+    }
+
+    // Row t of the tile, beginning with its first column.
+    const int32_t* label(int t) const { return labels_.row(march_.here(t)); }
+    const float* top(int t) const { return top_.row(march_.here(t)) + labels_.margin(); }
+    const float* rest(int t) const { return rest_.row(march_.here(t)) + labels_.margin(); }
+    const float* inverse(int t) const { return inverse_.row(march_.here(t)) + labels_.margin(); }
+    const float* log_total(int t) const {
+        return log_total_.row(march_.here(t)) + labels_.margin();
+    }
+
+private:
+    bool in_image(int i) const {
+        int64_t h = march_.image_row(tile_, i);
+        return h >= 0 && h < problem_.shape.h;
+    }
+
+    float* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
+
+    // Row i of the march, from the margin's first column in the image on, in whole groups.
+    const float* load_pixels(const Images& x, int64_t c, int i, float* buffer) const {
+        const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
+        const int64_t w = tile_.w + begin - labels_.margin();
+        return padded_row(
+            x, tile_.n, c, march_.image_row(tile_, i), w, problem_.shape.w, n, buffer, x.stride_h
+        );
+    }
+
+    template <bool GRADIENT>
+    void compute_row(int32_t c, int i) {
+        const int kept = i % march_.rows_kept();
+        float *u = u_.row(kept), *l = l_.row(kept);
+        if (!in_image(i)) {
+            std::fill(u, u + width_, 0.0f);
+            std::fill(l, l + width_, 0.0f);
+            return;
+        }
+        const float* x = load_pixels(problem_.logits, c, i, x_.row(0));
+        const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
+        probability_row<GRADIENT>(
+            x, top_.row(i) + begin, rest_.row(i) + begin, inverse_.row(i) + begin,
+            log_total_.row(i) + begin, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin,
+            l + begin, log_q_.row(kept) + begin, p_free_.row(kept) + begin,
+            inverse_q_free_.row(kept) + begin, n
+        );
+    }
+
+    template <int K, bool GRADIENT>
+    void add_dense(int32_t c, int t, int first_size, bool sets, double* tables, float* grad) {
+        const int margin = labels_.margin(), kept = march_.rows_kept();
+        const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
+        const int here = march_.here(t) % kept;
+        DenseSize sizes[K];
+        for (int s = 0; s < K; s++) {
+            const Size& size = march_.sizes[first_size + s];
+            const int above = march_.above(t, size) % kept, below = march_.below(t, size) % kept;
+            float *u_sum = u_sums_.row(first_size + s), *l_sum = l_sums_.row(first_size + s);
+            add_rows(
+                u_.row(above) + begin, u_.row(here) + begin, u_.row(below) + begin, u_sum + begin, n
+            );
+            if (GRADIENT) {
+                add_rows(
+                    l_.row(above) + begin, l_.row(here) + begin, l_.row(below) + begin,
+                    l_sum + begin, n
+                );
+            }
+            float coefficient = problem_.coefficient(problem_.non_edge_entry(c, size.k));
+            sizes[s] = {box(first_size + s, t), u_sum + margin, l_sum + margin, size.columns,
+                        coefficient, 0.0f};
+        }
+        dense_row<K, GRADIENT>(
+            u_.row(here) + margin, l_.row(here) + margin, p_free_.row(here) + margin,
+            inverse_q_free_.row(here) + margin, sizes, sets, grad,
+            int(round_up(tile_.columns, GROUP))
+        );
+        for (int s = 0; s < K; s++) {
+            tables[problem_.non_edge_entry(c, march_.sizes[first_size + s].k)] += sizes[s].sum;
+        }
+    }
+
+    template <bool GRADIENT>
+    void add_edges(int32_t c, int t, int s, double* tables, float* grad) {
+        const Group *begin = edges_.begin(s, t), *end = edges_.end(s, t);
+        if (begin == end) return;
+        const Size& size = march_.sizes[s];
+        const int64_t edge = problem_.edge_entry(c, size.k);
+        const int64_t non_edge = problem_.non_edge_entry(c, size.k);
+        const int margin = labels_.margin(), kept = march_.here(t) % march_.rows_kept();
+        EdgeSums sums = edge_row<GRADIENT>(
+            begin, end, pixel_row(march_.above(t, size)), pixel_row(march_.here(t)),
+            pixel_row(march_.below(t, size)), size.columns, c, problem_.clamp.eps, problem_.margin,
+            problem_.coefficient(edge), problem_.coefficient(non_edge),
+            p_free_.row(kept) + margin, inverse_q_free_.row(kept) + margin, grad
+        );
+        tables[edge] += sums.hinge;
+        tables[non_edge] -= sums.product;
+    }
+
+    PixelRow pixel_row(int i) const {
+        const int kept = i % march_.rows_kept(), margin = labels_.margin();
+        return {u_.row(kept) + margin, l_.row(kept) + margin, log_q_.row(kept) + margin,
+                labels_.row(i)};
+    }
+
+    const Problem& problem_;
+    const March& march_;
+    LabelRows labels_;
+    Edges edges_;
+    Tile tile_{};
+    int width_, columns_, tile_rows_;
+    Rows<float> top_, rest_, inverse_, log_total_;  // rows of the march
+    Rows<float> boxes_;                             // for every size the rows of a tile
+    Rows<float> u_, l_, log_q_, p_free_, inverse_q_free_;  // row i of the march at i % rows_kept()
+    Rows<float> u_sums_, l_sums_;                   // a row for each size
+    Rows<float> x_;
+};
+
+// -log p of the pixels' own classes.
+void add_log_loss(const Problem& problem, const Marcher& marcher, const Tile& tile, double* tables) {
+    for (int t = 0; t < tile.rows; t++) {
+        const int32_t* label = marcher.label(t);
+        const float *top = marcher.top(t), *log_total = marcher.log_total(t);
+        for (int w = 0; w < tile.columns; w++) {
+            if (label[w] < 0) continue;
+            float buffer;
+            int64_t h = tile.h + t;
+            float x = *load_row(problem.logits, tile.n, label[w], h, tile.w + w, 1, &buffer);
+            tables[problem.log_loss_entry(label[w])] += log_total[w] - (x - top[w]);
+        }
+    }
+}
+
+// Softmax backward and cross-entropy for a row of all classes. The result sums to 0 over the
+// classes of a pixel; where p is near 1, p g - p sum(p g) subtracts nearly equal numbers. There the
+// gradient of the largest class is minus the sum of the others.
+class Finisher {
+public:
+    Finisher(const Problem& problem, const Tiling& tiling)
+        : problem_(problem),
+          tile_rows_(tiling.rows()),
+          columns_(tiling.columns()),
+          factor_(columns_),
+          total_(columns_),
+          others_(columns_),
+          x_(columns_),
+          largest_(columns_) {}
+
+    // grad: [C, tile_rows, columns], p times the gradient of p; its rows are overwritten.
+    void finish(const Marcher& marcher, const Tile& tile, float* grad) {
+        for (int t = 0; t < tile.rows; t++) finish_row(marcher, tile, t, grad);
+    }
+
+private:
+    void finish_row(const Marcher& marcher, const Tile& tile, int t, float* grad) {
+        const int32_t* label = marcher.label(t);
+        const int n = int(round_up(tile.columns, GROUP));
+        const int64_t h = tile.h + t;
+        auto row = [&](int64_t c) { return grad + (t * problem_.shape.c + c) * columns_; };
+        for (int w = 0; w < n; w++) {
+            bool counts = problem_.grad_log_loss && label[w] >= 0;
+            factor_[w] = counts ? problem_.grad_log_loss[label[w]] : 0.0f;
+            total_[w] = -factor_[w];
+            others_[w] = 0.0f;
+            largest_[w] = 0;
+        }
+        for (int64_t c = 0; c < problem_.shape.c; c++) add_to_row(row(c), total_.data(), n);
+        for (int64_t c = 0; c < problem_.shape.c; c++) {
+            const float* x = padded_row(
+                problem_.logits, tile.n, c, h, tile.w, problem_.shape.w, n, x_.data(), problem_.logits.stride_c
+            );
+            softmax_backward_row(
+                x, marcher.top(t), marcher.inverse(t), label, total_.data(), int32_t(c),
+                row(c), others_.data(), largest_.data(), n
+            );
+        }
+        const float* rest = marcher.rest(t);
+        for (int w = 0; w < tile.columns; w++) {
+            if (label[w] < 0) continue;
+            const int32_t own = label[w], largest = largest_[w];
+            float others = others_[w];
+            if (own != largest || !(rest[w] < 1.0f)) {
+                row(own)[w] -= factor_[w];
+                others -= factor_[w];
+            }
+            // Below 1, no other class is as large.
+            if (rest[w] < 1.0f) row(largest)[w] = -others;
+        }
+        for (int64_t c = 0; c < problem_.shape.c; c++) {
+            store_row(*problem_.grad, tile.n, c, h, tile.w, tile.columns, row(c));
+        }
+    }
+
+    const Problem& problem_;
+    int tile_rows_, columns_;
+    std::vector<float> factor_, total_, others_, x_;
+    std::vector<int32_t> largest_;
+};
+
+template <bool GRADIENT>
+void compute_tables(const Problem& problem, const std::vector<March>& all, const Tiling& tiling,
+                    std::vector<double>& tables, int64_t num_threads) {
+    const int64_t size = problem.table_size();
+    const int64_t plane = int64_t(tiling.rows()) * tiling.columns();
+    parallel(tiling.num_tasks(), num_threads, [&](Tasks& tasks) {
+        std::vector<Marcher> marchers;
+        marchers.reserve(all.size());
+        for (const March& march : all) marchers.emplace_back(problem, tiling, march);
+        Finisher finisher(problem, tiling);
+        std::vector<float> grad(size_t(GRADIENT ? problem.shape.c * plane : plane));
+        for (int64_t task; tasks.next(task);) {
+            double* sums = tables.data() + task * size;
+            for (int64_t i = tiling.first_tile(task); i < tiling.first_tile(task + 1); i++) {
+                const Tile tile = tiling.tile(i);
+                for (Marcher& marcher : marchers) {
+                    marcher.load(tile);
+                    bool first = &marcher == &marchers.front();
+                    for (int64_t c = 0; c < problem.shape.c; c++) {
+                        float* rows = grad.data() + (GRADIENT ? c * tiling.columns() : 0);
+                        int64_t stride = GRADIENT ? problem.shape.c * tiling.columns() : 0;
+                        marcher.template march<GRADIENT>(int32_t(c), first, sums, rows, stride);
+                    }
+                }
+                add_log_loss(problem, marchers.back(), tile, sums);
+                if (GRADIENT) finisher.finish(marchers.back(), tile, grad.data());
+            }
+        }
+    });
+}
+
+int64_t threads_for(const Shape& shape, int64_t num_threads) {
+    int64_t elements = shape.n * shape.c * shape.h * shape.w;
+    return std::min(num_threads, 1 + elements / ELEMENTS_PER_THREAD);
+}
+
+}  // namespace
+
+// Numbers of pairs (K,); counts (C, K + 1) as ops/affinity_field.py defines them; labels
+// (N, 1, H, W) of int16 or, where bytes_per_label is 4, int32; softmax statistics (N, 1, H, W).
+EXPORT void affinity_field_statistics(
+    const Images* logits, const Labels* target, const int64_t* shape_, int64_t num_sizes,
+    const int64_t* distances, int64_t* pairs, int64_t* counts, void* label, int64_t bytes_per_label,
+    const Images* top, float* rest, int64_t num_threads
+) {
+    const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
+    const std::vector<March> all = marches(shape, num_sizes, distances);
+    const Tiling tiles = tiling(shape, all);
+    const int64_t table_size = shape.c * (num_sizes + 1);
+    const int64_t size = num_sizes + table_size;
+    std::vector<int64_t> tables(size_t(tiles.num_tasks() * size));
+    parallel(tiles.num_tasks(), threads_for(shape, num_threads), [&](Tasks& tasks) {
+        std::vector<LabelRows> labels;
+        labels.reserve(all.size());
+        for (const March& march : all) labels.emplace_back(shape, tiles, march);
+        Rows<int32_t> buffers(2, tiles.columns());
+        Rows<float> pixels(3, tiles.columns());
+        for (int64_t task; tasks.next(task);) {
+            int64_t* table = tables.data() + task * size;
+            for (int64_t i = tiles.first_tile(task); i < tiles.first_tile(task + 1); i++) {
+                const Tile tile = tiles.tile(i);
+                for (size_t m = 0; m < all.size(); m++) {
+                    labels[m].load(*target, tile);
+                    count_tile(
+                        all[m], labels[m], tile, num_sizes, buffers, {table, table + num_sizes}
+                    );
+                }
+                for (int t = 0; t < tile.rows; t++) {
+                    const int32_t* row = labels.back().row(all.back().here(t));
+                    count_pixels(row, tile.columns, num_sizes, table + num_sizes);
+                    int64_t at = (tile.n * shape.h + tile.h + t) * shape.w + tile.w;
+                    if (bytes_per_label == 2) {
+                        std::copy_n(row, tile.columns, static_cast<int16_t*>(label) + at);
+                    } else {
+                        std::copy_n(row, tile.columns, static_cast<int32_t*>(label) + at);
+                    }
+                    softmax_statistics(*logits, shape, tile, t, pixels, *top, rest + at);
+                }
+            }
+        }
+    });
+    std::fill_n(pairs, num_sizes, 0);
+    std::fill_n(counts, table_size, 0);
+    for (int64_t task = 0; task < tiles.num_tasks(); task++) {
+        const int64_t* table = tables.data() + task * size;
+        for (int64_t i = 0; i < num_sizes; i++) pairs[i] += table[i];
+        for (int64_t i = 0; i < table_size; i++) counts[i] += table[num_sizes + i];
+    }
+}
+
+// Sums (2, C, K) and log loss (C,); and the gradient of the logits, if the gradients of the sums
+// are given. grad_log_loss may be null.
+EXPORT void affinity_field_compute(
+    const Images* logits, const Labels* label, const Images* top, const Images* rest,
+    const int64_t* shape_, int64_t num_sizes, const int64_t* distances, double margin, double eps,
+    const float* grad_sums, const float* grad_log_loss, const Images* grad, float* sums,
+    float* log_loss, int64_t num_threads
+) {
+    const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
+    const Problem problem{shape,  *logits,       *top,         *rest,      *label,        num_sizes,
+                          float(margin), Clamp(eps), grad_sums, grad_log_loss, grad};
+    const std::vector<March> all = marches(shape, num_sizes, distances);
+    const Tiling tiles = tiling(shape, all);
+    const int64_t size = problem.table_size();
+    std::vector<double> tables(size_t(tiles.num_tasks() * size));
+    const auto compute = grad_sums ? compute_tables<true> : compute_tables<false>;
+    compute(problem, all, tiles, tables, threads_for(shape, num_threads));
+    std::vector<double> total(size);
+    for (int64_t task = 0; task < tiles.num_tasks(); task++) {
+        for (int64_t i = 0; i < size; i++) total[i] += tables[task * size + i];
+    }
+    const int64_t num_sums = 2 * shape.c * num_sizes;
+    for (int64_t i = 0; i < num_sums; i++) sums[i] = float(total[i]);
+    for (int64_t c = 0; c < shape.c; c++) log_loss[c] = float(total[num_sums + c]);
+}

@@ -1,0 +1,245 @@
+"""Compiles the C++ kernels of an operation on first use, keeps the result, and loads it.
+
+A compiled library is a file in the user's cache folder. Its name holds a hash of everything that
+decides about its content: sources, flags, CPU and compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OPERATIONS = (
+    "affinity_field",
+    "affinity_propagation",
+    "affinity_regression",
+    "dilated_affinity",
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPILERS = ("c++", "g++", "clang++")
+# -ffast-math is not among the flags: NaN must stay NaN. -fopenmp is not among them either: the
+# kernels take their threads from the runtime that torch has loaded, see common.h.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+)
+SOURCES = Path(__file__).parent
+REMEDY = "TRITONAFF_NATIVE=0 turns native kernels off; portable torch operations run instead"
+
+_lock = threading.Lock()
+_loaded: dict[str, ctypes.CDLL] = {}
+_obstacles: dict[str, str] = {}
+
+
+class Images(ctypes.Structure):
+    """A tensor (N, C, H, W) as the kernels take it; common.h holds the same fields."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("stride_n", ctypes.c_int64),
+        ("stride_c", ctypes.c_int64),
+        ("stride_h", ctypes.c_int64),
+        ("stride_w", ctypes.c_int64),
+    )
+
+
+def images(tensor: Tensor) -> Images:
+    """The fields of a tensor (N, C, H, W), which must outlive them."""
+    return Images(tensor.data_ptr(), DTYPES.index(tensor.dtype), *tensor.stride())
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The address of a contiguous tensor's elements, or null for None."""
+    if tensor is not None and not tensor.is_contiguous():
+        raise AssertionError("a native kernel takes contiguous memory here")
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def integers(values: list[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def obstacle(operation: str, tensor: Tensor) -> str | None:
+    """The reason why no native kernel can run for this tensor, None if it can. Compiles the kernel
+    if that has not been done.
+    """
+    if tensor.device.type != "cpu":
+        return f"native kernels run on CPUs, got device {tensor.device}"
+    if tensor.dtype not in DTYPES:
+        return f"native kernels compute in float32, got {tensor.dtype}"
+    if os.environ.get("TRITONAFF_NATIVE", "1").lower() in ("0", "false", "off", "no"):
+        return "TRITONAFF_NATIVE turns native kernels off"
+    if operation not in _loaded and operation not in _obstacles:
+        with _lock:
+            _load_once(operation)
+    return _obstacles.get(operation)
+
+
+def library(operation: str) -> ctypes.CDLL:
+    """The loaded kernels of an operation for which :func:`obstacle` gave None."""
+    return _loaded[operation]
+
+
+def _load_once(operation: str) -> None:
+    if operation in _loaded or operation in _obstacles:
+        return
+    try:
+        path, seconds = compile_library(operation)
+        _loaded[operation] = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        _obstacles[operation] = str(error)
+        warnings.warn(
+            f"tritonaff: no native kernels for {operation}: {error}. {REMEDY}", stacklevel=2
+        )
+        return
+    if seconds:
+        line = f"tritonaff: compiled {operation} for this CPU in {seconds:.1f} s, once: {path}"
+        print(line, file=sys.stderr)
+
+
+class Build(NamedTuple):
+    """One compiled library: where it is and from what it is made."""
+
+    path: Path
+    compiler: str | None
+    command: list[str]
+
+
+def plan(operation: str) -> Build:
+    """The library of an operation for this CPU and the compiler at hand. Without a compiler, a
+    library that any compiler made for this CPU.
+    """
+    flags = [*FLAGS, f"-march={architecture()}"] if architecture() else list(FLAGS)
+    made_from = hashlib.sha256()
+    for source in (SOURCES / "common.h", SOURCES / f"{operation}.cpp"):
+        made_from.update(source.read_bytes())
+    made_from.update(" ".join([*flags, cpu()]).encode())
+    stem = f"{operation}-{made_from.hexdigest()[:16]}"
+    compiler = find_compiler()
+    if compiler is None:
+        compiled = sorted(cache_folder().glob(f"{stem}-*.so"))
+        return Build(compiled[0] if compiled else cache_folder() / f"{stem}.so", None, [])
+    # The size and the time of the compiler's file stand for its version: asking it takes longer.
+    program = os.stat(compiler[0])
+    identity = f"{compiler} {program.st_size} {program.st_mtime_ns}"
+    suffix = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    path = cache_folder() / f"{stem}-{suffix}.so"
+    return Build(
+        path, shlex.join(compiler), [*compiler, *flags, str(SOURCES / f"{operation}.cpp"), "-o"]
+    )
+
+
+def compile_library(operation: str) -> tuple[Path, float]:
+    """The path of the compiled library, and the seconds that compiling took, 0 if it was there.
+
+    Raises:
+        OSError: no compiler, or no cache folder to write to.
+        subprocess.SubprocessError: the compiler fails.
+    """
+    build = plan(operation)
+    if build.path.exists():
+        return build.path, 0.0
+    if build.compiler is None:
+        raise FileNotFoundError(
+            f"no C++ compiler found (tried $CXX, {', '.join(COMPILERS)}); install one, for example "
+            "the package g++, or compile ahead with python -m tritonaff.native"
+        )
+    start = time.perf_counter()
+    make_private(build.path.parent)
+    # Processes that compile at the same time write files of their own; the last one to be moved
+    # stays, and no process sees half a file.
+    handle, temporary = tempfile.mkstemp(dir=build.path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        result = subprocess.run(
+            [*build.command, temporary], capture_output=True, text=True, timeout=300, check=False
+        )
+        if result.returncode:
+            tail = " ".join(result.stderr.strip().splitlines()[-3:])
+            raise subprocess.SubprocessError(f"{build.compiler} failed: {tail}")
+        os.replace(temporary, build.path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return build.path, time.perf_counter() - start
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C++ compiler, its program as a path: $CXX, else the first one found."""
+    given = os.environ.get("CXX")
+    for command in [given] if given else COMPILERS:
+        program, *arguments = shlex.split(command)
+        found = shutil.which(program)
+        if found:
+            return [found, *arguments]
+    return None
+
+
+def cache_folder() -> Path:
+    given = os.environ.get("TRITONAFF_CACHE")
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(home) / "tritonaff"
+
+
+def make_private(folder: Path) -> None:
+    """Makes the folder, for this user alone: what lies there is loaded into processes.
+
+    Raises:
+        OSError: the folder cannot be made, or others can write to it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache folder {folder} cannot be made ({error.strerror}); set TRITONAFF_CACHE to "
+            "a folder that can be written"
+        ) from error
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others can write to the cache folder {folder}; chmod 700 it")
+
+
+def architecture() -> str:
+    """The value of -march: the CPU of this machine, or the one that TRITONAFF_NATIVE_ARCH names."""
+    return os.environ.get("TRITONAFF_NATIVE_ARCH", "native")
+
+
+@cache
+def _this_cpu() -> str:
+    """The CPU's model and features: libraries for one CPU may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kinds = ("model name", "flags", "CPU part", "Features")
+    return " ".join(sorted({line for line in lines if line.startswith(kinds)}))
+
+
+def cpu() -> str:
+    """The CPU that libraries are compiled for."""
+    return _this_cpu() if architecture() == "native" else platform.machine()
