@@ -133,41 +133,56 @@ private:
 
 // --- The focal loss of a signal -----------------------------------------------------------------
 
-// log(1 + e) for e in [0, 1]: e times a polynomial fitted to log(1 + e) / e.
-inline float log_of_1_plus(float e) {
-    float p = 0.005364821292459965f;
-    p = p * e - 0.030065780505537987f;
-    p = p * e + 0.07920452207326889f;
-    p = p * e - 0.13753801584243774f;
-    p = p * e + 0.191536545753479f;
-    p = p * e - 0.24857163429260254f;
-    p = p * e + 0.3332132399082184f;
-    p = p * e - 0.49999648332595825f;
-    return (p * e + 1.0f) * e;
+// Writes e = exp(-|x|), at least exp(-87); NaN stays NaN. A loop of its own: the shorter the loop
+// bodies, the more of them a processor works on at once, and the functions here are long chains.
+// Polynomials are evaluated in pairs for the same reason.
+ROW_FUNCTION void exp_row(Floats logit, FloatsOut e, int n) {
+    n &= -LANES;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float x = as_float(as_int(logit[w]) | SIGN);
+        x = x < -87.0f ? -87.0f : x;
+        float shifted = x * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127
+        float r = x - (shifted - 12583039.0f) * 0.693147181f, r2 = r * r;
+        float low = 1.6667114198e-1f * r + 4.9999231100e-1f;
+        float high = 8.3125242963e-3f * r + 4.1890121996e-2f;
+        float p = (high * r2 + low) * r2 + (r + 1.0f);
+        e[w] = p * as_float(as_int(shifted) << 23);
+    }
 }
 
-// With u = x for a same and -x for a different signal, pt = sigmoid(u) and q = 1 - pt.
-struct Signal {
-    int32_t counts;  // mask: the signal is valid
-    int32_t same;    // mask: the labels are equal
-    float x, u;      // 0 if the signal is not valid
-    float e;         // exp(-|u|)
-    float log;       // log(1 + e)
-    float loss;      // -log(pt)
+// log(1 + e) for e in [0, 1]: e times a polynomial fitted to log(1 + e) / e.
+inline float log_of_1_plus(float e) {
+    float e2 = e * e, e4 = e2 * e2;
+    float a = 3.3321324e-1f * e - 4.9999648e-1f;
+    float b = 1.9153655e-1f * e - 2.4857163e-1f;
+    float c = 7.9204522e-2f * e - 1.3753802e-1f;
+    float d = 5.3648213e-3f * e - 3.0065781e-2f;
+    return ((d * e2 + c) * e4 + (b * e2 + a)) * e2 + e;
+}
 
-    Signal(float logit, int32_t own, int32_t there) {
-        counts = ~((own | there) >> 31);
+// With u = x for a same and -x for a different signal, pt = sigmoid(u) and q = 1 - pt. A signal
+// that is not valid has any numbers.
+struct Signal {
+    int32_t valid;  // mask
+    int32_t same;   // mask
+    int32_t below;  // negative if u is below 0
+    float u, e;
+    float log;   // log(1 + e)
+    float loss;  // -log(pt)
+
+    Signal(float x, float e, int32_t own, int32_t there) : e(e) {
+        valid = ~((own | there) >> 31);
         same = own == there ? -1 : 0;
-        x = masked(logit, counts);
-        u = as_float(as_int(x) ^ (~same & SIGN));
-        e = exp_of_negative(as_float(as_int(x) | SIGN));
+        below = as_int(x) ^ (~same & SIGN);
+        u = as_float(below);
         log = log_of_1_plus(e);
-        loss = std::max(-u, 0.0f) + log;
+        loss = log - (u < 0.0f ? u : 0.0f);
     }
 
     // q^gamma = exp(-gamma (-log(q))).
     float power_of_q(float gamma) const {
-        return exp_of_negative(-gamma * (std::max(u, 0.0f) + log));
+        return exp_of_negative(-gamma * (log + (u > 0.0f ? u : 0.0f)));
     }
 };
 
@@ -179,20 +194,20 @@ constexpr int ONE_DIFFERENT = 1, ONE_SAME = 1 << 8, PREDICTED_RIGHT = 16;
 
 template <bool GAMMA_IS_2>
 ROW_FUNCTION void focal_row(
-    Floats logit, Ints own, Ints there, float gamma, FloatsOut different_sum, FloatsOut same_sum,
-    IntsOut counts, int n
+    Floats logit, Floats e, Ints own, Ints there, float gamma, FloatsOut different_sum,
+    FloatsOut same_sum, IntsOut counts, int n
 ) {
     n &= -LANES;
     #pragma omp simd
     for (int w = 0; w < n; w++) {
-        Signal s(logit[w], own[w], there[w]);
-        float q = (s.u > 0.0f ? s.e : 1.0f) / (1.0f + s.e);
-        float focal = masked((GAMMA_IS_2 ? q * q : s.power_of_q(gamma)) * s.loss, s.counts);
+        Signal s(logit[w], e[w], own[w], there[w]);
+        float q = (s.below < 0 ? 1.0f : s.e) / (1.0f + s.e);
+        float focal = masked((GAMMA_IS_2 ? q * q : s.power_of_q(gamma)) * s.loss, s.valid);
         same_sum[w] += masked(focal, s.same);
         different_sum[w] += masked(focal, ~s.same);
         int32_t one = (s.same & (ONE_SAME - ONE_DIFFERENT)) + ONE_DIFFERENT;
-        int32_t right = (s.x > 0.0f ? -1 : 0) ^ ~s.same;
-        counts[w] += (one + ((one << PREDICTED_RIGHT) & right)) & s.counts;
+        int32_t right = (logit[w] > 0.0f ? -1 : 0) ^ ~s.same;
+        counts[w] += (one + ((one << PREDICTED_RIGHT) & right)) & s.valid;
     }
 }
 
@@ -279,20 +294,20 @@ ROW_FUNCTION void coefficient_row(
 
 template <bool GAMMA_IS_2>
 ROW_FUNCTION void gradient_row(
-    Floats logit, Ints own, Ints there, float gamma, Floats different_grad, Floats same_grad,
-    FloatsOut grad, int n
+    Floats logit, Floats e, Ints own, Ints there, float gamma, Floats different_grad,
+    Floats same_grad, FloatsOut grad, int n
 ) {
     n &= -LANES;
     #pragma omp simd
     for (int w = 0; w < n; w++) {
-        Signal s(logit[w], own[w], there[w]);
+        Signal s(logit[w], e[w], own[w], there[w]);
         float larger = 1.0f / (1.0f + s.e), smaller = s.e * larger;
-        float pt = s.u > 0.0f ? larger : smaller, q = s.u > 0.0f ? smaller : larger;
+        float pt = s.below < 0 ? smaller : larger, q = s.below < 0 ? larger : smaller;
         float slope = GAMMA_IS_2 ? q * q * (2.0f * pt * s.loss + q)
                                  : s.power_of_q(gamma) * (gamma * pt * s.loss + q);
         int32_t different = as_int(different_grad[w]), same = as_int(same_grad[w]);
         float coefficient = as_float((same & s.same) | (different & ~s.same));
-        grad[w] = masked(slope * coefficient, s.counts);
+        grad[w] = masked(slope * coefficient, s.valid);
     }
 }
 
@@ -381,7 +396,7 @@ struct alignas(64) Buffer {
 
 template <bool GAMMA_IS_2>
 void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
-    Buffer<float> logit, different_sum, same_sum;
+    Buffer<float> logit, e, different_sum, same_sum;
     Buffer<int32_t> counts, category;
     for (int64_t task; tasks.next(task);) {
         Entry* table = tables + task * batch.num_rates * CATEGORIES;
@@ -395,9 +410,11 @@ void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
                 if (there.first == there.last) continue;
                 const float* x = batch.load(n, NEIGHBORS * rate + s, h, there, logit.data);
                 int64_t i = there.first - w;
+                int size = int(there.last - there.first);
+                exp_row(x, e.data, size);
                 focal_row<GAMMA_IS_2>(
-                    x, own + there.first, there.there + there.first, batch.gamma,
-                    different_sum.at(i), same_sum.at(i), counts.at(i), int(there.last - there.first)
+                    x, e.data, own + there.first, there.there + there.first, batch.gamma,
+                    different_sum.at(i), same_sum.at(i), counts.at(i), size
                 );
             }
             int whole = int(whole_vectors(count));
@@ -417,7 +434,7 @@ template <bool GAMMA_IS_2>
 void write_gradient(
     const Batch& batch, Tasks& tasks, const float* grad_loss_sum, const Images& grad
 ) {
-    Buffer<float> logit, different_grad, same_grad, result;
+    Buffer<float> logit, e, different_grad, same_grad, result;
     Buffer<int32_t> different;
     for (int64_t task; tasks.next(task);) {
         batch.each_strip(task, [&](int64_t n, int64_t rate, int64_t h, int64_t w, int count) {
@@ -440,8 +457,9 @@ void write_gradient(
                 result.clear();
                 if (first < last) {
                     const float* x = batch.load(n, channel, h, there[s], logit.data);
+                    exp_row(x, e.data, int(last - first));
                     gradient_row<GAMMA_IS_2>(
-                        x, own + first, label + first, batch.gamma, different_grad.at(i),
+                        x, e.data, own + first, label + first, batch.gamma, different_grad.at(i),
                         same_grad.at(i), result.at(i), int(last - first)
                     );
                 }
