@@ -1,0 +1,519 @@
+// Dilated affinity on a CPU: tables of sums and counts, and the gradient of the logits.
+//
+// A signal is a pixel and one of its 8 neighbours at a rate; its logit is in a channel of its own.
+// Tasks are bands of rows of an image. A task goes through them by rates, rows and strips of a row,
+// and reads the logits of a strip neighbour by neighbour, only where the neighbour is inside the
+// image. The results of a strip stay in the first cache.
+//
+// Compilers run the remainder of a loop one by one. Row functions therefore work on whole vectors,
+// and labels have columns of "ignored" on both sides of the image, so that surplus lanes count
+// nothing. Masks are integers, all bits or none: compilers make branches of nested conditions.
+#include "common.h"
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int STRIP = 512;         // pixels
+constexpr int BAND_PIXELS = 2048;  // least size of a task
+constexpr int NEIGHBORS = 8;
+constexpr int CATEGORIES = 9;
+constexpr int IGNORED = -1;
+constexpr int SIGN = INT32_MIN;
+
+inline int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+inline float masked(float x, int32_t mask) { return as_float(as_int(x) & mask); }
+
+// --- Labels -------------------------------------------------------------------------------------
+
+// Labels (N, H, W) of uint8, int32 or int64; strides in elements.
+struct Target {
+    const void* data;
+    int64_t item_size;
+    int64_t stride_n, stride_h, stride_w;
+};
+
+// Writes the labels of a row as int32; nonzero if some label does not fit.
+template <class Label>
+ROW_FUNCTION int64_t label_row(
+    const Label* RESTRICT label, int64_t stride, int64_t ignore_index, IntsOut id, int64_t n
+) {
+    int64_t beyond = 0;
+    for (int64_t w = 0; w < n; w++) {
+        int64_t k = label[w * stride];
+        int64_t ignored = k == ignore_index ? -1 : 0;
+        id[w] = int32_t(k | ignored);
+        beyond |= k & ~ignored & ~int64_t(INT32_MAX);
+    }
+    return beyond;
+}
+
+// The labels of a batch as int32, which equal each other where the labels do; IGNORED where a pixel
+// does not count, and in the columns beside the image.
+class Labels {
+public:
+    Labels(
+        const Target& target, int64_t num_images, int64_t height, int64_t width,
+        int64_t ignore_index, int64_t num_threads
+    )
+        : height_(height),
+          width_(width),
+          pitch_(whole_vectors(width) + LANES),
+          ids_(num_images * height * pitch_ + LANES, IGNORED) {
+        int64_t rows_of_task = 1 + (1 << 15) / width;
+        int64_t rows = num_images * height, num_tasks = (rows + rows_of_task - 1) / rows_of_task;
+        std::atomic<bool> beyond{false};
+        parallel(num_tasks, num_threads, [&](Tasks& tasks) {
+            for (int64_t task; tasks.next(task);) {
+                int64_t stop = std::min(rows, (task + 1) * rows_of_task);
+                for (int64_t i = task * rows_of_task; i < stop; i++) {
+                    if (copy_row(target, i / height, i % height, ignore_index)) beyond = true;
+                }
+            }
+        });
+        if (beyond) {
+            for (int64_t n = 0; n < num_images; n++) rank(target, n, ignore_index);
+        }
+    }
+
+    // The label of column 0.
+    const int32_t* row(int64_t n, int64_t h) const {
+        return ids_.data() + LANES + (n * height_ + h) * pitch_;
+    }
+
+private:
+    int32_t* row(int64_t n, int64_t h) { return ids_.data() + LANES + (n * height_ + h) * pitch_; }
+
+    bool copy_row(const Target& x, int64_t n, int64_t h, int64_t ignore_index) {
+        int64_t at = n * x.stride_n + h * x.stride_h, stride = x.stride_w;
+        int32_t* id = row(n, h);
+        if (x.item_size == 1) {
+            auto label = static_cast<const uint8_t*>(x.data) + at;
+            return label_row(label, stride, ignore_index, id, width_);
+        }
+        if (x.item_size == 4) {
+            auto label = static_cast<const int32_t*>(x.data) + at;
+            return label_row(label, stride, ignore_index, id, width_);
+        }
+        auto label = static_cast<const int64_t*>(x.data) + at;
+        return label_row(label, stride, ignore_index, id, width_);
+    }
+
+    // Labels below 0 or beyond int32 are replaced by their ranks among the labels of the image.
+    void rank(const Target& x, int64_t n, int64_t ignore_index) {
+        auto label_of = [&](int64_t h, int64_t w) -> int64_t {
+            int64_t at = n * x.stride_n + h * x.stride_h + w * x.stride_w;
+            if (x.item_size == 4) return static_cast<const int32_t*>(x.data)[at];
+            return static_cast<const int64_t*>(x.data)[at];
+        };
+        std::vector<int64_t> labels;
+        for (int64_t h = 0; h < height_; h++) {
+            for (int64_t w = 0; w < width_; w++) {
+                int64_t label = label_of(h, w);
+                if (labels.empty() || label != labels.back()) labels.push_back(label);
+            }
+        }
+        std::sort(labels.begin(), labels.end());
+        labels.erase(std::unique(labels.begin(), labels.end()), labels.end());
+        for (int64_t h = 0; h < height_; h++) {
+            for (int64_t w = 0; w < width_; w++) {
+                int64_t label = label_of(h, w);
+                auto place = std::lower_bound(labels.begin(), labels.end(), label);
+                if (label != ignore_index) row(n, h)[w] = int32_t(place - labels.begin());
+            }
+        }
+    }
+
+    int64_t height_, width_, pitch_;
+    std::vector<int32_t> ids_;
+};
+
+// --- The focal loss of a signal -----------------------------------------------------------------
+
+// Writes e = exp(-|x|), at least exp(-87); NaN stays NaN. A loop of its own: the shorter the loop
+// bodies, the more of them a processor works on at once, and the functions here are long chains.
+// Polynomials are evaluated in pairs for the same reason.
+ROW_FUNCTION void exp_row(Floats logit, FloatsOut e, int n) {
+    n &= -LANES;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float x = as_float(as_int(logit[w]) | SIGN);
+        x = x < -87.0f ? -87.0f : x;
+        float shifted = x * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127
+        float r = x - (shifted - 12583039.0f) * 0.693147181f, r2 = r * r;
+        float low = 1.6667114198e-1f * r + 4.9999231100e-1f;
+        float high = 8.3125242963e-3f * r + 4.1890121996e-2f;
+        float p = (high * r2 + low) * r2 + (r + 1.0f);
+        e[w] = p * as_float(as_int(shifted) << 23);
+    }
+}
+
+// log(1 + e) for e in [0, 1]: e times a polynomial fitted to log(1 + e) / e.
+inline float log_of_1_plus(float e) {
+    float e2 = e * e, e4 = e2 * e2;
+    float a = 3.3321324e-1f * e - 4.9999648e-1f;
+    float b = 1.9153655e-1f * e - 2.4857163e-1f;
+    float c = 7.9204522e-2f * e - 1.3753802e-1f;
+    float d = 5.3648213e-3f * e - 3.0065781e-2f;
+    return ((d * e2 + c) * e4 + (b * e2 + a)) * e2 + e;
+}
+
+// With u = x for a same and -x for a different signal, pt = sigmoid(u) and q = 1 - pt. A signal
+// that is not valid has any numbers.
+struct Signal {
+    int32_t valid;  // mask
+    int32_t same;   // mask
+    int32_t below;  // negative if u is below 0
+    float u, e;
+    float log;   // log(1 + e)
+    float loss;  // -log(pt)
+
+    Signal(float x, float e, int32_t own, int32_t there) : e(e) {
+        valid = ~((own | there) >> 31);
+        same = own == there ? -1 : 0;
+        below = as_int(x) ^ (~same & SIGN);
+        u = as_float(below);
+        log = log_of_1_plus(e);
+        loss = log - (u < 0.0f ? u : 0.0f);
+    }
+
+    // q^gamma = exp(-gamma (-log(q))).
+    float power_of_q(float gamma) const {
+        return exp_of_negative(-gamma * (log + (u > 0.0f ? u : 0.0f)));
+    }
+};
+
+// --- Tables -------------------------------------------------------------------------------------
+
+// Of a pixel's signals at a rate: one byte each for the numbers of different and of same signals,
+// and of different and of same signals that are predicted right.
+constexpr int ONE_DIFFERENT = 1, ONE_SAME = 1 << 8, PREDICTED_RIGHT = 16;
+
+template <bool GAMMA_IS_2>
+ROW_FUNCTION void focal_row(
+    Floats logit, Floats e, Ints own, Ints there, float gamma, FloatsOut different_sum,
+    FloatsOut same_sum, IntsOut counts, int n
+) {
+    n &= -LANES;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        Signal s(logit[w], e[w], own[w], there[w]);
+        float q = (s.below < 0 ? 1.0f : s.e) / (1.0f + s.e);
+        float focal = masked((GAMMA_IS_2 ? q * q : s.power_of_q(gamma)) * s.loss, s.valid);
+        same_sum[w] += masked(focal, s.same);
+        different_sum[w] += masked(focal, ~s.same);
+        int32_t one = (s.same & (ONE_SAME - ONE_DIFFERENT)) + ONE_DIFFERENT;
+        int32_t right = (logit[w] > 0.0f ? -1 : 0) ^ ~s.same;
+        counts[w] += (one + ((one << PREDICTED_RIGHT) & right)) & s.valid;
+    }
+}
+
+// The neighbour categories of pixels, CATEGORIES if a pixel has no valid neighbour. Returns a bit
+// for every category that is there.
+ROW_FUNCTION int32_t category_row(Ints counts, IntsOut category, int n) {
+    n &= -LANES;
+    int32_t found = 0;
+    #pragma omp simd reduction(| : found)
+    for (int w = 0; w < n; w++) {
+        int32_t k = NEIGHBORS - (counts[w] & 0xff);
+        category[w] = (counts[w] & 0xffff) != 0 ? k : CATEGORIES;
+        found |= 1 << category[w];
+    }
+    return found;
+}
+
+// The entries of all tables for one rate and category.
+struct Entry {
+    double loss_sum[2];
+    int64_t pixel_count, signal_count[2], correct_count[2];
+
+    void operator+=(const Entry& other) {
+        pixel_count += other.pixel_count;
+        for (int t = 0; t < 2; t++) {
+            loss_sum[t] += other.loss_sum[t];
+            signal_count[t] += other.signal_count[t];
+            correct_count[t] += other.correct_count[t];
+        }
+    }
+};
+
+// Adds up the pixels of a category. The sums of counts have 16 bits each: n is at most STRIP.
+ROW_FUNCTION void table_row(
+    Ints category, int32_t k, Ints counts, Floats different_sum, Floats same_sum,
+    Entry* RESTRICT entry, int n
+) {
+    static_assert(STRIP * NEIGHBORS < 1 << 16, "16 bits for the sum of a byte over a strip");
+    n &= -LANES;
+    float different_total = 0.0f, same_total = 0.0f;
+    int32_t pixels = 0, different = 0, same = 0;
+    #pragma omp simd reduction(+ : different_total, same_total, pixels, different, same)
+    for (int w = 0; w < n; w++) {
+        int32_t chosen = category[w] == k ? -1 : 0;
+        different_total += masked(different_sum[w], chosen);
+        same_total += masked(same_sum[w], chosen);
+        pixels -= chosen;
+        different += counts[w] & chosen & 0x00ff00ff;
+        same += (counts[w] >> 8) & chosen & 0x00ff00ff;
+    }
+    entry->loss_sum[0] += double(different_total);
+    entry->loss_sum[1] += double(same_total);
+    entry->pixel_count += pixels;
+    entry->signal_count[0] += different & 0xffff;
+    entry->signal_count[1] += same & 0xffff;
+    entry->correct_count[0] += different >> PREDICTED_RIGHT;
+    entry->correct_count[1] += same >> PREDICTED_RIGHT;
+}
+
+// --- Gradient -----------------------------------------------------------------------------------
+
+// Counts the neighbours that have another label.
+ROW_FUNCTION void different_row(Ints own, Ints there, IntsOut different, int n) {
+    n &= -LANES;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        int32_t counts = ~((own[w] | there[w]) >> 31);
+        different[w] += (own[w] != there[w] ? 1 : 0) & counts;
+    }
+}
+
+// The coefficients of pixels' signals, given the table [9, 2] of a rate. The sign turns derivatives
+// with respect to -u into derivatives with respect to the logit.
+ROW_FUNCTION void coefficient_row(
+    Ints different, Floats table, FloatsOut different_grad, FloatsOut same_grad, int n
+) {
+    n &= -LANES;
+    for (int w = 0; w < n; w++) {
+        int32_t k = NEIGHBORS - different[w];
+        different_grad[w] = table[2 * k];
+        same_grad[w] = -table[2 * k + 1];
+    }
+}
+
+template <bool GAMMA_IS_2>
+ROW_FUNCTION void gradient_row(
+    Floats logit, Floats e, Ints own, Ints there, float gamma, Floats different_grad,
+    Floats same_grad, FloatsOut grad, int n
+) {
+    n &= -LANES;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        Signal s(logit[w], e[w], own[w], there[w]);
+        float larger = 1.0f / (1.0f + s.e), smaller = s.e * larger;
+        float pt = s.below < 0 ? smaller : larger, q = s.below < 0 ? larger : smaller;
+        float slope = GAMMA_IS_2 ? q * q * (2.0f * pt * s.loss + q)
+                                 : s.power_of_q(gamma) * (gamma * pt * s.loss + q);
+        int32_t different = as_int(different_grad[w]), same = as_int(same_grad[w]);
+        float coefficient = as_float((same & s.same) | (different & ~s.same));
+        grad[w] = masked(slope * coefficient, s.valid);
+    }
+}
+
+// --- Strips -------------------------------------------------------------------------------------
+
+// The pixels [first, last) of a row, in whole vectors, that have a neighbour inside the image, and
+// the label of pixel 0's neighbour.
+struct Neighbors {
+    int64_t first, last;
+    const int32_t* there;
+};
+
+// The batch that both passes go through.
+struct Batch {
+    Images logits;
+    int64_t num_images, num_rates, height, width;
+    const int64_t* offsets;  // [R, 8, 2]
+    float gamma;
+    const Labels* labels;
+    int64_t end;  // elements from the first logit in memory to the last one, and 1
+
+    Batch(
+        const Images& logits, const int64_t* shape, const int64_t* offsets, double gamma,
+        const Labels& labels
+    )
+        : logits(logits),
+          num_images(shape[0]),
+          num_rates(shape[1]),
+          height(shape[2]),
+          width(shape[3]),
+          offsets(offsets),
+          gamma(float(gamma)),
+          labels(&labels) {
+        end = 1 + logits.offset(num_images - 1, NEIGHBORS * num_rates - 1, height - 1, width - 1);
+    }
+
+    int64_t band_rows() const { return std::max(8, int(1 + (BAND_PIXELS - 1) / width)); }
+    int64_t num_bands() const { return (height + band_rows() - 1) / band_rows(); }
+    int64_t num_tasks() const { return num_images * num_bands(); }
+
+    // Calls row(n, rate, h, w, count) for all rates, rows and strips of a task.
+    template <class Row>
+    void each_strip(int64_t task, const Row& row) const {
+        int64_t n = task / num_bands(), start = task % num_bands() * band_rows();
+        int64_t stop = std::min(height, start + band_rows());
+        for (int64_t rate = 0; rate < num_rates; rate++) {
+            for (int64_t h = start; h < stop; h++) {
+                for (int64_t w = 0; w < width; w += STRIP) {
+                    row(n, rate, h, w, int(std::min<int64_t>(STRIP, width - w)));
+                }
+            }
+        }
+    }
+
+    Neighbors neighbors(int64_t n, int64_t rate, int s, int64_t h, int64_t w, int count) const {
+        const int64_t* offset = offsets + 2 * (NEIGHBORS * rate + s);
+        int64_t dy = offset[0], dx = offset[1];
+        int64_t first = std::max(w, -dx), last = std::min(w + count, width - dx);
+        if (h + dy < 0 || h + dy >= height || first >= last) return {w, w, nullptr};
+        return {first / LANES * LANES, whole_vectors(last), labels->row(n, h + dy) + dx};
+    }
+
+    // The logits [first, last) of a row; reading whole vectors does not leave the tensor's memory.
+    const float* load(
+        int64_t n, int64_t channel, int64_t h, const Neighbors& there, float* buffer
+    ) const {
+        int64_t count = std::min(there.last, width) - there.first;
+        const float* row = load_row(logits, n, channel, h, there.first, int(count), buffer);
+        int64_t behind = logits.offset(n, channel, h, there.first) + there.last - there.first;
+        if (row != buffer && behind > end) {
+            std::memcpy(buffer, row, count * sizeof(float));
+            row = buffer;
+        }
+        return row;
+    }
+};
+
+// A buffer of a thread, one number for each pixel of a strip.
+template <class Number>
+struct alignas(64) Buffer {
+    Number data[STRIP] = {};
+
+    Number* at(int64_t place) { return data + place; }
+    void clear() { std::memset(data, 0, sizeof(data)); }
+};
+
+template <bool GAMMA_IS_2>
+void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
+    Buffer<float> logit, e, different_sum, same_sum;
+    Buffer<int32_t> counts, category;
+    for (int64_t task; tasks.next(task);) {
+        Entry* table = tables + task * batch.num_rates * CATEGORIES;
+        batch.each_strip(task, [&](int64_t n, int64_t rate, int64_t h, int64_t w, int count) {
+            different_sum.clear();
+            same_sum.clear();
+            counts.clear();
+            const int32_t* own = batch.labels->row(n, h);
+            for (int s = 0; s < NEIGHBORS; s++) {
+                Neighbors there = batch.neighbors(n, rate, s, h, w, count);
+                if (there.first == there.last) continue;
+                const float* x = batch.load(n, NEIGHBORS * rate + s, h, there, logit.data);
+                int64_t i = there.first - w;
+                int size = int(there.last - there.first);
+                exp_row(x, e.data, size);
+                focal_row<GAMMA_IS_2>(
+                    x, e.data, own + there.first, there.there + there.first, batch.gamma,
+                    different_sum.at(i), same_sum.at(i), counts.at(i), size
+                );
+            }
+            int whole = int(whole_vectors(count));
+            int32_t found = category_row(counts.data, category.data, whole);
+            for (int k = 0; k < CATEGORIES; k++) {
+                if (!(found >> k & 1)) continue;
+                table_row(
+                    category.data, k, counts.data, different_sum.data, same_sum.data,
+                    table + rate * CATEGORIES + k, whole
+                );
+            }
+        });
+    }
+}
+
+template <bool GAMMA_IS_2>
+void write_gradient(
+    const Batch& batch, Tasks& tasks, const float* grad_loss_sum, const Images& grad
+) {
+    Buffer<float> logit, e, different_grad, same_grad, result;
+    Buffer<int32_t> different;
+    for (int64_t task; tasks.next(task);) {
+        batch.each_strip(task, [&](int64_t n, int64_t rate, int64_t h, int64_t w, int count) {
+            const int32_t* own = batch.labels->row(n, h);
+            Neighbors there[NEIGHBORS];
+            different.clear();
+            for (int s = 0; s < NEIGHBORS; s++) {
+                there[s] = batch.neighbors(n, rate, s, h, w, count);
+                auto [first, last, label] = there[s];
+                if (first == last) continue;
+                different_row(own + first, label + first, different.at(first - w), int(last - first));
+            }
+            coefficient_row(
+                different.data, grad_loss_sum + 2 * CATEGORIES * rate, different_grad.data,
+                same_grad.data, int(whole_vectors(count))
+            );
+            for (int s = 0; s < NEIGHBORS; s++) {
+                auto [first, last, label] = there[s];
+                int64_t channel = NEIGHBORS * rate + s, i = first - w;
+                result.clear();
+                if (first < last) {
+                    const float* x = batch.load(n, channel, h, there[s], logit.data);
+                    exp_row(x, e.data, int(last - first));
+                    gradient_row<GAMMA_IS_2>(
+                        x, e.data, own + first, label + first, batch.gamma, different_grad.at(i),
+                        same_grad.at(i), result.at(i), int(last - first)
+                    );
+                }
+                store_row(grad, n, channel, h, w, count, result.data);
+            }
+        });
+    }
+}
+
+// Small batches are not worth a second thread.
+int64_t threads_for(const Batch& batch, int64_t num_threads) {
+    int64_t signals = batch.num_images * batch.num_rates * batch.height * batch.width * NEIGHBORS;
+    return signals < 1 << 14 ? 1 : num_threads;
+}
+
+}  // namespace
+
+// Adds to the tables, which have room for 0s: loss sums [R, 9, 2], signal counts [R, 9, 2], correct
+// counts [R, 9, 2] and pixel counts [R, 9]. The shape is N, R, H, W.
+EXPORT void dilated_affinity_tables(
+    const Images* logits, const Target* target, const int64_t* shape, const int64_t* offsets,
+    double gamma, int64_t ignore_index, int64_t num_threads, float* loss_sum,
+    int64_t* signal_count, int64_t* correct_count, int64_t* pixel_count
+) {
+    Labels labels(*target, shape[0], shape[2], shape[3], ignore_index, num_threads);
+    Batch batch(*logits, shape, offsets, gamma, labels);
+    int64_t size = batch.num_rates * CATEGORIES;
+    std::vector<Entry> tables(batch.num_tasks() * size);
+    auto add = gamma == 2.0 ? add_tables<true> : add_tables<false>;
+    parallel(batch.num_tasks(), threads_for(batch, num_threads), [&](Tasks& tasks) {
+        add(batch, tasks, tables.data());
+    });
+    for (int64_t i = 0; i < size; i++) {
+        Entry total = {};
+        for (int64_t task = 0; task < batch.num_tasks(); task++) total += tables[task * size + i];
+        pixel_count[i] = total.pixel_count;
+        for (int t = 0; t < 2; t++) {
+            loss_sum[2 * i + t] = float(total.loss_sum[t]);
+            signal_count[2 * i + t] = total.signal_count[t];
+            correct_count[2 * i + t] = total.correct_count[t];
+        }
+    }
+}
+
+// Writes the gradient of the logits, given the gradient [R, 9, 2] of the loss sums.
+EXPORT void dilated_affinity_gradient(
+    const float* grad_loss_sum, const Images* logits, const Target* target, const int64_t* shape,
+    const int64_t* offsets, double gamma, int64_t ignore_index, int64_t num_threads,
+    const Images* grad
+) {
+    Labels labels(*target, shape[0], shape[2], shape[3], ignore_index, num_threads);
+    Batch batch(*logits, shape, offsets, gamma, labels);
+    auto write = gamma == 2.0 ? write_gradient<true> : write_gradient<false>;
+    parallel(batch.num_tasks(), threads_for(batch, num_threads), [&](Tasks& tasks) {
+        write(batch, tasks, grad_loss_sum, *grad);
+    });
+}
