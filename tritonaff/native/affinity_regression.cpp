@@ -12,6 +12,9 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -24,19 +27,18 @@ constexpr int WHOLE = 16;
 // A task has at least this number of points, and enough to make its sums small beside its logits.
 constexpr int64_t LEAST_TASK = 2048, TASK_PER_CLASS = 16;
 constexpr int64_t LEAST_WORK = 1 << 16;
+constexpr int64_t LEAST_HUGE = 1 << 24;
 
 // Vectors, and how many rows are multiplied by how many: the sums stay in registers.
 #if defined(__AVX512F__)
-constexpr int LANES = 8, MOST = 5, MOST_OUT = 10;
+constexpr int LANES = 8, ROWS = 4, COLUMNS = 6, OUT_ROWS = 10;
 #elif defined(__AVX__)
-constexpr int LANES = 4, MOST = 3, MOST_OUT = 5;
+constexpr int LANES = 4, ROWS = 4, COLUMNS = 3, OUT_ROWS = 5;
 #else
-constexpr int LANES = 2, MOST = 5, MOST_OUT = 10;
+constexpr int LANES = 2, ROWS = 4, COLUMNS = 6, OUT_ROWS = 10;
 #endif
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
-typedef float FloatLanes __attribute__((vector_size(4 * LANES)));  // as many as doubles
-typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
-typedef float Wide __attribute__((vector_size(8 * LANES)));  // twice as many
+typedef float Wide __attribute__((vector_size(8 * LANES)));
 constexpr int WIDE = 2 * LANES;
 
 template <class Vector, class T>
@@ -281,6 +283,11 @@ ROW_FUNCTION void finish_row(FloatsOut x, Floats scale, Ints label, int c, Float
     }
 }
 
+// Neighbouring points of a block with the same label, which counts. Images have long runs.
+struct Run {
+    int from, to, label;
+};
+
 // A block of points and what is known of them. d [C, PITCH] is D; the other rows are [PITCH].
 struct Block {
     int n, whole, num_classes;
@@ -289,12 +296,12 @@ struct Block {
     alignas(64) float top[PITCH], own_s[PITCH], own_q[PITCH], own_d[PITCH], others[PITCH];
     alignas(64) float scale[PITCH], line[PITCH];
     Buffer<float> d;
-    std::vector<int32_t> present;  // the labels of the block, and the number of their points
-    std::vector<int32_t> number;
+    std::vector<Run> runs;
 
     explicit Block(int64_t num_classes)
-        : num_classes(int(num_classes)), d(make_buffer<float>(num_classes * PITCH)),
-          number(num_classes) {}
+        : num_classes(int(num_classes)), d(make_buffer<float>(num_classes * PITCH)) {
+        runs.reserve(BLOCK);
+    }
 
     // Loads the points from first on, before end. Without a target all points count, and S takes
     // the place of D.
@@ -326,18 +333,13 @@ struct Block {
         for (int c = 0; c < num_classes; c++) finish_row(row(c), scale, label, c, own_d, whole);
     }
 
-    float* row(int c) { return &d[int64_t(c) * PITCH]; }
+    float* row(int64_t c) { return &d[c * PITCH]; }
 
-    // Fills present and number. Neighbouring points mostly have the same label.
-    void count_labels() {
-        for (int32_t l : present) number[l] = 0;
-        present.clear();
-        for (int w = 0, next; w < n; w = next) {
-            int32_t l = label[w];
-            for (next = w + 1; next < n && label[next] == l; next++) {}
-            if (l < 0) continue;
-            if (!number[l]) present.push_back(l);
-            number[l] += next - w;
+    void find_runs() {
+        runs.clear();
+        for (int from = 0, to; from < n; from = to) {
+            for (to = from + 1; to < n && label[to] == label[from]; to++) {}
+            if (label[from] >= 0) runs.push_back({from, to, label[from]});
         }
     }
 
@@ -369,101 +371,95 @@ private:
 
 // --- Gram matrices --------------------------------------------------------------------------------
 
+ROW_FUNCTION void widen(Floats x, double* RESTRICT out, int n) {
+    n &= -WHOLE;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) out[w] = x[w];
+}
+
 // Adds the products of A rows and B rows, [A, B] of them, to out, which has C columns. Products of
 // float32 numbers are exact in float64, and nothing is lost where the matrices cancel.
 template <int A, int B>
-ROW_FUNCTION void add_products(Floats a, Floats b, double* RESTRICT out, int num_classes, int n) {
+ROW_FUNCTION void add_products(
+    const double* RESTRICT a, const double* RESTRICT b, double* RESTRICT out, int c, int n
+) {
     Doubles sum[A][B] = {};
     for (int w = 0; w < n; w += LANES) {
         Doubles y[B];
         #pragma GCC unroll 8
-        for (int j = 0; j < B; j++) {
-            y[j] = __builtin_convertvector(load<FloatLanes>(b + j * PITCH + w), Doubles);
-        }
+        for (int j = 0; j < B; j++) y[j] = load<Doubles>(b + j * PITCH + w);
         #pragma GCC unroll 8
         for (int i = 0; i < A; i++) {
-            Doubles x = __builtin_convertvector(load<FloatLanes>(a + i * PITCH + w), Doubles);
+            Doubles x = load<Doubles>(a + i * PITCH + w);
             #pragma GCC unroll 8
             for (int j = 0; j < B; j++) sum[i][j] += x * y[j];
         }
     }
     for (int i = 0; i < A; i++) {
-        for (int j = 0; j < B; j++) {
-            out[i * num_classes + j] += total(sum[i][j]);
-        }
+        for (int j = 0; j < B; j++) out[i * c + j] += total(sum[i][j]);
     }
 }
 
-template <int A>
-void add_products_of(int b_rows, const float* a, const float* b, double* out, int c, int n) {
-    switch (b_rows) {
-        case 1: return add_products<A, 1>(a, b, out, c, n);
-        case 2: return add_products<A, 2>(a, b, out, c, n);
-        case 3: return add_products<A, 3>(a, b, out, c, n);
-        case 4: return add_products<A, 4>(a, b, out, c, n);
-        case 5: return add_products<A, 5>(a, b, out, c, n);
+template <int A = ROWS, int B = COLUMNS>
+void add_products_of(int a_rows, int b_rows, const double* a, const double* b, double* out, int c, int n) {
+    if constexpr (A > 1) {
+        if (a_rows < A) return add_products_of<A - 1, B>(a_rows, b_rows, a, b, out, c, n);
     }
+    if constexpr (B > 1) {
+        if (b_rows < B) return add_products_of<A, B - 1>(a_rows, b_rows, a, b, out, c, n);
+    }
+    add_products<A, B>(a, b, out, c, n);
 }
 
-void add_products_of(
-    int a_rows, int b_rows, const float* a, const float* b, double* out, int c, int n
-) {
-    switch (a_rows) {
-        case 1: return add_products_of<1>(b_rows, a, b, out, c, n);
-        case 2: return add_products_of<2>(b_rows, a, b, out, c, n);
-        case 3: return add_products_of<3>(b_rows, a, b, out, c, n);
-        case 4: return add_products_of<4>(b_rows, a, b, out, c, n);
-        case 5: return add_products_of<5>(b_rows, a, b, out, c, n);
-    }
-}
-
-// Calls part(from, to) for parts of 0 ... count that differ by 1 at most and have at most `most`.
+// Calls part(from, to) for parts of from ... to that differ by 1 at most and have at most `most`.
 template <class Part>
-void in_parts(int count, int most, const Part& part) {
-    int parts = (count + most - 1) / most;
-    for (int i = 0; i < parts; i++) part(count * i / parts, count * (i + 1) / parts);
+void in_parts(int from, int to, int most, const Part& part) {
+    int count = to - from, parts = (count + most - 1) / most;
+    for (int i = 0; i < parts; i++) part(from + count * i / parts, from + count * (i + 1) / parts);
 }
 
-// Adds D D^T to dd [C, C]: its upper half, as the matrix is symmetric.
-void add_gram(Block& block, double* dd) {
-    int c = block.num_classes;
-    in_parts(c, MOST, [&](int i, int i_end) {
-        in_parts(c, MOST, [&](int j, int j_end) {
-            if (j < i) return;
+// Adds D D^T to dd [C, C]: its upper half and a little more, as the matrix is symmetric.
+void add_gram(const double* d, double* dd, int c, int n) {
+    in_parts(0, c, ROWS, [&](int i, int i_end) {
+        in_parts(i, c, COLUMNS, [&](int j, int j_end) {
+            const double *a = d + int64_t(i) * PITCH, *b = d + int64_t(j) * PITCH;
             double* out = dd + int64_t(i) * c + j;
-            add_products_of(i_end - i, j_end - j, block.row(i), block.row(j), out, c, block.whole);
+            add_products_of(i_end - i, j_end - j, a, b, out, c, n);
         });
     });
 }
 
-// Adds the sums of R rows over the points of one label to out [R].
-template <int R>
-ROW_FUNCTION void add_points_of_label(Floats d, Ints label, int l, double* RESTRICT out, int n) {
-    Doubles sum[R] = {};
-    for (int w = 0; w < n; w += LANES) {
-        auto here = load<IntLanes>(label + w) == l;
-        #pragma GCC unroll 4
-        for (int i = 0; i < R; i++) {
-            FloatLanes x = here ? load<FloatLanes>(d + i * PITCH + w) : FloatLanes{};
-            sum[i] += __builtin_convertvector(x, Doubles);
-        }
+// Adds the sums of four rows to out [4].
+ROW_FUNCTION void add_four_rows(const double* RESTRICT x, double* RESTRICT out, int n) {
+    double a = 0, b = 0, c = 0, d = 0;
+    #pragma omp simd reduction(+ : a, b, c, d)
+    for (int w = 0; w < n; w++) {
+        a += x[w];
+        b += x[w + PITCH];
+        c += x[w + 2 * PITCH];
+        d += x[w + 3 * PITCH];
     }
-    for (int i = 0; i < R; i++) out[i] += total(sum[i]);
+    out[0] += a, out[1] += b, out[2] += c, out[3] += d;
 }
 
-// Adds the sums of D over the points of each label to yd [labels, channels].
-void add_labels(Block& block, double* yd) {
-    int c = block.num_classes, n = block.whole;
-    for (int32_t l : block.present) {
-        in_parts(c, 4, [&](int i, int i_end) {
-            double* out = yd + int64_t(l) * c + i;
-            switch (i_end - i) {
-                case 1: return add_points_of_label<1>(block.row(i), block.label, l, out, n);
-                case 2: return add_points_of_label<2>(block.row(i), block.label, l, out, n);
-                case 3: return add_points_of_label<3>(block.row(i), block.label, l, out, n);
-                case 4: return add_points_of_label<4>(block.row(i), block.label, l, out, n);
-            }
-        });
+ROW_FUNCTION void add_row(const double* RESTRICT x, double* RESTRICT out, int n) {
+    double sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int w = 0; w < n; w++) sum += x[w];
+    *out += sum;
+}
+
+// Adds the sums of D over the points of each label to yd [labels, channels], and their numbers.
+void add_labels(const Block& block, const double* d, double* yd, double* number) {
+    int64_t c = block.num_classes;
+    for (const Run& run : block.runs) {
+        int n = run.to - run.from;
+        int64_t i = 0;
+        for (; i + 4 <= c; i += 4) {
+            add_four_rows(d + i * PITCH + run.from, yd + run.label * c + i, n);
+        }
+        for (; i < c; i++) add_row(d + i * PITCH + run.from, yd + run.label * c + i, n);
+        number[run.label] += n;
     }
 }
 
@@ -485,6 +481,7 @@ Buffer<double> sums_of(
     Buffer<double> parts = make_buffer<double>(num_images * tasks * size);
     parallel(num_images * tasks, num_threads, [&](Tasks& queue) {
         Block block(c);
+        Buffer<double> d = make_buffer<double>(c * PITCH);
         for (int64_t task; queue.next(task);) {
             double* memory = &parts[task * size];
             std::fill(memory, memory + size, 0.0);
@@ -493,11 +490,11 @@ Buffer<double> sums_of(
             int64_t end = std::min(first + task_size, points.count);
             for (int64_t at = first; at < end; at += BLOCK) {
                 block.load(logits, &target, points, image, at, end);
-                block.count_labels();
-                if (block.present.empty()) continue;
-                add_gram(block, sums.dd);
-                add_labels(block, sums.yd);
-                for (int32_t l : block.present) sums.number[l] += block.number[l];
+                block.find_runs();
+                if (block.runs.empty()) continue;
+                for (int k = 0; k < c; k++) widen(block.row(k), &d[k * PITCH], block.whole);
+                add_gram(&d[0], sums.dd, int(c), block.whole);
+                add_labels(block, &d[0], sums.yd, sums.number);
             }
         }
     });
@@ -576,18 +573,16 @@ struct Factors {
     }
 };
 
-// x += value where the label is l.
-ROW_FUNCTION void add_where(FloatsOut x, Ints label, int l, float value, int n) {
-    n &= -WHOLE;
-    #pragma omp simd
-    for (int w = 0; w < n; w++) x[w] += label[w] == l ? value : 0.0f;
-}
-
-// A rows of a product: out = roots x, with roots [A, C] and x [C, PITCH].
+// A rows of a product: out += roots x, with roots [A, C] and x [C, PITCH].
 template <int A>
 ROW_FUNCTION void multiply(Floats roots, Floats x, FloatsOut out, int c, int n) {
     for (int w = 0; w < n; w += 2 * WIDE) {
-        Wide left[A] = {}, right[A] = {};
+        Wide left[A], right[A];
+        #pragma GCC unroll 16
+        for (int i = 0; i < A; i++) {
+            left[i] = load<Wide>(out + i * PITCH + w);
+            right[i] = load<Wide>(out + i * PITCH + w + WIDE);
+        }
         for (int k = 0; k < c; k++) {
             Wide a = load<Wide>(x + k * PITCH + w), b = load<Wide>(x + k * PITCH + w + WIDE);
             #pragma GCC unroll 16
@@ -604,19 +599,12 @@ ROW_FUNCTION void multiply(Floats roots, Floats x, FloatsOut out, int c, int n) 
     }
 }
 
+template <int A = OUT_ROWS>
 void multiply(int rows, const float* roots, const float* x, float* out, int c, int n) {
-    switch (rows) {
-        case 1: return multiply<1>(roots, x, out, c, n);
-        case 2: return multiply<2>(roots, x, out, c, n);
-        case 3: return multiply<3>(roots, x, out, c, n);
-        case 4: return multiply<4>(roots, x, out, c, n);
-        case 5: return multiply<5>(roots, x, out, c, n);
-        case 6: return multiply<6>(roots, x, out, c, n);
-        case 7: return multiply<7>(roots, x, out, c, n);
-        case 8: return multiply<8>(roots, x, out, c, n);
-        case 9: return multiply<9>(roots, x, out, c, n);
-        case 10: return multiply<10>(roots, x, out, c, n);
+    if constexpr (A > 1) {
+        if (rows < A) return multiply<A - 1>(rows, roots, x, out, c, n);
     }
+    multiply<A>(roots, x, out, c, n);
 }
 
 // S times its gradient, in the place of the gradient; the label's product, and the others' sum.
@@ -662,18 +650,20 @@ struct Gradient {
 
     explicit Gradient(int64_t c)
         : num_classes(int(c)), x(make_buffer<float>(c * PITCH)),
-          products(make_buffer<float>(c * PITCH)) {}
+          products(make_buffer<float>(c * PITCH)) {
+        std::fill(&x[0], &x[c * PITCH], 0.0f);
+        std::fill(&products[0], &products[c * PITCH], 0.0f);
+    }
 
     void compute(Block& block, const float* roots, const float* center, const float* shift) {
         int c = num_classes, n = block.whole;
-        std::copy(&block.d[0], block.row(c), &x[0]);
-        add(block, center, -1.0f, &x[0]);
+        for (int64_t k = 0; k < c; k++) {
+            start_rows(block, center + k, shift + k, block.row(k), &x[k * PITCH], row(k));
+        }
         // Two vectors at a time may go beyond the whole ones: rows are longer.
-        in_parts(c, MOST_OUT, [&](int i, int i_end) {
-            float* out = &products[int64_t(i) * PITCH];
-            multiply(i_end - i, roots + int64_t(i) * c, &x[0], out, c, n);
+        in_parts(0, c, OUT_ROWS, [&](int i, int i_end) {
+            multiply(i_end - i, roots + int64_t(i) * c, &x[0], row(i), c, n);
         });
-        add(block, shift, 1.0f, &products[0]);
         std::fill(own, own + n, 0.0f);
         std::fill(others, others + n, 0.0f);
         for (int k = 0; k < c; k++) {
@@ -706,15 +696,20 @@ struct Gradient {
     }
 
 private:
-    float* row(int c) { return &products[int64_t(c) * PITCH]; }
+    float* row(int64_t c) { return &products[c * PITCH]; }
 
-    // Adds factor * values [labels, C] to the points of the labels, in out [C, PITCH].
-    void add(const Block& block, const float* values, float factor, float* out) {
-        for (int32_t l : block.present) {
-            const float* value = values + int64_t(l) * num_classes;
-            for (int c = 0; c < num_classes; c++) {
-                float* row = out + int64_t(c) * PITCH;
-                add_where(row, block.label, l, factor * value[c], block.whole);
+    // A channel's row of D without the centers, and of the shifts. Points that do not count keep
+    // what the rows held: their gradient is 0 whatever the products are.
+    void start_rows(
+        const Block& block, const float* center, const float* shift, Floats d, FloatsOut without,
+        FloatsOut shifts
+    ) {
+        for (const Run& run : block.runs) {
+            int64_t l = run.label * int64_t(num_classes);
+            float subtracted = center[l], filled = shift[l];
+            for (int w = run.from; w < run.to; w++) {
+                without[w] = d[w] - subtracted;
+                shifts[w] = filled;
             }
         }
     }
@@ -755,6 +750,26 @@ void fill_gram(
         gram_of(sums, c, gram + n * 3 * c * c);
         if (number) number[n] = int64_t(std::accumulate(sums.number, sums.number + c, 0.0));
     }
+}
+
+// Large new memory is fetched page by page, which takes longer than writing it: huge pages are 512
+// times fewer.
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    uintptr_t page = 1 << 21, first = reinterpret_cast<uintptr_t>(memory);
+    uintptr_t from = (first + page - 1) & -page, to = (first + bytes) & -page;
+    if (bytes > LEAST_HUGE && from < to) {
+        madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+    }
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+// The memory of a gradient; its elements lie side by side.
+int64_t bytes_of(const Images& grad, const Shape& shape) {
+    int64_t size = shape.num_images * shape.num_classes * shape.height * shape.width;
+    return size * (grad.dtype == FLOAT32 ? 4 : 2);
 }
 
 }  // namespace
@@ -798,6 +813,7 @@ EXPORT void backward(
         }
     });
 
+    if (!shape.num_grids) ask_for_huge_pages(grad.data, bytes_of(grad, shape));
     int64_t tasks = (points.count + LEAST_TASK - 1) / LEAST_TASK;
     work = shape.num_images * points.count * c;
     parallel(shape.num_images * tasks, shape.threads_for(work), [&](Tasks& queue) {
@@ -808,7 +824,7 @@ EXPORT void backward(
             int64_t end = std::min(first + LEAST_TASK, points.count);
             for (int64_t at = first; at < end; at += BLOCK) {
                 block.load(logits, &target, points, n, at, end);
-                block.count_labels();
+                block.find_runs();
                 gradient.compute(
                     block, &factors.roots[n * matrix], &factors.center[n * matrix],
                     &factors.shift[n * matrix]
