@@ -135,6 +135,14 @@ def test_portable_matches_the_reference(values, grid_sizes):
     check_parity(case, "portable", logits, target)
 
 
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]), grids)
+def test_native_matches_the_reference(values, grid_sizes):
+    logits, target, ignore_index = values
+    if "native" not in BACKENDS:
+        pytest.skip("no C++ compiler")
+    check_parity(case_with(grid_sizes, ignore_index=ignore_index), "native", logits, target)
+
+
 def check_tiles(logits, target, ignore_index, grid_sizes):
     pytest.importorskip("triton", minversion="3.6")
     case = case_with(grid_sizes, ignore_index=ignore_index)
@@ -162,8 +170,8 @@ def test_matrices_match_the_reference(values, grid_sizes):
     with tritonaff.use_backend("reference"):
         expected = tritonaff.square_root_affinity(logits.double(), grid_sizes)
         expected_labels = tritonaff.label_affinity(target, grid_sizes, ignore_index)
-    for backend in ("portable", "triton"):
-        if backend == "triton" and logits.dtype == torch.float64:
+    for backend in BACKENDS:
+        if backend != "portable" and logits.dtype == torch.float64:
             continue
         device = DEVICE if backend == "triton" else "cpu"
         with tritonaff.use_backend(backend):
@@ -332,7 +340,7 @@ def test_soft_predictions_that_hardly_differ(backend, device):
         exact = tritonaff.affinity_regression_loss(logits.double(), target, None)
     with tritonaff.use_backend(backend):
         loss = tritonaff.affinity_regression_loss(logits, target, None)
-    assert abs(loss - exact) <= (1e-5 * exact if backend == "portable" else 6e-8)
+    assert abs(loss - exact) <= (6e-8 if backend == "triton" else 1e-5 * exact)
 
 
 @pytest.mark.parametrize("grid_sizes", [(12, 6), None])
@@ -415,7 +423,7 @@ doubles = inputs([torch.float64])
 @given(inputs([torch.float32, torch.float64]), grids, BACKENDS)
 def test_affinities_are_between_0_and_1(values, grid_sizes, backend):
     logits, _, _ = values
-    if backend == "triton":
+    if backend != "portable":
         logits = logits.float()
     device = DEVICE if backend == "triton" else "cpu"
     with tritonaff.use_backend(backend):
@@ -452,10 +460,12 @@ def test_perfect_predictions_have_no_loss(values, grid_sizes):
     target = target.long()
     label = torch.where(target == ignore_index, 0, target)
     perfect = 1e4 * torch.nn.functional.one_hot(label, logits.shape[1]).movedim(-1, 1).double()
-    for backend in ("reference", "portable", "triton"):
+    for backend in ("reference", *BACKENDS):
         x, labels = perfect, target
+        if backend in ("native", "triton"):
+            x = perfect.float()
         if backend == "triton":
-            x, labels = perfect.float().to(DEVICE), target.to(DEVICE)
+            x, labels = x.to(DEVICE), target.to(DEVICE)
         with tritonaff.use_backend(backend):
             loss = tritonaff.affinity_regression_loss(
                 x, labels, grid_sizes, ignore_index=ignore_index

@@ -679,11 +679,7 @@ struct Gradient {
             if (points.num_grids) {
                 finish(block, c, line, 0, block.n);
                 multiply_rows(line, place.times, block.n);
-                for (int m = 0; m < block.n; m++) {
-                    if (place.leads[m]) {
-                        store_row(grad, image, c, place.h[m], place.w[m], 1, line + m);
-                    }
-                }
+                scatter(line, place, grad, image, c);
                 continue;
             }
             each_run(points, place, grad.stride_h, grad.stride_w,
@@ -696,6 +692,21 @@ struct Gradient {
     }
 
 private:
+    // Points on the same pixel have the same gradient: the first one writes.
+    static void scatter(
+        Floats x, const Place& place, const Images& grad, int64_t image, int64_t c
+    ) {
+        for (int m = 0; m < place.n; m++) {
+            if (!place.leads[m]) continue;
+            int64_t at = grad.offset(image, c, place.h[m], place.w[m]);
+            if (grad.dtype == FLOAT32) {
+                static_cast<float*>(grad.data)[at] = x[m];
+            } else {
+                store_row(grad, image, c, place.h[m], place.w[m], 1, x + m);
+            }
+        }
+    }
+
     float* row(int64_t c) { return &products[c * PITCH]; }
 
     // A channel's row of D without the centers, and of the shifts. Points that do not count keep
