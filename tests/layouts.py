@@ -4,13 +4,17 @@ import importlib.metadata
 
 import torch
 
+from tritonaff.native.library import find_compiler
+
 # The implementations that can run here: tiles are interpreted where there is no GPU.
 try:
     version = importlib.metadata.version("triton")
 except importlib.metadata.PackageNotFoundError:
     version = "0.0"
 HAS_TILES = tuple(int(part) for part in version.split(".")[:2]) >= (3, 6)
-BACKENDS = ["portable", "triton"] if HAS_TILES else ["portable"]
+BACKENDS = ["portable"]
+BACKENDS += ["native"] if find_compiler() else []
+BACKENDS += ["triton"] if HAS_TILES else []
 
 LAYOUTS = ["contiguous", "channels_last", "strided", "cropped"]
 

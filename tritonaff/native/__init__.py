@@ -1,1 +1,1 @@
-"""The operations on a CPU: C++ loops that are compiled on first use. docs/native.md describes them."""
+"""The operations on a CPU: C++ loops, compiled on first use. docs/native.md describes them."""

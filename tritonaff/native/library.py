@@ -48,7 +48,7 @@ FLAGS = (
     "-shared",
 )
 SOURCES = Path(__file__).parent
-REMEDY = "TRITONAFF_NATIVE=0 turns native kernels off; portable torch operations run instead"
+REMEDY = "set TRITONAFF_CACHE to a folder that this user alone can write to"
 
 _lock = threading.Lock()
 _loaded: dict[str, ctypes.CDLL] = {}
@@ -110,11 +110,19 @@ def _load_once(operation: str) -> None:
         return
     try:
         path, seconds = compile_library(operation)
-        _loaded[operation] = ctypes.CDLL(str(path))
+        try:
+            _loaded[operation] = ctypes.CDLL(str(path))
+        except OSError:
+            # A damaged file, of a crash or a full disk: compiles it again, once.
+            path.unlink()
+            path, seconds = compile_library(operation)
+            _loaded[operation] = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         _obstacles[operation] = str(error)
         warnings.warn(
-            f"tritonaff: no native kernels for {operation}: {error}. {REMEDY}", stacklevel=2
+            f"tritonaff: no native kernels for {operation}: {error}. Portable torch operations "
+            f"run instead, which are slower; TRITONAFF_NATIVE=0 chooses them without this warning",
+            stacklevel=2,
         )
         return
     if seconds:
@@ -134,11 +142,10 @@ def plan(operation: str) -> Build:
     """The library of an operation for this CPU and the compiler at hand. Without a compiler, a
     library that any compiler made for this CPU.
     """
-    flags = [*FLAGS, f"-march={architecture()}"] if architecture() else list(FLAGS)
     made_from = hashlib.sha256()
     for source in (SOURCES / "common.h", SOURCES / f"{operation}.cpp"):
         made_from.update(source.read_bytes())
-    made_from.update(" ".join([*flags, cpu()]).encode())
+    made_from.update(" ".join([*flags(), cpu()]).encode())
     stem = f"{operation}-{made_from.hexdigest()[:16]}"
     compiler = find_compiler()
     if compiler is None:
@@ -150,7 +157,7 @@ def plan(operation: str) -> Build:
     suffix = hashlib.sha256(identity.encode()).hexdigest()[:8]
     path = cache_folder() / f"{stem}-{suffix}.so"
     return Build(
-        path, shlex.join(compiler), [*compiler, *flags, str(SOURCES / f"{operation}.cpp"), "-o"]
+        path, shlex.join(compiler), [*compiler, *flags(), str(SOURCES / f"{operation}.cpp"), "-o"]
     )
 
 
@@ -162,26 +169,42 @@ def compile_library(operation: str) -> tuple[Path, float]:
         subprocess.SubprocessError: the compiler fails.
     """
     build = plan(operation)
+    folder = build.path.parent
     if build.path.exists():
+        check_private(folder)
         return build.path, 0.0
     if build.compiler is None:
+        tried = os.environ.get("CXX", "").strip() or ", ".join(COMPILERS)
         raise FileNotFoundError(
-            f"no C++ compiler found (tried $CXX, {', '.join(COMPILERS)}); install one, for example "
-            "the package g++, or compile ahead with python -m tritonaff.native"
+            f"no C++ compiler found (tried {tried}); install one, for example the package g++, or "
+            "name it in $CXX, or compile ahead with python -m tritonaff.native"
         )
     start = time.perf_counter()
-    make_private(build.path.parent)
-    # Processes that compile at the same time write files of their own; the last one to be moved
-    # stays, and no process sees half a file.
-    handle, temporary = tempfile.mkstemp(dir=build.path.parent, suffix=".tmp")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(folder)
+        # Processes that compile at the same time write files of their own; the last one to be
+        # moved stays, and no process sees half a file.
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    except OSError as error:
+        if isinstance(error, NotPrivateError):
+            raise
+        raise OSError(
+            f"nothing can be written to the cache folder {folder} ({error.strerror}); {REMEDY}"
+        ) from error
     os.close(handle)
     try:
         result = subprocess.run(
-            [*build.command, temporary], capture_output=True, text=True, timeout=300, check=False
+            [*build.command, temporary],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+            check=False,
         )
         if result.returncode:
-            tail = " ".join(result.stderr.strip().splitlines()[-3:])
-            raise subprocess.SubprocessError(f"{build.compiler} failed: {tail}")
+            lines = result.stderr.strip().splitlines()[-3:] or [f"status {result.returncode}"]
+            raise subprocess.SubprocessError(f"{build.compiler} failed: {' '.join(lines)}")
         os.replace(temporary, build.path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -190,38 +213,40 @@ def compile_library(operation: str) -> tuple[Path, float]:
 
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler, its program as a path: $CXX, else the first one found."""
-    given = os.environ.get("CXX")
-    for command in [given] if given else COMPILERS:
-        program, *arguments = shlex.split(command)
+    given = shlex.split(os.environ.get("CXX", ""))
+    for program, *arguments in [given] if given else [[name] for name in COMPILERS]:
         found = shutil.which(program)
         if found:
             return [found, *arguments]
     return None
 
 
+def flags() -> list[str]:
+    return [*FLAGS, f"-march={architecture()}"] if architecture() else list(FLAGS)
+
+
 def cache_folder() -> Path:
     given = os.environ.get("TRITONAFF_CACHE")
     if given:
         return Path(given)
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "tritonaff"
 
 
-def make_private(folder: Path) -> None:
-    """Makes the folder, for this user alone: what lies there is loaded into processes.
+class NotPrivateError(PermissionError):
+    """Others could put files into a folder whose files are loaded into processes."""
 
-    Raises:
-        OSError: the folder cannot be made, or others can write to it.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"the cache folder {folder} cannot be made ({error.strerror}); set TRITONAFF_CACHE to "
-            "a folder that can be written"
-        ) from error
-    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others can write to the cache folder {folder}; chmod 700 it")
+
+def check_private(folder: Path) -> None:
+    """NotPrivateError if other users can write to the folder."""
+    status = folder.stat()
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NotPrivateError(
+            f"others can write to the cache folder {folder}, and its files are loaded into this "
+            f"process; chmod go-w {folder}, or {REMEDY}"
+        )
+    if hasattr(os, "getuid") and status.st_uid not in (0, os.getuid()):
+        raise NotPrivateError(f"the cache folder {folder} is another user's; {REMEDY}")
 
 
 def architecture() -> str:

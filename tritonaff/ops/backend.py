@@ -109,6 +109,11 @@ def implementation(
         room = "native"
     else:
         room = "portable"
+    return _module(room, name)
+
+
+@cache
+def _module(room: str, name: str) -> Any:
     return importlib.import_module(f"tritonaff.{room}.{name}")
 
 
