@@ -154,7 +154,7 @@ def instance_affinity_terms(
     )
     gamma = checks.check_number("gamma", gamma, at_least=0)
     logits, ids = checks.check_logits_and_ids(logits, ids, pairs.offsets)
-    count, log_loss, miss_sum, miss_square_sum, focal_sum = ops.tables(logits, ids, pairs, gamma)
+    log_loss, miss_sum, miss_square_sum, focal_sum, count = ops.tables(logits, ids, pairs, gamma)
     # p is 1 - pt where the channel's own target is 0, and pt where it is 1.
     p_sum = _by_target(miss_sum, count - miss_sum, invert)
     p_square_sum = _by_target(miss_square_sum, count - 2 * miss_sum + miss_square_sum, invert)
@@ -331,7 +331,7 @@ def _loss(
     if normalizer is not None:
         shape = len(options.offsets), 2
         normalizer = checks.check_normalizer(normalizer, shape, "logits", logits)
-    count, *sums = ops.tables(
+    *sums, count = ops.tables(
         logits, ids, options.pairs, options.gamma,
         misses=options.uses("dice", "mse"), focal=options.uses("focal"),
     )  # fmt: skip

@@ -40,7 +40,7 @@ def tables(
     misses: bool = True,
     focal: bool = True,
 ) -> Tables:
-    """Counts of pairs, and sums of -log pt, 1 - pt, (1 - pt)^2 and (1 - pt)^gamma (-log pt), each
+    """Sums of -log pt, 1 - pt, (1 - pt)^2 and (1 - pt)^gamma (-log pt), and counts of pairs, each
     (N, K, 2), (different, same).
 
     Without ``misses`` the second and the third sum may be 0, without ``focal`` the fourth.
@@ -145,7 +145,7 @@ def instance_affinity(
     focal: bool,
     backend: str,
 ) -> Tables:
-    """Counts of pairs, and sums of -log pt, 1 - pt, (1 - pt)^2 and (1 - pt)^gamma (-log pt), each
+    """Sums of -log pt, 1 - pt, (1 - pt)^2 and (1 - pt)^gamma (-log pt), and counts of pairs, each
     (N, K, 2), (different, same). Sums that are not asked for are 0.
     """
     result: Tables = _implementation(logits, backend).forward(
@@ -161,7 +161,7 @@ def _(logits: Tensor, ids: Tensor, offsets: list[int], *options: Any) -> Tables:
         logits.new_empty(shape, dtype=precision(logits)) for _ in range(4)
     )
     count = logits.new_empty(shape, dtype=torch.int64)
-    return count, log_loss, miss_sum, miss_square_sum, focal_sum
+    return log_loss, miss_sum, miss_square_sum, focal_sum, count
 
 
 @define(
@@ -198,13 +198,14 @@ def _(coefficients: Tensor, logits: Tensor, *others: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ids, *ctx.pairs, _, _, ctx.backend = inputs
-    count, *_ = output
+    *_, count = output
     ctx.save_for_backward(logits, ids)
     ctx.mark_non_differentiable(count)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, _: Any, *grads: Tensor | None) -> dict[str, Tensor]:
+def _backward(ctx: Any, *grads_of_outputs: Tensor | None) -> dict[str, Tensor]:
+    *grads, _ = grads_of_outputs
     given = [grad for grad in grads if grad is not None]
     if not given:
         return {}

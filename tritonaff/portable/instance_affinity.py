@@ -30,7 +30,7 @@ def forward(
     misses: bool,
     focal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Counts and four sums, each (N, K, 2), as ops/instance_affinity.py defines them."""
+    """Four sums and counts, each (N, K, 2), as ops/instance_affinity.py defines them."""
     shape = *logits.shape[:2], 2
     count = logits.new_zeros(shape, dtype=torch.int64)
     sums = logits.new_zeros(4, *shape, dtype=sum_dtype(logits.device))
@@ -38,7 +38,7 @@ def forward(
         block.add_counts(count)
         u = logit_of_target(logits, block, invert)
         minus_log_pt = F.logsigmoid(u).neg_()
-        terms = [minus_log_pt]
+        terms: list[Tensor | None] = [minus_log_pt]
         if misses or focal:
             miss = torch.sigmoid(-u)
             terms += [miss, miss * miss] if misses else [None, None]
@@ -48,7 +48,7 @@ def forward(
             if term is not None:
                 block.add_sums(table, term)
     log_loss, miss_sum, miss_square_sum, focal_sum = (x.clone() for x in sums.to(precision(logits)))
-    return count, log_loss, miss_sum, miss_square_sum, focal_sum
+    return log_loss, miss_sum, miss_square_sum, focal_sum, count
 
 
 def backward(
@@ -150,11 +150,12 @@ def pairs(
         if any(first >= end for first, end in box):
             continue
         for images, *here in blocks_of_box(n, box, block_size(ids)):
-            there = (
+            there = [
                 slice(part.start + distance, part.stop + distance)
                 for part, distance in zip(here, step, strict=True)
-            )
-            source, destination = ids[(images, *here)], ids[(images, *there)]
+            ]
+            place, other_place = (images, *here), (images, *there)
+            source, destination = ids[place], ids[other_place]
             same = source == destination
             if background is not None:
                 same &= source != background
@@ -163,6 +164,7 @@ def pairs(
             else:
                 counted = (source != ignore_index) & (destination != ignore_index)
             yield Pairs(images, channel, (images, channel, *here), same, counted)
+
 
 
 def blocks_of_box(

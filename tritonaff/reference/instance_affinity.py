@@ -77,7 +77,7 @@ def instance_affinity_tables(
     invert: bool,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Counts of pairs, and sums of -log pt, 1 - pt, (1 - pt)^2 and (1 - pt)^gamma (-log pt), each
+    """Sums of -log pt, 1 - pt, (1 - pt)^2 and (1 - pt)^gamma (-log pt), and counts of pairs, each
     (N, K, 2), (different, same). pt is the probability that the network gives the target.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
@@ -96,4 +96,4 @@ def instance_affinity_tables(
         return torch.stack([(values * t).sum(dim=(2, 3, 4)) for t in (different, same)], dim=-1)
 
     count = by_target(torch.ones_like(target, dtype=torch.int64))
-    return count, by_target(-log_pt), by_target(miss), by_target(miss * miss), by_target(focal)
+    return by_target(-log_pt), by_target(miss), by_target(miss * miss), by_target(focal), count
