@@ -166,7 +166,6 @@ def pairs(
             yield Pairs(images, channel, (images, channel, *here), same, counted)
 
 
-
 def blocks_of_box(
     n: int, box: list[tuple[int, int]], elements: int
 ) -> Iterator[tuple[slice, slice, slice, slice]]:
