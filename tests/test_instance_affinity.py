@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import tritonaff
 from tritonaff.functional import InstanceAffinityTerms
+from tritonaff.kernels.blocks import override
 from tritonaff.native.library import find_compiler
 from tritonaff.testing import CASES, INSTANCE_OFFSETS, Case, check_parity, evaluate
 
@@ -93,7 +94,7 @@ def test_targets_are_those_of_bioimage_cpp(dimensions, ignore):
 
 def test_anchors_are_negated_offsets(any_backend, device):
     logits, ids = CASE.make_inputs((2, 12, 20, 30), device=device)
-    offsets = INSTANCE_OFFSETS[2]
+    offsets, logits = INSTANCE_OFFSETS[2][2:6], logits[:, 2:6]
     negated = [tuple(-step for step in offset) for offset in offsets]
     with tritonaff.use_backend(any_backend):
         ours = tritonaff.instance_affinity_terms(logits, ids, offsets, anchor="destination")
@@ -192,7 +193,7 @@ def test_triton_matches_the_reference(values):
     check_parity(case, "triton", logits.to(device), ids.to(device))
 
 
-@pytest.mark.parametrize("shape", [(2, 12, 65, 70), (1, 12, 5, 40, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 12, 40, 45), (1, 12, 4, 30, 33)], ids=str)
 @pytest.mark.parametrize("confidence", [0.0, 9.0])
 def test_larger_images(backend, device, shape, confidence):
     check_parity(CASE, backend, *CASE.make_inputs(shape, device=device, confidence=confidence))
@@ -225,6 +226,20 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
         target = tritonaff.instance_affinity_target(ids, offsets)
         with tritonaff.use_backend("reference"):
             assert torch.equal(target, tritonaff.instance_affinity_target(ids, offsets))
+
+
+@pytest.mark.parametrize("min_programs", [1, 4, 1000])
+def test_tiles_do_not_depend_on_their_blocks(device, min_programs):
+    """All blocks of a volume in one program, in a few programs, in one program each."""
+    pytest.importorskip("triton", minversion="3.6")
+    blocks = {"voxels": 32, "tables_voxels": 32, "min_programs": min_programs}
+    torch.manual_seed(0)
+    with override(instance_affinity=blocks):
+        for size in ((3, 5, 9), (1, 4, 35)):
+            ids = torch.randint(0, 3, (2, *size), device=device)
+            logits = 3 * torch.randn(2, 3, *size, device=device)
+            case = case_with([(0, -2, 1), (1, 0, -3), (0, 3, 0)], ignore_index=2)
+            check_parity(case, "triton", logits, ids)
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
@@ -270,6 +285,20 @@ def test_same_bits_every_time(backend, device, shape):
     first = evaluate(CASE, backend, *values)
     second = evaluate(CASE, backend, *values)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 2, 2100), (2, 2, 3, 90, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_and_several_tasks(shape, dtype):
+    """Native kernels cut rows into segments, and images into tasks."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    ids = torch.randint(0, 3, (shape[0], *shape[2:]))
+    logits = 3 * torch.randn(shape).to(dtype)
+    for layout in ("contiguous", "channels_last"):
+        case = case_with([(0, -1, 1050), (1, 0, -3)], ignore_index=2)
+        check_parity(case, "native", laid_out(logits, layout), ids)
 
 
 def test_same_bits_on_any_number_of_threads():
