@@ -170,6 +170,10 @@ class Case:
     """
     loss_of_tables: Callable[..., Tensor] | None = None
     """Computes the loss from the tables, if the loss has no computation of its own."""
+    yardstick: Callable[..., tuple[Callable[..., Tensor], tuple[Tensor, ...]]] | None = None
+    """Makes a loss of torch and its inputs, which the bench measures beside the operation, from the
+    operation's inputs. None: cross-entropy of logits and target.
+    """
 
     @classmethod
     def of_tables(
@@ -220,6 +224,15 @@ def instance_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 def instance_tables(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     return instance_affinity_terms(logits, ids, INSTANCE_OFFSETS[ids.dim() - 1], ignore_index=255)
+
+
+def instance_yardstick(
+    logits: Tensor, ids: Tensor
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Binary cross-entropy whose targets somebody else has made."""
+    target = instance_affinity_target(ids, INSTANCE_OFFSETS[ids.dim() - 1], ignore_index=255)
+    same = (target == 1).to(logits.dtype)
+    return lambda logits: F.binary_cross_entropy_with_logits(logits, same), (logits,)
 
 
 CASES = {
@@ -273,6 +286,7 @@ CASES = {
         tables=instance_tables,
         largest_term=10.0,  # a sure logit on the wrong side, and noise
         make_inputs=make_instance_affinity_inputs,
+        yardstick=instance_yardstick,
     ),
 }
 
