@@ -341,25 +341,21 @@ def _loss(
     log_loss, _, miss_square_sum, focal_sum = sums
     weight = _weight_of_images(count, options, log_loss.dtype)
     weighted = (weight * table for table in (log_loss, miss_square_sum, focal_sum))
-    tables = _Tables(count, *sums, *weighted)
+    tables = _Tables(count if normalizer is None else normalizer[None], *sums, *weighted)
     if options.reduction == "mean":
         totals = all_reduce([table.sum(dim=0) for table in tables], process_group)
         tables = _Tables(*(table[None] for table in totals))
-    count = tables.count if normalizer is None else normalizer[None]
     if options.channels == "pooled":
         tables = _Tables(*(table.sum(dim=1, keepdim=True) for table in tables))
-        count = count.sum(dim=1, keepdim=True)
     total = torch.zeros((), dtype=log_loss.dtype, device=logits.device)
     for name, factor in options.loss:
-        value = _loss_of_channels(name, tables, count, options)
+        value = _loss_of_channels(name, tables, options)
         value = value.mean(dim=1) if options.channels == "mean" else value.sum(dim=1)
         total = total + factor * value
     return total if options.reduction == "none" else total.squeeze(0)
 
 
-def _loss_of_channels(
-    name: str, tables: _Tables, count: Tensor, options: InstanceAffinityOptions
-) -> Tensor:
+def _loss_of_channels(name: str, tables: _Tables, options: InstanceAffinityOptions) -> Tensor:
     """One of the losses, (M, K)."""
     if name == "dice":
         return _dice(tables, options.invert)
@@ -368,7 +364,7 @@ def _loss_of_channels(
         "mse": tables.weighted_square_sum,
         "focal": tables.weighted_focal_sum,
     }[name]
-    counts = count.to(weighted.dtype)
+    counts = tables.count.to(weighted.dtype)
     if options.balance == "inverse":
         # The coefficient of a sum of nothing is 0, not 1: the others are about 1 / millions, and
         # rounding beside a 1 would drown them.
