@@ -53,6 +53,7 @@ def results(size, tmp_path_factory):
 
 # ------------------------------------------------------------------------------------ losses
 
+OFFSETS = [(0, 1), (1, 0), (-2, 1), (0, -3)]
 LOSSES = {
     "affinity field": lambda group: tritonaff.AffinityFieldLoss((3, 5), process_group=group),
     "adaptive": lambda group: tritonaff.AdaptiveAffinityFieldLoss(4, (3, 7), process_group=group),
@@ -67,9 +68,15 @@ LOSSES = {
     "dilated, signal": lambda group: tritonaff.DilatedAffinityLoss(
         RATES, weighting="signal", process_group=group
     ),
+    "instances": lambda group: tritonaff.InstanceAffinityLoss(
+        OFFSETS, loss={"bce": 1.0, "mse": 2.0}, balance="clipped", process_group=group
+    ),
+    "instances, Dice": lambda group: tritonaff.InstanceAffinityLoss(
+        OFFSETS, loss="dice", channels="pooled", process_group=group
+    ),
 }
-# Cross-entropy divides by another number, which a normalizer does not hold.
-ACCUMULATED = [name for name in LOSSES if name != "cross-entropy"]
+# Cross-entropy divides by another number, which a normalizer does not hold; Dice is no sum.
+ACCUMULATED = [name for name in LOSSES if name not in ("cross-entropy", "instances, Dice")]
 
 
 class Segmenter(nn.Module):

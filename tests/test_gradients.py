@@ -10,10 +10,22 @@ from tritonaff.ops import (
     affinity_regression,
     definition,
     dilated_affinity,
+    instance_affinity,
 )
-from tritonaff.testing import make_dilated_affinity_inputs, make_inputs, make_propagation_inputs
+from tritonaff.testing import (
+    CASES,
+    make_dilated_affinity_inputs,
+    make_inputs,
+    make_propagation_inputs,
+)
 
-MODULES = affinity_field, affinity_propagation, affinity_regression, dilated_affinity
+MODULES = (
+    affinity_field,
+    affinity_propagation,
+    affinity_regression,
+    dilated_affinity,
+    instance_affinity,
+)
 OPS = {
     op._name: op
     for module in MODULES
@@ -80,6 +92,14 @@ def dilated_affinity_loss():
     tritonaff.dilated_affinity_loss(logits.requires_grad_(), target, rates).backward()
 
 
+def instance_affinity_table(name):
+    """A table alone: the others have no gradient."""
+    case = CASES["instance_affinity"]
+    logits, ids = case.make_inputs((1, 12, 6, 7))
+    terms = case.tables(logits.requires_grad_(), ids)
+    getattr(terms, name).sum().backward()
+
+
 def propagate(needs_probs, needs_affinity):
     logits, _, affinity = make_propagation_inputs((1, 3, 6, 7))
     probs = logits.softmax(dim=1).requires_grad_(needs_probs)
@@ -102,6 +122,9 @@ PATHS = {
     "regression of pixels": lambda: affinity_regression_loss(None),
     "matrices": square_root_affinity,
     "dilated": dilated_affinity_loss,
+    "instances, -log pt": lambda: instance_affinity_table("log_loss"),
+    "instances, p": lambda: instance_affinity_table("p_sum"),
+    "instances, focal": lambda: instance_affinity_table("focal_sum"),
     "propagation": lambda: propagate(True, True),
     "propagation of probs": lambda: propagate(True, False),
     "propagation of affinity": lambda: propagate(False, True),

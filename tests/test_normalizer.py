@@ -15,6 +15,12 @@ MODULES = {
     "every pixel": (tritonaff.AffinityRegressionLoss(None), ()),
     "dilated": (tritonaff.DilatedAffinityLoss(RATES), ()),
     "dilated, signal": (tritonaff.DilatedAffinityLoss(RATES, weighting="signal"), ()),
+    "instances": (
+        tritonaff.InstanceAffinityLoss(
+            [(0, 1), (1, 0), (-2, 1), (0, -3)], balance="inverse", ignore_index=255
+        ),
+        (),
+    ),
 }
 
 

@@ -35,7 +35,9 @@ from tritonaff.kernels import (
     affinity_propagation,
     affinity_regression,
     dilated_affinity,
+    instance_affinity,
 )
+from tritonaff.offsets import instance_offsets
 from tritonaff.rates import rate_offsets
 
 TARGETS = {
@@ -169,6 +171,20 @@ NUM_SIGNALS = NUM_OFFSETS * SIGNALS["BLOCK_P"]
 TABLES = dilated_affinity.blocks.tables_options(OFFSETS, DILATED)
 TABLES_STEPS = dilated_affinity.blocks.tables_steps(
     torch.empty(IMAGES[0], NUM_OFFSETS, *IMAGES[1:], device="meta"), DILATED
+)
+
+INSTANCES = instance_affinity.Blocks()
+INSTANCE_OFFSETS = [
+    distance for dy, dx in instance_offsets("mutex_watershed_2d") for distance in (0, dy, dx)
+]
+NUM_PAIRS = len(INSTANCE_OFFSETS) // 3
+# Int64 ids with a background; every sum but the focal one.
+INSTANCE_PAIRS = instance_affinity.blocks.options(
+    torch.empty(0, dtype=torch.int64, device="meta"), INSTANCE_OFFSETS, 0, None,
+    invert=False, misses=True, focal=False,
+)  # fmt: skip
+INSTANCE_STEPS = instance_affinity.blocks.tables_steps(
+    torch.empty(IMAGES[0], NUM_PAIRS, 1, *IMAGES[1:], device="meta"), INSTANCES
 )
 
 
@@ -436,6 +452,24 @@ TILES = (
         trips=8,
         per_pixel=NUM_OFFSETS,
     ),
+    Tile(
+        "instance_affinity",
+        instance_affinity.tables_kernel,
+        {**INSTANCE_PAIRS, "BLOCK_V": INSTANCES.tables_voxels},
+        NUM_PAIRS * INSTANCES.tables_voxels * INSTANCE_STEPS,
+        moved=LOGIT + 8 / NUM_PAIRS,
+        trips=(NUM_PAIRS, INSTANCE_STEPS),
+        per_pixel=NUM_PAIRS,
+    ),
+    Tile(
+        "instance_affinity",
+        instance_affinity.gradient_kernel,
+        {**INSTANCE_PAIRS, "BLOCK_V": INSTANCES.voxels},
+        NUM_PAIRS * INSTANCES.voxels,
+        moved=LOGIT + 8 / NUM_PAIRS + GRAD,
+        trips=NUM_PAIRS,
+        per_pixel=NUM_PAIRS,
+    ),
 )
 
 
@@ -536,11 +570,14 @@ def cross_entropy_ms(gpu: str, *, autocast: bool = False) -> float:
 FLOATS = ("margin", "eps", "limit", "self_weight", "slope", "gamma")
 # Sizes and strides that are multiples of 16, as in most images: loads of four numbers.
 MULTIPLES_OF_16 = (
-    *("H", "W", "HW", "PAIRS", "stride_n", "stride_c", "stride_h"),
+    *("H", "W", "HW", "PAIRS", "FOURS", "stride_n", "stride_c", "stride_h"),
     *("grad_stride_n", "grad_stride_c", "grad_stride_h", "target_stride_n", "target_stride_h"),
+    *("stride_k", "stride_d", "grad_stride_k", "grad_stride_d"),
+    *("ids_stride_n", "ids_stride_d", "ids_stride_h"),
 )
 POINTERS = {
     "target_ptr": "*i64",
+    "ids_ptr": "*i64",
     "label_ptr": "*i16",
     "totals_ptr": "*i64",
     "entries_ptr": "*i64",

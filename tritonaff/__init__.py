@@ -29,11 +29,19 @@ from tritonaff.api.dilated_affinity import (
     dilated_affinity_loss,
     dilated_affinity_terms,
 )
+from tritonaff.api.instance_affinity import (
+    InstanceAffinityLoss,
+    InstanceAffinityTerms,
+    instance_affinity_loss,
+    instance_affinity_target,
+    instance_affinity_terms,
+)
 from tritonaff.api.neighbors import (
     NeighborStatistics,
     dilated_affinity_target,
     neighbor_categories,
 )
+from tritonaff.offsets import instance_offsets
 from tritonaff.ops.backend import use_backend
 from tritonaff.rates import expand_rates
 from tritonaff.version import __version__
@@ -48,6 +56,8 @@ __all__ = [
     "DilatedAffinityHead",
     "DilatedAffinityLoss",
     "DilatedAffinityTerms",
+    "InstanceAffinityLoss",
+    "InstanceAffinityTerms",
     "NeighborStatistics",
     "__version__",
     "affinity_field_cross_entropy",
@@ -60,6 +70,10 @@ __all__ = [
     "dilated_affinity_target",
     "dilated_affinity_terms",
     "expand_rates",
+    "instance_affinity_loss",
+    "instance_affinity_target",
+    "instance_affinity_terms",
+    "instance_offsets",
     "label_affinity",
     "neighbor_categories",
     "square_root_affinity",

@@ -39,6 +39,8 @@ TARGET_DTYPES = {
 # The label to ignore where none is: no image holds it.
 NO_LABEL = -(2**63)
 COUNT_DTYPES = (torch.int32, torch.int64)
+# Labels that are compared alone.
+ID_DTYPES = tuple(dtype for dtype in TARGET_DTYPES if not dtype.is_floating_point)
 # An affinity matrix is for people to look at: a larger matrix is taken for a mistake.
 MAX_MATRIX_BYTES = 8 * 10**9
 # Points of grids: more points would take seconds, and are taken for a mistake.
@@ -154,6 +156,33 @@ def _check_affinity_shape(
             f"{name} must have the shape (N, 8 R, H, W) = {expected} of R = {num_rates} rates "
             f"and {images_name} {tuple(images.shape)}, got {tuple(affinity.shape)}"
         )
+
+
+def check_ids(value: Any, dimensions: int) -> Tensor:
+    """Ids (N, H, W) or (N, D, H, W), as many dimensions as the offsets have."""
+    axes = ("D", "H", "W")[-dimensions:]
+    ids = check_tensor("ids", value, ID_DTYPES, ("N", *axes))
+    if any(size < 1 for size in ids.shape[1:]):
+        raise ValueError(f"ids must have at least one voxel, got shape {tuple(ids.shape)}")
+    return ids
+
+
+def check_logits_and_ids(
+    logits: Any, ids: Any, offsets: tuple[tuple[int, ...], ...]
+) -> tuple[Tensor, Tensor]:
+    """Logits with a channel for every offset, and ids of the same images or volumes."""
+    dimensions = len(offsets[0])
+    axes = ("D", "H", "W")[-dimensions:]
+    logits = check_tensor("logits", logits, LOGITS_DTYPES, ("N", "K", *axes))
+    ids = check_ids(ids, dimensions)
+    check_one_device("logits", logits, "ids", ids)
+    expected = ids.shape[0], len(offsets), *ids.shape[1:]
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"logits must have the shape (N, K, {', '.join(axes)}) = {expected} of K = "
+            f"{len(offsets)} offsets and ids {tuple(ids.shape)}, got {tuple(logits.shape)}"
+        )
+    return logits, ids
 
 
 def check_statistics(
@@ -354,6 +383,20 @@ def _check_rate(rate: Any) -> tuple[int, int]:
     return down, across
 
 
+def check_offsets(offsets: Any) -> tuple[tuple[int, ...], ...]:
+    """Steps in voxels, (dy, dx) for images or (dz, dy, dx) for volumes, one for each channel."""
+    entries = _sequence("offsets", offsets, expected="pairs or triples of int")
+    least = 1 - 2**63  # so that the opposite step fits 64 bits too
+    steps = tuple(_integers("an offset's steps", entry, at_least=least) for entry in entries)
+    sizes = {len(step) for step in steps}
+    if sizes not in ({2}, {3}) or not all(any(step) for step in steps):
+        raise ValueError(
+            "offsets must be pairs (dy, dx) or triples (dz, dy, dx), all of one length and none of "
+            f"them 0, at least one of them, got {offsets}"
+        )
+    return steps
+
+
 def _integers(
     name: str, value: Any, *, expected: str = "int", at_least: int = -(2**63)
 ) -> tuple[int, ...]:
@@ -389,6 +432,34 @@ def check_ignore_index(value: Any) -> int | None:
 
 def label_to_ignore(ignore_index: int | None) -> int:
     return NO_LABEL if ignore_index is None else ignore_index
+
+
+def check_id(name: str, value: Any) -> int | None:
+    """None, or an id of any dtype of 64 bits."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+    integer: int = operator.index(value)
+    if not -(2**63) <= integer < 2**64:
+        raise ValueError(f"{name} must fit 64 bits, got {integer}")
+    return integer
+
+
+def check_weighted(name: str, value: Any, options: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Pairs of an option and its weight, from one option, a mapping, or pairs."""
+    if isinstance(value, str):
+        value = {value: 1.0}
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    entries = _sequence(name, value, expected="str, a mapping, or pairs of str and number")
+    pairs = tuple((check_option(name, option, options), weight) for option, weight in entries)
+    if not pairs or len(dict(pairs)) != len(pairs):
+        raise ValueError(f"{name} must name distinct losses, at least one of them, got {value}")
+    return tuple(
+        (option, check_number(f"the weight of {option!r}", weight, at_least=0))
+        for option, weight in pairs
+    )
 
 
 def check_num_classes(value: Any, activation: str = "softmax") -> int:

@@ -21,6 +21,12 @@ from tritonaff.api.dilated_affinity import (
     dilated_affinity_loss,
     dilated_affinity_terms,
 )
+from tritonaff.api.instance_affinity import (
+    InstanceAffinityTerms,
+    instance_affinity_loss,
+    instance_affinity_target,
+    instance_affinity_terms,
+)
 from tritonaff.api.neighbors import (
     NeighborCounts,
     dilated_affinity_target,
@@ -36,6 +42,7 @@ __all__ = [
     "AffinityFieldTerms",
     "AffinityRegressionTerms",
     "DilatedAffinityTerms",
+    "InstanceAffinityTerms",
     "NeighborCounts",
     "affinity_field_cross_entropy",
     "affinity_field_loss",
@@ -46,6 +53,9 @@ __all__ = [
     "dilated_affinity_loss",
     "dilated_affinity_target",
     "dilated_affinity_terms",
+    "instance_affinity_loss",
+    "instance_affinity_target",
+    "instance_affinity_terms",
     "label_affinity",
     "neighbor_categories",
     "neighbor_counts",

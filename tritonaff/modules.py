@@ -14,6 +14,9 @@ from tritonaff.api.dilated_affinity import (
     DilatedAffinityHead,
     DilatedAffinityLoss,
 )
+from tritonaff.api.instance_affinity import (
+    InstanceAffinityLoss,
+)
 
 __all__ = [
     "AdaptiveAffinityFieldLoss",
@@ -22,4 +25,5 @@ __all__ = [
     "AffinityRegressionLoss",
     "DilatedAffinityHead",
     "DilatedAffinityLoss",
+    "InstanceAffinityLoss",
 ]

@@ -133,3 +133,87 @@ def affinity_propagation_options(
         checks.check_number("steepness", steepness, above=1),
         checks.check_bool("from_logits", from_logits),
     )
+
+
+Anchor = Literal["source", "destination"]
+Balance = Literal["none", "inverse", "clipped", "positive"]
+Channels = Literal["mean", "sum", "pooled"]
+Reduction = Literal["mean", "none"]
+ANCHORS: tuple[Anchor, ...] = ("source", "destination")
+BALANCES: tuple[Balance, ...] = ("none", "inverse", "clipped", "positive")
+CHANNELS: tuple[Channels, ...] = ("mean", "sum", "pooled")
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "none")
+INSTANCE_LOSSES = ("bce", "dice", "mse", "focal")
+Offsets = Sequence[Sequence[int]]
+
+
+class InstancePairs(NamedTuple):
+    """The pairs of voxels, and their targets: see :func:`tritonaff.instance_affinity_target`."""
+
+    offsets: tuple[tuple[int, ...], ...]
+    background: int | None
+    ignore_index: int | None
+    anchor: Anchor
+    invert: bool
+
+
+def instance_pairs(
+    offsets: Any,
+    *,
+    background: Any = 0,
+    ignore_index: Any = None,
+    anchor: Any = "source",
+    invert: Any = False,
+) -> InstancePairs:
+    return InstancePairs(
+        checks.check_offsets(offsets),
+        checks.check_id("background", background),
+        checks.check_id("ignore_index", ignore_index),
+        checks.check_option("anchor", anchor, ANCHORS),
+        checks.check_bool("invert", invert),
+    )
+
+
+class InstanceAffinityOptions(NamedTuple):
+    """See :func:`tritonaff.instance_affinity_loss`. The first fields are an ``InstancePairs``."""
+
+    offsets: tuple[tuple[int, ...], ...]
+    background: int | None
+    ignore_index: int | None
+    anchor: Anchor
+    invert: bool
+    loss: tuple[tuple[str, float], ...]
+    balance: Balance
+    channels: Channels
+    gamma: float
+    reduction: Reduction
+
+    @property
+    def pairs(self) -> InstancePairs:
+        return InstancePairs(
+            self.offsets, self.background, self.ignore_index, self.anchor, self.invert
+        )
+
+    def uses(self, *names: str) -> bool:
+        """True if one of these losses is part of the loss."""
+        return any(name in names for name, _ in self.loss)
+
+
+def instance_affinity_options(
+    offsets: Any,
+    *,
+    loss: Any = "bce",
+    balance: Any = "none",
+    channels: Any = "mean",
+    gamma: Any = 2.0,
+    reduction: Any = "mean",
+    **pairs: Any,
+) -> InstanceAffinityOptions:
+    return InstanceAffinityOptions(
+        *instance_pairs(offsets, **pairs),
+        checks.check_weighted("loss", loss, INSTANCE_LOSSES),
+        checks.check_option("balance", balance, BALANCES),
+        checks.check_option("channels", channels, CHANNELS),
+        checks.check_number("gamma", gamma, at_least=0),
+        checks.check_option("reduction", reduction, REDUCTIONS),
+    )

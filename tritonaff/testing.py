@@ -37,11 +37,15 @@ from tritonaff.functional import (
     affinity_regression_terms,
     dilated_affinity_loss,
     dilated_affinity_terms,
+    instance_affinity_loss,
+    instance_affinity_target,
+    instance_affinity_terms,
 )
+from tritonaff.offsets import instance_offsets
 from tritonaff.ops.backend import use_backend
 from tritonaff.rates import rate_offsets
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]
 
 
 def make_inputs(
@@ -117,13 +121,38 @@ def _affinity_logits(target: Tensor, confidence: float, seed: int) -> Tensor:
     return confidence * (same.float() - 0.5) + torch.randn(same.shape, generator=generator)
 
 
+def make_instance_affinity_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, 12, H, W) or (N, 12, D, H, W) at the offsets of ``INSTANCE_OFFSETS``, and ids of
+    boxes, of which one in 21 is background; 1 % of the voxels are ignored. The logits are as close
+    to the targets as in :func:`make_inputs`. The C of ``shape`` is ignored.
+    """
+    n, _, *depth, height, width = shape
+    _, ids = make_inputs((n, 21, height, width), confidence=confidence, seed=seed)
+    if depth:
+        # Another slice of every third volume's worth of planes: boxes three planes deep.
+        planes = torch.arange(depth[0]) // 3
+        ids = torch.where(ids[:, None] == 255, 255, (ids[:, None] + planes.view(-1, 1, 1)) % 21)
+    target = instance_affinity_target(ids, INSTANCE_OFFSETS[len(shape) - 2], ignore_index=255)
+    generator = torch.Generator().manual_seed(seed + 1)
+    logits = confidence * (target.clamp(max=1).float() - 0.5)
+    logits += torch.randn(logits.shape, generator=generator)
+    return logits.to(device, dtype), ids.to(device)
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation: its inputs, its loss, which is timed, and its tables, which are compared."""
 
     name: str
     shapes: tuple[Shape, ...]
-    """N, C, H, W of the bench, whose ``--quick`` takes ``quick_shapes``."""
+    """N, C, H, W, or N, C, D, H, W, of the bench, whose ``--quick`` takes ``quick_shapes``."""
     quick_shapes: tuple[Shape, ...]
     loss: Callable[..., Tensor]
     """Computes a scalar from the inputs; the bench times and differentiates the scalar."""
@@ -141,6 +170,10 @@ class Case:
     """
     loss_of_tables: Callable[..., Tensor] | None = None
     """Computes the loss from the tables, if the loss has no computation of its own."""
+    yardstick: Callable[..., tuple[Callable[..., Tensor], tuple[Tensor, ...]]] | None = None
+    """Makes a loss of torch and its inputs, which the bench measures beside the operation, from the
+    operation's inputs. None: cross-entropy of logits and target.
+    """
 
     @classmethod
     def of_tables(
@@ -174,6 +207,33 @@ def propagation_tables(logits: Tensor, target: Tensor, affinity: Tensor) -> tupl
 
 AFFINITY_FIELD_SIZES = (3, 5, 7)
 AFFINITY_RATES = ((8, 8), (16, 16), (32, 32), (64, 64))
+
+# By the number of axes of an image or a volume: 12 offsets each.
+INSTANCE_OFFSETS = {
+    2: instance_offsets("mutex_watershed_2d"),
+    3: instance_offsets("mutex_watershed_3d")[:3] + instance_offsets("mutex_watershed_3d")[8:],
+}
+
+
+def instance_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """A sum of two losses, which uses three of the tables."""
+    offsets = INSTANCE_OFFSETS[ids.dim() - 1]
+    loss = {"bce": 1.0, "dice": 1.0}
+    return instance_affinity_loss(logits, ids, offsets, loss=loss, ignore_index=255)
+
+
+def instance_tables(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    return instance_affinity_terms(logits, ids, INSTANCE_OFFSETS[ids.dim() - 1], ignore_index=255)
+
+
+def instance_yardstick(
+    logits: Tensor, ids: Tensor
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Binary cross-entropy whose targets somebody else has made."""
+    target = instance_affinity_target(ids, INSTANCE_OFFSETS[ids.dim() - 1], ignore_index=255)
+    same = (target == 1).to(logits.dtype)
+    return lambda logits: F.binary_cross_entropy_with_logits(logits, same), (logits,)
+
 
 CASES = {
     "affinity_field": Case(
@@ -218,6 +278,16 @@ CASES = {
         largest_term=10.0,  # a sure logit on the wrong side, and noise
         make_inputs=make_dilated_affinity_inputs,
     ),
+    "instance_affinity": Case(
+        name="instance_affinity",
+        shapes=((1, 12, 256, 256), (2, 12, 32, 160, 160)),
+        quick_shapes=((1, 12, 32, 32),),
+        loss=instance_loss,
+        tables=instance_tables,
+        largest_term=10.0,  # a sure logit on the wrong side, and noise
+        make_inputs=make_instance_affinity_inputs,
+        yardstick=instance_yardstick,
+    ),
 }
 
 
@@ -229,10 +299,10 @@ def obstacle(case: Case, shape: Shape) -> str | None:
     """The reason why the reference cannot run at this shape, compiled or not: its matrices exceed
     any memory. None if the reference can run.
     """
-    n, c, height, width = shape
+    n, c, *size = shape
     inputs = (
-        torch.empty(*x.shape[:-2], height, width, dtype=x.dtype, device="meta")
-        for x in case.make_inputs((n, c, 1, 1))
+        torch.empty(*x.shape[: -len(size)], *size, dtype=x.dtype, device="meta")
+        for x in case.make_inputs((n, c, *(1 for _ in size)))
     )
     try:
         with use_backend("reference"):

@@ -45,7 +45,8 @@ def mutated(mutant: Mutant) -> str:
     if source.count(mutant.text) != 1:
         raise ValueError(f"{mutant}: its text is {source.count(mutant.text)} times in the file")
     source = source.replace(mutant.text, mutant.replacement)
-    compile(source, mutant.file, "exec")
+    if mutant.file.endswith(".py"):
+        compile(source, mutant.file, "exec")
     return source
 
 
@@ -87,7 +88,7 @@ def of(file: str, tests: str, *faults: tuple[str, str, str]) -> Iterator[Mutant]
     test_file, *names = tests.split()
     for name, text, replacement in faults:
         yield Mutant(
-            f"tritonaff/{file}.py",
+            f"tritonaff/{file}" if "." in file else f"tritonaff/{file}.py",
             name,
             text,
             replacement,
@@ -99,6 +100,7 @@ FIELD, FIELD_TESTS = "kernels/affinity_field/", "test_affinity_field test_"
 REGRESSION, REGRESSION_TESTS = "kernels/affinity_regression/", "test_affinity_regression test_"
 PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation/", "test_affinity_propagation test_"
 DILATED, DILATED_TESTS = "kernels/dilated_affinity/", "test_dilated_affinity test_"
+INSTANCE, INSTANCE_TESTS = "kernels/instance_affinity/", "test_instance_affinity test_"
 
 FIELD_TILES = (
     FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0] test_tiles_do_not_depend_on_their_blocks"
@@ -114,6 +116,7 @@ PROPAGATION_TILES = (
     " test_tiles_do_not_depend_on_their_blocks"
 )
 PROPAGATION_NOTHING = PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]"
+INSTANCE_TILES = INSTANCE_TESTS + "tiles_do_not_depend_on_their_blocks[4]"
 DILATED_TILES = (
     DILATED_TESTS + "a_rate_beyond_the_image_does_not_disturb_the_others[triton]"
     " test_tiles_do_not_depend_on_their_blocks[4]"
@@ -916,6 +919,193 @@ MUTANTS = [
             "block.num_different - wrong, correct_same",
             "wrong, correct_same",
         ),
+    ),
+    # --- Instance affinities ----------------------------------------------------------------------
+    *of(
+        INSTANCE + "pairs",
+        INSTANCE_TILES,
+        (
+            "fours of whole rows",
+            "FOURS = tl.cdiv(W, 4)\n    row",
+            "FOURS = W // 4\n    row",
+        ),
+        (
+            "planes in a block",
+            "(row // H).to(tl.int32) + h // H, h % H",
+            "(row // H).to(tl.int32), h % H",
+        ),
+        ("fours of the next block", "four += BLOCK_FOURS % FOURS", "four += 0"),
+        (
+            "rows of the next block",
+            "h += rows % H + is_next.to(tl.int32)",
+            "h += rows % H",
+        ),
+        (
+            "planes of the next block",
+            "z += rows // H + is_next.to(tl.int32)",
+            "z += rows // H",
+        ),
+        (
+            "offsets of the first channel",
+            "dy = tl.where(k == i, OFFSETS[3 * i + 1], dy)",
+            "dy = OFFSETS[1]",
+        ),
+        (
+            "voxels beyond a row",
+            "counts = there & is_inside(z, h, w, D, H, W)",
+            "counts = there",
+        ),
+        (
+            "ignored voxels",
+            "counts & (ids != ignored) & (other != ignored)",
+            "counts & (other != ignored)",
+        ),
+        ("background", "same = same & (ids != background)", "same = same & (ids == ids)"),
+        (
+            "planes of the other voxel",
+            "step = dz * tl.cast(stride_d, tl.int64) + dy * tl.cast",
+            "step = dy * tl.cast",
+        ),
+        (
+            "the hit for the miss",
+            "return tl.where(u < 0, r, e * r), ",
+            "return tl.where(u < 0, e * r, r), ",
+        ),
+    ),
+    *of(
+        INSTANCE + "pairs",
+        INSTANCE_TESTS + "triton_matches_the_reference",
+        (
+            "channels that say different",
+            "tl.where(same, -x, x) if INVERT else",
+            "tl.where(same, x, -x) if INVERT else",
+        ),
+        ("ids in 32 bits", "tl.int64 if WIDE else tl.int32", "tl.int32 if WIDE else tl.int32"),
+    ),
+    *of(
+        INSTANCE + "tables",
+        INSTANCE_TILES,
+        ("channels of the logits", "logits_ptr += stride_k", "logits_ptr += 0"),
+        ("images of the ids", "ids_ptr += n * ids_stride_n", "ids_ptr += 0"),
+        (
+            "the first step alone",
+            "z, h, four = fours_after(z, h, four, H, W, BLOCK_FOURS)",
+            "z, h, four = z + 0, h + 0, four + 0",
+        ),
+        (
+            "the other target",
+            "tl.store(ptr + 4 + TERM, total(of_same))",
+            "tl.store(ptr + 4 + TERM, total(of_different))",
+        ),
+        ("all pairs", "((counted >> 16) & 0xFFFF) - num_same", "(counted >> 16) & 0xFFFF"),
+        ("pairs of one id", "tl.where(is_same, 0x10001, 0)", "tl.where(is_same, 0x10000, 0)"),
+        ("pairs that do not count", "same & counts, counts & ~same", "same & counts, ~same"),
+        ("squares", "square = miss * miss", "square = miss + 0.0"),
+        ("focus", "tl.exp2(minus_log_miss * (gamma", "tl.exp2(loss * (gamma"),
+    ),
+    *of(
+        INSTANCE + "gradient",
+        INSTANCE_TILES,
+        (
+            "coefficients of the first image",
+            "coefficients_ptr += n * (NUM_CHANNELS * 8)",
+            "coefficients_ptr += 0",
+        ),
+        ("coefficients of the first channel", "coefficients_ptr += 8", "coefficients_ptr += 0"),
+        (
+            "coefficients of a target",
+            "return tl.where(same, tl.load(ptr + 4 + TERM), tl.load(ptr + TERM))",
+            "return tl.load(ptr + TERM)",
+        ),
+        ("sign", "else tl.where(same, -slope, slope)", "else slope"),
+        ("derivative of the square", "of_square = 2.0 *", "of_square = 1.0 *"),
+        ("derivative of the miss", "of_square * miss) * pt * miss", "of_square * miss) * miss"),
+        (
+            "pairs that do not count",
+            "slope = tl.where(counts, slope, 0.0)",
+            "slope = slope + 0.0",
+        ),
+        ("slope of the focus", "(gamma * pt * loss + miss)", "(pt * loss + miss)"),
+        ("channels of the gradient", "grad_ptrs += grad_stride_k", "grad_ptrs += 0"),
+    ),
+    *of(
+        "native/instance_affinity.cpp",
+        INSTANCE_TESTS
+        + "long_rows_and_several_tasks test_native_matches_the_reference"
+        + " test_nothing_is_left_unwritten[native]",
+        (
+            "segments of a row",
+            "w = begin; w < end; w += SEGMENT",
+            "w = begin; w < end; w += 2 * SEGMENT",
+        ),
+        (
+            "rows of the next plane",
+            "if (++h == call.height) h = 0, z++;",
+            "if (++h == call.height) h = 0;",
+        ),
+        (
+            "ignored voxels",
+            "(-Id(ids[w] != ignored) & -Id(others[w] != ignored))",
+            "(-Id(ids[w] != ignored))",
+        ),
+        (
+            "nothing is ignored",
+            "-Id(others[w] != ignored)) | no_ignored",
+            "-Id(others[w] != ignored))",
+        ),
+        ("background", "(-Id(ids[w] != background) | no_background)", "Id(-1)"),
+        (
+            "squares",
+            "square_same += is_same ? miss * miss : 0.0f;",
+            "square_same += is_same ? miss : 0.0f;",
+        ),
+        (
+            "derivative of the square",
+            "square_different = 2.0f * different[2]",
+            "square_different = different[2]",
+        ),
+        (
+            "focus of any gamma",
+            "exp_of_negative(-gamma * minus_log_miss)",
+            "exp_of_negative(-minus_log_miss)",
+        ),
+        (
+            "channels that say different",
+            "slope = is_same ? -slope * side : slope * side;",
+            "slope = is_same ? -slope : slope;",
+        ),
+        (
+            "tables of the last task",
+            "table[i] += partial[size_t(task",
+            "table[i] = partial[size_t(task",
+        ),
+        (
+            "tables of the first image",
+            "tables + task / tasks_per_image(call) * table_size",
+            "tables + 0 * table_size",
+        ),
+        ("voxels without a pair", "std::fill(row, row + count, 0.0f);", ""),
+    ),
+    *of(
+        "portable/instance_affinity",
+        INSTANCE_TESTS
+        + "portable_does_not_depend_on_its_blocks test_portable_matches_the_reference",
+        ("background", "same &= source != background", "same &= source == source"),
+        (
+            "ignored voxels",
+            "(source != ignore_index) & (destination != ignore_index)",
+            "source != ignore_index",
+        ),
+        (
+            "images of a block",
+            "slice(i, min(n, i + images))",
+            "slice(i, min(n, i + 1))",
+        ),
+        ("planes of a block", "slice(j, min(z_end, j + planes))", "slice(j, min(z_end, j + 1))"),
+        ("slope of the focus", ".mul_(-gamma).add_(miss)", ".mul_(gamma).add_(miss)"),
+        ("derivative of the square", "(2 * of_square * miss)", "(of_square * miss)"),
+        ("sign", "sign if invert else sign.neg_()", "sign"),
+        ("pairs that do not count", "slope.masked_fill_(~block.counted, 0)", "slope"),
     ),
     *of(
         "portable/blocks",

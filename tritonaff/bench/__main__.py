@@ -180,8 +180,8 @@ def _rows(
     if dtype == "float64":
         impls = tuple(impl for impl in impls if impl != "triton")  # no tile computes in float64
     inputs = case.make_inputs(shape, DTYPES[dtype], device)  # first: memory may not hold the inputs
-    n, c, height, width = shape
-    corner = (min(n, 2), c, min(height, 48), min(width, 64))
+    n, c, *depth, height, width = shape
+    corner = (min(n, 2), c, *(min(d, 8) for d in depth), min(height, 48), min(width, 64))
     for impl in impls:
         if impl in ("portable", "triton"):
             for confidence in (0.0, 9.0):

@@ -31,6 +31,7 @@ OPERATIONS = (
     "affinity_propagation",
     "affinity_regression",
     "dilated_affinity",
+    "instance_affinity",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILERS = ("c++", "g++", "clang++")
