@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import available
 from inputs import given, maker
 from layouts import LAYOUTS, laid_out
 from torch.nn import functional as F
@@ -85,10 +86,9 @@ def inputs(pick):
     return laid_out(logits, pick(LAYOUTS)), target.to(pick([torch.uint8, torch.int16]))
 
 
-@given(inputs(), [FIELD, REGRESSION], rows=8)
-def test_every_backend_matches_the_reference(values, case):
-    for backend in ("portable", "triton"):
-        check_parity(case, backend, *values)
+@given(inputs(), [FIELD, REGRESSION], ["portable", "native", "triton"], rows=18)
+def test_every_backend_matches_the_reference(values, case, backend):
+    check_parity(case, available(backend), *values)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonaff.functional import (
+    affinity_field_cross_entropy,
     affinity_field_loss,
     affinity_field_terms,
     affinity_propagation,
@@ -243,6 +244,16 @@ CASES = {
         loss=lambda logits, target: affinity_field_loss(logits, target, AFFINITY_FIELD_SIZES),
         tables=lambda logits, target: affinity_field_terms(logits, target, AFFINITY_FIELD_SIZES),
         largest_term=9.2,  # log(1 / eps), the divergence of two confident, different pixels
+    ),
+    "affinity_field_cross_entropy": Case(
+        name="affinity_field_cross_entropy",
+        shapes=((1, 19, 256, 512),),
+        quick_shapes=((1, 5, 32, 32),),
+        loss=lambda logits, target: affinity_field_cross_entropy(
+            logits, target, AFFINITY_FIELD_SIZES
+        ),
+        tables=lambda logits, target: affinity_field_terms(logits, target, AFFINITY_FIELD_SIZES),
+        largest_term=9.2,
     ),
     "affinity_regression": Case(
         name="affinity_regression",

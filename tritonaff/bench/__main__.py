@@ -14,6 +14,7 @@ import torch
 from tritonaff.bench import measure
 from tritonaff.bench.machine import DTYPES, describe, one_line, usable_device, versions
 from tritonaff.bench.tables import print_table, progress, run_command, write_json
+from tritonaff.native.library import find_compiler
 from tritonaff.testing import (
     CASES,
     Case,
@@ -23,7 +24,7 @@ from tritonaff.testing import (
     obstacle,
 )
 
-IMPLS = ("reference", "compiled", "portable", "triton")
+IMPLS = ("reference", "compiled", "portable", "native", "triton")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,8 +157,9 @@ def _beyond_memory(error: Exception) -> bool:
 
 def _impls_here(device: torch.device) -> tuple[str, ...]:
     left_out = set()
-    if device.type == "cpu":
-        left_out.add("triton")
+    left_out.add("triton" if device.type == "cpu" else "native")
+    if device.type == "cpu" and find_compiler() is None:
+        left_out.add("native")
     if not measure.compiler_works(device):
         left_out.add("compiled")
     return tuple(impl for impl in IMPLS if impl not in left_out)
@@ -178,12 +180,13 @@ def _rows(
     timed inputs, loss and gradient are compared with the first implementation.
     """
     if dtype == "float64":
-        impls = tuple(impl for impl in impls if impl != "triton")  # no tile computes in float64
+        # No tile and no native kernel computes in float64.
+        impls = tuple(impl for impl in impls if impl not in ("native", "triton"))
     inputs = case.make_inputs(shape, DTYPES[dtype], device)  # first: memory may not hold the inputs
     n, c, *depth, height, width = shape
     corner = (min(n, 2), c, *(min(d, 8) for d in depth), min(height, 48), min(width, 64))
     for impl in impls:
-        if impl in ("portable", "triton"):
+        if impl in ("portable", "native", "triton"):
             for confidence in (0.0, 9.0):
                 small = case.make_inputs(corner, DTYPES[dtype], device, confidence=confidence)
                 check_parity(case, impl, *small)
