@@ -921,7 +921,7 @@ MUTANTS = [
             "wrong, correct_same",
         ),
     ),
-    # --- Native kernels of dilated affinity and its propagation ------------------------------------
+    # --- Native kernels of dilated affinity and its propagation -----------------------------------
     *of(
         "native/affinity_propagation.cpp",
         PROPAGATION_TESTS + "native_kernels_do_not_depend_on_their_passes"
