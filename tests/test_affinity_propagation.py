@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import available
 from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
 from opchecks import image_size, opcheck
@@ -126,6 +127,12 @@ def test_portable_matches_the_reference(values):
     check_parity(case, "portable", x, affinity)
 
 
+@given(inputs(HALF_AND_SINGLE), rows=24)
+def test_native_matches_the_reference(values):
+    case, x, affinity = values
+    check_parity(case, available("native"), x, affinity)
+
+
 @given(inputs(HALF_AND_SINGLE, max_rates=1), rows=8)
 def test_triton_matches_the_reference(values):
     pytest.importorskip("triton", minversion="3.6")
@@ -137,7 +144,7 @@ def test_triton_matches_the_reference(values):
 @pytest.mark.parametrize("confidence", [0.0, 9.0])
 def test_the_papers_rates(backend, device, confidence):
     """Neighbours up to 64 pixels away, some inside the image."""
-    shape = (1, 3, 70, 75) if backend == "portable" else (1, 3, 9, 70)
+    shape = (1, 3, 9, 70) if backend == "triton" else (1, 3, 70, 75)
     values = make_propagation_inputs(shape, device=device, confidence=confidence)
     check_parity(CASES["affinity_propagation"], backend, *values)
 
@@ -153,6 +160,54 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 
     monkeypatch.setattr(portable, "CPU_BLOCK", block)
     check_parity(case_with(RATES, iterations=2), "portable", *make((5, 3, 5, 6)))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 11, 23])
+@pytest.mark.parametrize("rates", [[(4, 2), (6, 9)], [(3, 1)], [(1, 40)]], ids=str)
+def test_native_kernels_do_not_depend_on_their_passes(classes, rates):
+    """Passes over the classes; sets of rows with and without neighbours; widths of vectors."""
+    for width in (16, 37):
+        inputs = make((2, classes, 9, width), rates)
+        check_parity(case_with(rates, iterations=3), available("native"), *inputs)
+
+
+@pytest.mark.parametrize("rates", [(1, (2, 3)), (4, (8, 3))], ids=str)
+def test_native_kernels_do_not_depend_on_the_number_of_threads(rates):
+    """Threads that share the rows of an image, and threads that have sets of their own."""
+    values = make((1, 21, 33, 40), rates)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(evaluate(case_with(rates, iterations=3), available("native"), *values))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_native_kernels_pass_on_what_is_no_number_to_neighbors_alone(number):
+    """Pixels at the border of the image have no neighbours in the row above or below."""
+    probs, affinity = make((1, 3, 7, 11), [2])
+    probs[0, 1, 3, 10] = probs[0, 2, 5, 0] = number
+    case = case_with([2], iterations=2)
+    results = evaluate(case, available("native"), probs, affinity)
+    expected = evaluate(case, "reference", probs, affinity)
+    for name in ("0", "gradient"):
+        assert torch.equal(results[name].isfinite(), expected[name].isfinite())
+
+
+def test_native_kernels_read_affinities_of_other_dtypes():
+    probs, affinity = make((1, 3, 5, 6))
+    affinity = affinity.double().requires_grad_()
+    results = []
+    for backend in (available("native"), "reference"):
+        result = propagate(backend, probs, affinity, RATES, iterations=2)
+        (gradient,) = torch.autograd.grad(result[:, 0].sum(), affinity)
+        assert (result.dtype, gradient.dtype) == (torch.float32, torch.float64)
+        results.append((result, gradient))
+    torch.testing.assert_close(*results)
 
 
 def test_tiles_do_not_depend_on_their_blocks(device):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import available
 from inputs import given, maker, subset
 from layouts import LAYOUTS, laid_out
 from opchecks import image_size, opcheck
@@ -152,6 +153,12 @@ def test_portable_matches_the_reference(values):
     check_parity(case, "portable", logits, target)
 
 
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]), rows=24)
+def test_native_matches_the_reference(values):
+    logits, target, case = values
+    check_parity(case, available("native"), logits, target)
+
+
 @given(inputs([torch.float32, torch.bfloat16, torch.float16]), rows=8)
 def test_triton_matches_the_reference(values):
     pytest.importorskip("triton", minversion="3.6")
@@ -193,6 +200,29 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     check_parity(case_with([1, (2, 3), 5, 20]), "portable", *values)
 
 
+@pytest.mark.parametrize("width", [8, 31, 512, 513, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_native_kernels_do_not_depend_on_their_strips(width, dtype, layout):
+    """Seams between strips of a row and bands of rows; the last pixels of a row, and of memory."""
+    logits, target = CASE.make_inputs((2, 32, 11, width), dtype, confidence=4.0)
+    case = case_with([(1, 2), (2, 511), (3, 30), (10, 7)])
+    check_parity(case, available("native"), laid_out(logits, layout), target)
+
+
+def test_native_kernels_do_not_depend_on_the_number_of_threads():
+    values = CASE.make_inputs((2, 32, 70, 90))
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(evaluate(CASE, available("native"), *values))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
 @pytest.mark.parametrize("min_programs", [1, 4, 1000])
 def test_tiles_do_not_depend_on_their_blocks(device, min_programs):
     """All blocks of an image in one program, in two programs, in one program each."""
@@ -223,12 +253,13 @@ def test_same_bits_every_time(backend, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("backend", ["portable", "native"])
 @pytest.mark.parametrize("confidence", [0.0, 9.0])
-def test_portable_gradient_is_at_most_twice_as_far_off_as_eager(confidence):
+def test_gradient_is_at_most_twice_as_far_off_as_eager(backend, confidence):
     logits, target = CASE.make_inputs((1, 32, 65, 65), confidence=confidence)
     exact = evaluate(CASE, "reference", logits.double(), target)["gradient"]
     eager = evaluate(CASE, "reference", logits, target)["gradient"]
-    ours = evaluate(CASE, "portable", logits, target)["gradient"]
+    ours = evaluate(CASE, available(backend), logits, target)["gradient"]
     assert (ours - exact).norm() <= 2 * (eager - exact).norm()
 
 
@@ -524,6 +555,40 @@ def test_the_smallest_logit_above_zero_predicts_a_same_label(backend, device):
     around_zero = torch.tensor([0.0, -0.0, 2.0**-149, -(2.0**-149)], device=device)
     logits = around_zero.repeat(logits.numel() // 4).view_as(logits)
     check_parity(case_with([1, (2, 3), 2, 4]), backend, logits, target)
+
+
+def test_logits_that_do_not_count_may_be_anything(backend, device):
+    """Signals of ignored pixels and across the border, with NaN and infinity in their place."""
+    logits, target = CASE.make_inputs((2, 32, 9, 21), device=device)
+    rates = [1, (2, 3), 5, 30]
+    expected = evaluate(case_with(rates), backend, logits, target)
+    signals = tritonaff.dilated_affinity_target(target, rates)
+    for number in (math.nan, math.inf, -math.inf):
+        results = evaluate(
+            case_with(rates), backend, logits.masked_fill(signals == 255, number), target
+        )
+        assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_a_logit_that_is_no_number_shows(backend, device):
+    logits, target = CASE.make_inputs((1, 32, 9, 21), device=device)
+    signals = tritonaff.dilated_affinity_target(target, [1, 2, 3, 4])
+    logits[0, 0, 4, 5] = logits[0, 31, 2, 3] = math.nan
+    assert signals[0, 0, 4, 5] != 255
+    assert signals[0, 31, 2, 3] != 255
+    results = evaluate(case_with([1, 2, 3, 4]), backend, logits, target)
+    assert results["loss"].isnan()
+    assert results["loss_sum"][0].isnan().sum() == results["loss_sum"][3].isnan().sum() == 1
+    assert torch.equal(results["gradient"].isnan(), logits.isnan())
+
+
+def test_labels_that_32_bits_confuse(backend, device):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([255, 255 + 2**32, 2**31 - 1, 2**31, 2**40, 2**63 - 1])
+    target = labels[torch.randint(0, 6, (2, 9, 21), generator=generator)].to(device)
+    logits = torch.randn(2, 16, 9, 21, generator=generator).to(device)
+    for ignore_index in (255, 2**40, 3):
+        check_parity(case_with([1, (2, 3)], ignore_index=ignore_index), backend, logits, target)
 
 
 def test_a_uniform_image_is_n8_up_to_its_border(backend, device):

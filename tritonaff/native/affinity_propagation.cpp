@@ -91,10 +91,15 @@ struct Segment {
 class Segments {
 public:
     // Backwards, pixels are the neighbours of their sources.
-    Segments(
-        const std::vector<Neighbor>& neighbors, bool backwards, int64_t num_rows, int64_t row_step,
-        int64_t width, int64_t plane
+    explicit Segments(bool backwards) : backwards_(backwards) {}
+
+    void prepare(
+        const std::vector<Neighbor>& neighbors, int64_t num_rows, int64_t row_step, int64_t width,
+        int64_t plane
     ) {
+        if (int64_t(kind_of_row_.size()) == num_rows) return;  // as in the last set
+        kinds_.clear();
+        kind_of_row_.clear();
         std::vector<int64_t> cuts{0, divided_up(width, LANES)};
         for (const Neighbor& neighbor : neighbors) {
             for (int64_t dx : {neighbor.dx, -neighbor.dx}) {
@@ -109,7 +114,7 @@ public:
         for (int64_t row = 0; row < num_rows; row++) {
             std::vector<int64_t> here;
             for (size_t k = 0; k < neighbors.size(); k++) {
-                int64_t dy = (backwards ? -neighbors[k].dy : neighbors[k].dy) / row_step;
+                int64_t dy = (backwards_ ? -neighbors[k].dy : neighbors[k].dy) / row_step;
                 if (row + dy >= 0 && row + dy < num_rows) here.push_back(int64_t(k));
             }
             if (row == 0 || here != before) kinds_.emplace_back();
@@ -119,7 +124,7 @@ public:
                 Segment segment{cuts[i], cuts[i + 1], {}};
                 for (int64_t k : here) {
                     int64_t dy = neighbors[k].dy / row_step, dx = neighbors[k].dx;
-                    if (backwards) dy = -dy, dx = -dx;
+                    if (backwards_) dy = -dy, dx = -dx;
                     int64_t first = std::max<int64_t>(0, -dx) / LANES;
                     int64_t last = divided_up(std::min(width, width - dx), LANES);
                     if (segment.first >= first && segment.first < last) {
@@ -135,6 +140,7 @@ public:
     const std::vector<Segment>& of_row(int64_t row) const { return kinds_[kind_of_row_[row]]; }
 
 private:
+    bool backwards_;
     std::vector<std::vector<Segment>> kinds_;
     std::vector<size_t> kind_of_row_;
 };
@@ -350,7 +356,7 @@ struct Layout {
     }
 
     int64_t num_sets() const { return options.num_images * row_step; }
-    int64_t plane() const { return num_classes * pitch; }            // a row of all classes
+    int64_t plane() const { return num_classes * pitch; }              // a row of all classes
     int64_t gates() const { return vectors * num_neighbors * LANES; }  // a row of all gates
 };
 
@@ -376,10 +382,9 @@ public:
 
     int64_t num_rows() const { return num_rows_; }
 
-    Segments segments(bool backwards) const {
-        return Segments(
-            layout_.neighbors, backwards, num_rows_, layout_.row_step, options_.width,
-            layout_.plane()
+    void prepare(Segments& segments) const {
+        segments.prepare(
+            layout_.neighbors, num_rows_, layout_.row_step, options_.width, layout_.plane()
         );
     }
 
@@ -572,9 +577,10 @@ void forward(
         float* numbers = statistics.get() + 2 * i * rows * pitch;
         at[i] = {planes.get() + i * rows * plane, numbers, numbers + rows * pitch};
     }
+    Segments segments(false);
     for (int64_t task; tasks.next(task);) {
         Set set(layout, task);
-        Segments segments = set.segments(false);
+        set.prepare(segments);
         set.load_planes(probs, at[0].p);
         set.load_gates(affinity, gates.get(), nullptr);
         find_largest(layout, set, at[0]);
@@ -604,9 +610,11 @@ void backward(
     float* gates_from = gates.get() + rows * layout.gates();
     float* grad_gates = gates_from + rows * layout.gates();
 
+    Segments segments(false), segments_from(true);
     for (int64_t task; tasks.next(task);) {
         Set set(layout, task);
-        Segments segments = set.segments(false), segments_from = set.segments(true);
+        set.prepare(segments);
+        set.prepare(segments_from);
         set.load_planes(probs, at[0].p);
         set.load_planes(grad, grad_p);
         set.load_gates(affinity, gates.get(), gates_from);
