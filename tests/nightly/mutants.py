@@ -23,6 +23,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+from tritonaff.native.library import find_compiler
+
 ROOT = Path(__file__).parents[2]
 # A fault may make a loop endless.
 MOST_SECONDS = 900
@@ -47,7 +49,20 @@ def mutated(mutant: Mutant) -> str:
     source = source.replace(mutant.text, mutant.replacement)
     if mutant.file.endswith(".py"):
         compile(source, mutant.file, "exec")
+    else:
+        compile_cpp(mutant, source)
     return source
+
+
+def compile_cpp(mutant: Mutant, source: str) -> None:
+    """ValueError unless the C++ file compiles with its fault."""
+    command = [*(find_compiler() or ["c++"]), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    folder = str((ROOT / mutant.file).parent)
+    result = subprocess.run(
+        [*command, "-I", folder], input=source, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise ValueError(f"{mutant}: does not compile\n{result.stderr}")
 
 
 def is_caught(mutant: Mutant) -> bool:
@@ -84,14 +99,12 @@ def fail(tests: Iterable[str], sources: dict[str, str]) -> bool:
 
 
 def of(file: str, tests: str, *faults: tuple[str, str, str]) -> Iterator[Mutant]:
-    """The file is Python unless its name says otherwise. The tests are one test file and the ends
-    of node ids.
-    """
-    path = file if file.endswith(".cpp") else f"{file}.py"
+    """The tests are one test file and the ends of node ids. A file without an ending is Python."""
     test_file, *names = tests.split()
+    file = file if file.endswith(".cpp") else f"{file}.py"
     for name, text, replacement in faults:
         yield Mutant(
-            f"tritonaff/{path}",
+            f"tritonaff/{file}",
             name,
             text,
             replacement,
@@ -886,6 +899,83 @@ MUTANTS = [
             "one half of a matrix",
             "grad_affinity + grad_affinity.mT",
             "grad_affinity + grad_affinity",
+        ),
+    ),
+    *of(
+        "native/affinity_regression.cpp",
+        "test_affinity_regression test_native_between_its_blocks_and_tasks"
+        " test_native_matches_the_reference",
+        (
+            "points of one task",
+            "std::min(first + task_size, points.count)",
+            "points.count",
+        ),
+        (
+            "the second task",
+            "for (int64_t task = 1; task < tasks;",
+            "for (int64_t task = 2; task < tasks;",
+        ),
+        ("ignored labels", " & (label != ignore)", ""),
+        (
+            "labels of the last vector",
+            "std::fill(label, label + whole, -1);",
+            "std::fill(label, label + n, -1);",
+        ),
+        (
+            "rows with a gap",
+            "points.height == 1 || stride_h ==",
+            "points.height >= 1 || stride_h ==",
+        ),
+        ("the lower half", "sums.dd[std::min(i, j) * c + std::max(i, j)]", "sums.dd[i * c + j]"),
+        (
+            "channels after the last four",
+            "for (; i < c; i++) add_row",
+            "for (; i < c - 1; i++) add_row",
+        ),
+        ("the other product", "dm[i * c + j] * dm[j * c + i]", "dm[i * c + j] * dm[i * c + j]"),
+        ("rows of a product", "left[i] += roots[i * c + k] * a;", "left[i] += roots[k] * a;"),
+        (
+            "the gradient of an image",
+            "grad_squared_error[n], c, n,",
+            "grad_squared_error[0], c, n,",
+        ),
+        (
+            "the sum of the others",
+            "0.5f * (first - p * others[w])",
+            "0.5f * (first + p * others[w])",
+        ),
+        ("points on one pixel", "total += here;", "total = here;"),
+        (
+            "columns of a grid",
+            "&points.across.times[(lines + j)",
+            "&points.across.times[(lines + i)",
+        ),
+        ("the next grid", "if (i == points.sizes[g]) i = 0,", "if (i > points.sizes[g]) i = 0,"),
+    ),
+    *of(
+        "native/affinity_regression.cpp",
+        "test_affinity_regression test_near_the_optimum_the_loss_keeps_five_digits"
+        " test_gradients_of_soft_predictions_that_hardly_differ"
+        " test_native_gives_the_same_bits_on_any_number_of_threads",
+        (
+            "digits of D",
+            "own_d[w] = -q / (1.0f + s);",
+            "own_d[w] = label[w] >= 0 ? s - 1.0f : 0.0f;",
+        ),
+        (
+            "digits of the label's gradient",
+            "is_own ? own_q[w] * own[w] : products[w] - p * own[w]",
+            "products[w] - p * own[w]",
+        ),
+        (
+            "no center",
+            "center[row + k] = float(",
+            "center[row + k] = 0.0f * float(",
+        ),
+        (
+            "sums of the last task",
+            "std::fill(memory, memory + size, 0.0);",
+            "if (task == 0) std::fill(memory, memory + size, 0.0);",
         ),
     ),
     *of(

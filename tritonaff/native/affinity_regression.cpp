@@ -26,8 +26,8 @@ constexpr int BLOCK = 256, PITCH = BLOCK + 16;
 constexpr int WHOLE = 16;
 // A task has at least this number of points, and enough to make its sums small beside its logits.
 constexpr int64_t LEAST_TASK = 2048, TASK_PER_CLASS = 16;
-constexpr int64_t LEAST_WORK = 1 << 16;
-constexpr int64_t LEAST_HUGE = 1 << 24;
+// Elements that are worth a second thread, and bytes of a gradient that are worth huge pages.
+constexpr int64_t LEAST_WORK = 1 << 16, LEAST_HUGE = 1 << 24;
 
 // Vectors, and how many rows are multiplied by how many: the sums stay in registers.
 #if defined(__AVX512F__)
@@ -70,8 +70,8 @@ using Buffer = std::unique_ptr<T[], Free<T>>;
 
 template <class T>
 Buffer<T> make_buffer(int64_t n) {
-    void* memory = ::operator new[](sizeof(T) * size_t(std::max<int64_t>(n, 1)), std::align_val_t(64));
-    return Buffer<T>(static_cast<T*>(memory));
+    size_t bytes = sizeof(T) * size_t(std::max<int64_t>(n, 1));
+    return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(64))));
 }
 
 // --- Points -------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ struct Labels {
 // The rows or columns of grids of some sizes over an axis.
 struct Axis {
     std::vector<int64_t> place;  // of step i of grid g, at begin(g) + i
-    std::vector<int32_t> times;  // the number of steps of every grid at a place [places, grids]
+    std::vector<int64_t> times;  // the number of steps of every grid at a place [places, grids]
 
     Axis(int64_t length, const int64_t* sizes, int64_t num_grids) {
         for (int64_t g = 0; g < num_grids; g++) {
@@ -96,7 +96,7 @@ struct Axis {
                 int64_t at = i * length / sizes[g];
                 place.push_back(at);
                 for (int64_t k = 0; k < num_grids; k++) {
-                    times.push_back(int32_t(steps(at + 1, length, sizes[k]) - steps(at, length, sizes[k])));
+                    times.push_back(steps(at + 1, length, sizes[k]) - steps(at, length, sizes[k]));
                 }
             }
         }
@@ -160,14 +160,14 @@ struct Place {
 private:
     void set(const Points& points, int m, int64_t g, int64_t i, int64_t j, int64_t lines) {
         const int64_t *row = &points.down.place[lines], *column = &points.across.place[lines];
-        const int32_t* down = &points.down.times[(lines + i) * points.num_grids];
-        const int32_t* across = &points.across.times[(lines + j) * points.num_grids];
+        const int64_t* down = &points.down.times[(lines + i) * points.num_grids];
+        const int64_t* across = &points.across.times[(lines + j) * points.num_grids];
         h[m] = row[i];
         w[m] = column[j];
         leads[m] = (i == 0 || row[i - 1] != row[i]) && (j == 0 || column[j - 1] != column[j]);
         int64_t total = 0;
         for (int64_t k = 0; k < points.num_grids; k++) {
-            int64_t here = int64_t(down[k]) * across[k];
+            int64_t here = down[k] * across[k];
             if (k < g && here) leads[m] = false;
             total += here;
         }
@@ -228,7 +228,7 @@ void labels_of(
         });
 }
 
-// --- Square roots of probabilities ----------------------------------------------------------------
+// --- Square roots of probabilities --------------------------------------------------------------
 
 ROW_FUNCTION void copy_and_top(Floats x, FloatsOut out, FloatsOut top, int n) {
     #pragma omp simd
@@ -322,7 +322,8 @@ struct Block {
         } else {
             std::fill(label, label + n, num_classes);  // no channel's
         }
-        std::fill(top, top + whole, -INFINITY);
+        std::fill(top, top + n, -INFINITY);
+        std::fill(top + n, top + whole, 0.0f);
         std::fill(own_s, own_s + whole, 0.0f);
         std::fill(others, others + whole, 0.0f);
         for (int c = 0; c < num_classes; c++) load_row_of(logits, points, image, c, row(c));
@@ -369,7 +370,7 @@ private:
     }
 };
 
-// --- Gram matrices --------------------------------------------------------------------------------
+// --- Gram matrices ------------------------------------------------------------------------------
 
 ROW_FUNCTION void widen(Floats x, double* RESTRICT out, int n) {
     n &= -WHOLE;
@@ -401,7 +402,9 @@ ROW_FUNCTION void add_products(
 }
 
 template <int A = ROWS, int B = COLUMNS>
-void add_products_of(int a_rows, int b_rows, const double* a, const double* b, double* out, int c, int n) {
+void add_products_of(
+    int a_rows, int b_rows, const double* a, const double* b, double* out, int c, int n
+) {
     if constexpr (A > 1) {
         if (a_rows < A) return add_products_of<A - 1, B>(a_rows, b_rows, a, b, out, c, n);
     }
@@ -536,7 +539,7 @@ double squared_error_of(const double* gram, int64_t c) {
     return sum < 0 ? 0.0 : sum / 2;
 }
 
-// --- Gradient -------------------------------------------------------------------------------------
+// --- Gradient -----------------------------------------------------------------------------------
 
 // The gradient of S is 4 S S^T D + 4 S D^T Y, times the gradient of the squared error. Where the
 // predictions of a label are nearly equal, but not confident, both parts are large and cancel. So D
@@ -671,9 +674,7 @@ struct Gradient {
         }
     }
 
-    void write(
-        Block& block, const Points& points, const Images& grad, int64_t image
-    ) {
+    void write(Block& block, const Points& points, const Images& grad, int64_t image) {
         const Place& place = block.place;
         for (int c = 0; c < num_classes; c++) {
             if (points.num_grids) {
@@ -693,9 +694,7 @@ struct Gradient {
 
 private:
     // Points on the same pixel have the same gradient: the first one writes.
-    static void scatter(
-        Floats x, const Place& place, const Images& grad, int64_t image, int64_t c
-    ) {
+    static void scatter(Floats x, const Place& place, const Images& grad, int64_t image, int c) {
         for (int m = 0; m < place.n; m++) {
             if (!place.leads[m]) continue;
             int64_t at = grad.offset(image, c, place.h[m], place.w[m]);
@@ -744,7 +743,6 @@ struct Shape {
           num_grids(x[5]), sizes(x + 6) {}
     Points points() const { return Points(height, width, sizes, num_grids); }
 
-    // A second thread costs some microseconds.
     int64_t threads_for(int64_t work) const { return work < LEAST_WORK ? 1 : num_threads; }
 };
 

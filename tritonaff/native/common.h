@@ -49,7 +49,7 @@ inline float exp_of_negative(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + (r + 1.0f);
-    float e = p * as_float(as_int(shifted) << 23);
+    float e = p * as_float(int32_t(uint32_t(as_int(shifted)) << 23));
     return x < -87.0f ? 0.0f : e;
 }
 
@@ -57,7 +57,7 @@ inline float exp_of_negative(float x) {
 inline float log_of_positive(float x) {
     int32_t i = as_int(x);
     int32_t e = (i - 0x3f3504f3) >> 23;
-    float m = as_float(i - (e << 23)) - 1.0f;
+    float m = as_float(i - e * (1 << 23)) - 1.0f;
     float exponent = float(e), z = m * m;
     float y = 7.0376836292e-2f;
     y = y * m - 1.1514610310e-1f;
