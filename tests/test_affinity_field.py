@@ -250,7 +250,7 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
 def test_native_kernels_do_not_depend_on_their_tiles(kernel_sizes, layout):
     """Seams between tiles and groups of columns; sizes that keep rows, and sizes that do not."""
     logits, target = make_inputs((2, 2, 75, 611))
-    logits, target = logits[..., :, :], target.to(torch.uint8)
+    target = target.to(torch.uint8)
     check_parity(case_with(kernel_sizes), available("native"), laid_out(logits, layout), target)
 
 
@@ -710,9 +710,15 @@ def test_a_mixed_second_derivative_is_refused(learned):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(backend, device, variant, memory_format):
+<<<<<<< HEAD
     if (backend, variant) == ("triton", "authors"):
         pytest.skip("this variant has no tile")
     logits, target = make_inputs((2, 4, *image_size(backend)), device=device)
+=======
+    if backend != "portable" and variant == "authors":
+        pytest.skip("this variant has neither tile nor native kernel")
+    logits, target = make_inputs((2, 4, 9, 11), device=device)
+>>>>>>> native-field
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
     ops = torch.ops.tritonaff
     of_labels = logits.detach(), target, (3, 7), 255, variant, backend

@@ -36,6 +36,13 @@ constexpr int64_t ELEMENTS_PER_THREAD = 1 << 14;
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 int64_t divide_up(int64_t x, int64_t step) { return (x + step - 1) / step; }
 
+// Conditions are masks, -1 or 0, as wide as the numbers beside them: compilers vectorise masks
+// better than bool.
+inline int32_t mask(bool condition) { return condition ? -1 : 0; }
+
+// x, or 0 where the mask is 0.
+inline float masked(float x, int32_t mask) { return as_float(as_int(x) & mask); }
+
 // --- Labels -------------------------------------------------------------------------------------
 
 enum LabelDtype : int64_t { UINT8, INT16, INT32, INT64 };
@@ -239,23 +246,28 @@ private:
 
 // --- Counts -------------------------------------------------------------------------------------
 
-// Numbers of neighbours that count, and of those with another label.
-ROW_FUNCTION void count_row(
-    Ints above, Ints here, Ints below, int d, IntsOut count, IntsOut different, int n
-) {
+// Number of pixels that count among a pixel that counts and its 8 neighbours, else 0.
+ROW_FUNCTION void box_row(Ints above, Ints here, Ints below, int d, IntsOut box, int n) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        auto counted = [](int32_t label) { return int32_t(label >= 0); };
+        int32_t sum = counted(above[w - d]) + counted(above[w]) + counted(above[w + d]) +
+                      counted(here[w - d]) + counted(here[w]) + counted(here[w + d]) +
+                      counted(below[w - d]) + counted(below[w]) + counted(below[w + d]);
+        box[w] = sum & mask(here[w] >= 0);
+    }
+}
+
+// Number of neighbours with another label.
+ROW_FUNCTION void different_row(Ints above, Ints here, Ints below, int d, IntsOut number, int n) {
 #pragma omp simd
     for (int w = 0; w < n; w++) {
         int32_t label = here[w];
-        auto counted = [](int32_t there) { return int32_t(there >= 0); };
         auto differs = [label](int32_t there) { return int32_t((there >= 0) & (there != label)); };
-        int32_t all = counted(above[w - d]) + counted(above[w]) + counted(above[w + d]) +
-                      counted(here[w - d]) + counted(here[w + d]) + counted(below[w - d]) +
-                      counted(below[w]) + counted(below[w + d]);
-        int32_t others = differs(above[w - d]) + differs(above[w]) + differs(above[w + d]) +
-                         differs(here[w - d]) + differs(here[w + d]) + differs(below[w - d]) +
-                         differs(below[w]) + differs(below[w + d]);
-        count[w] = label >= 0 ? all : 0;
-        different[w] = label >= 0 ? others : 0;
+        int32_t sum = differs(above[w - d]) + differs(above[w]) + differs(above[w + d]) +
+                      differs(here[w - d]) + differs(here[w + d]) + differs(below[w - d]) +
+                      differs(below[w]) + differs(below[w + d]);
+        number[w] = sum & mask(label >= 0);
     }
 }
 
@@ -266,6 +278,20 @@ ROW_FUNCTION int64_t sum_row(Ints x, int n) {
     return sum;
 }
 
+ROW_FUNCTION int64_t pixels_in_row(Ints label, int n) {
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int w = 0; w < n; w++) sum += int32_t(label[w] >= 0);
+    return sum;
+}
+
+// True if one of GROUP numbers is not 0.
+inline bool any_in_group(const int32_t* x) {
+    int32_t any = 0;
+    for (int i = 0; i < GROUP; i++) any |= x[i];
+    return any != 0;
+}
+
 // Pairs of each size: 2 entries in the channel of a pixel's label for each different neighbour.
 struct Counts {
     int64_t* pairs;  // (K,)
@@ -273,21 +299,24 @@ struct Counts {
 };
 
 void count_tile(
-    const March& march, const LabelRows& labels, const Tile& tile, int64_t num_sizes, Rows<int32_t>& buffers,
-    Counts counts
+    const March& march, const LabelRows& labels, const Tile& tile, int64_t num_sizes,
+    Rows<int32_t>& buffers, Counts counts
 ) {
-    int32_t *count = buffers.row(0), *different = buffers.row(1);
+    int32_t *box = buffers.row(0), *different = buffers.row(1);
+    const int n = int(round_up(tile.columns, GROUP));
     for (const Size& size : march.sizes) {
         for (int t = 0; t < tile.rows; t++) {
-            const int32_t* label = labels.row(march.here(t));
-            count_row(
-                labels.row(march.above(t, size)), label, labels.row(march.below(t, size)),
-                size.columns, count, different, tile.columns
-            );
-            counts.pairs[size.k] += sum_row(count, tile.columns);
-            for (int w = 0; w < tile.columns; w++) {
-                if (different[w]) {
-                    counts.table[label[w] * (num_sizes + 1) + size.k] += 2 * different[w];
+            const int32_t* here = labels.row(march.here(t));
+            const int32_t* above = labels.row(march.above(t, size));
+            const int32_t* below = labels.row(march.below(t, size));
+            box_row(above, here, below, size.columns, box, n);
+            different_row(above, here, below, size.columns, different, n);
+            counts.pairs[size.k] += sum_row(box, n) - pixels_in_row(here, n);
+            for (int w = 0; w < n; w++) {
+                if (w % GROUP == 0 && !any_in_group(different + w)) {
+                    w += GROUP - 1;
+                } else if (different[w]) {
+                    counts.table[here[w] * (num_sizes + 1) + size.k] += 2 * different[w];
                 }
             }
         }
@@ -395,37 +424,44 @@ inline float clamp(float x, float least, float most) {  // NaN stays NaN
     return x > most ? most : x;
 }
 
+// The class's probabilities in one row: log p, p, and q = 1 - p with all its digits.
+ROW_FUNCTION void probability_row(
+    Floats x, Floats top, Floats rest, Floats inverse, Floats log_total, FloatsOut log_p,
+    FloatsOut p, FloatsOut q, int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float step = x[w] - top[w];
+        float e = exp_of_negative(step);
+        log_p[w] = step - log_total[w];
+        p[w] = e * inverse[w];
+        q[w] = ((1.0f - e) + rest[w]) * inverse[w];
+    }
+}
+
 // One row of a class: u = -q at pixels of this class, p elsewhere, shifted by eps so that a clamped
 // u is 0; l = log(p / q); log q. All clamped; u and l are 0 at pixels that do not count. For the
 // gradient p and 1 / q, 0 where the clamp passes no gradient.
 template <bool GRADIENT>
-ROW_FUNCTION void probability_row(
-    Floats x, Floats top, Floats rest, Floats inverse, Floats log_total, Ints label, int32_t c,
-    const Clamp& given, FloatsOut u, FloatsOut l, FloatsOut log_q, FloatsOut p_free,
-    FloatsOut inverse_q_free, int n
+ROW_FUNCTION void field_row(
+    Floats log_p, Floats p, Floats q, Ints label, int32_t c, const Clamp& given, FloatsOut u,
+    FloatsOut l, FloatsOut log_q, FloatsOut p_free, FloatsOut inverse_q_free, int n
 ) {
     const float eps = given.eps, limit = given.limit;
     const float log_eps = given.log_eps, log_1_eps = given.log_1_eps;
 #pragma omp simd
     for (int w = 0; w < n; w++) {
-        float step = x[w] - top[w];
-        float e = exp_of_negative(step);
-        float p = e * inverse[w];
-        float q = ((1.0f - e) + rest[w]) * inverse[w];
-        float own_log_q = log_of_positive(q);
-        float log_odds = step - log_total[w] - own_log_q;
-        int32_t y = label[w];
-        bool counted = y >= 0;
-        float shifted = clamp((y == c ? q : p) - eps, 0.0f, 1.0f - 2.0f * eps);
-        shifted = y == c ? -shifted : shifted;
-        u[w] = counted ? shifted : 0.0f;
-        l[w] = counted ? clamp(log_odds, -limit, limit) : 0.0f;
+        int32_t counted = mask(label[w] >= 0), own = mask(label[w] == c);
+        float own_log_q = log_of_positive(q[w]);
+        float odds = log_p[w] - own_log_q;
+        float shifted = clamp((label[w] == c ? q[w] : p[w]) - eps, 0.0f, 1.0f - 2.0f * eps);
+        u[w] = as_float((as_int(shifted) ^ (own & INT32_MIN)) & counted);
+        l[w] = masked(clamp(odds, -limit, limit), counted);
         log_q[w] = clamp(own_log_q, log_eps, log_1_eps);
-        if constexpr (GRADIENT) {
-            bool free = (std::fabs(log_odds) < limit) & counted;
-            float inverse_q = 1.0f / q;
-            p_free[w] = free ? p : 0.0f;
-            inverse_q_free[w] = free ? inverse_q : 0.0f;
+        if (GRADIENT) {
+            int32_t free = counted & mask(std::fabs(odds) < limit);
+            p_free[w] = masked(p[w], free);
+            inverse_q_free[w] = masked(1.0f / q[w], free);
         }
     }
 }
@@ -436,28 +472,18 @@ ROW_FUNCTION void add_rows(Floats above, Floats here, Floats below, FloatsOut su
     for (int w = 0; w < n; w++) sum[w] = above[w] + here[w] + below[w];
 }
 
-// Number of valid pixels among a pixel and its 8 neighbours.
-ROW_FUNCTION void box_row(Ints above, Ints here, Ints below, int d, FloatsOut box, int n) {
-#pragma omp simd
-    for (int w = 0; w < n; w++) {
-        int32_t sum = (above[w - d] >= 0) + (above[w] >= 0) + (above[w + d] >= 0);
-        sum += (here[w - d] >= 0) + (here[w] >= 0) + (here[w + d] >= 0);
-        sum += (below[w - d] >= 0) + (below[w] >= 0) + (below[w + d] >= 0);
-        box[w] = float(sum);
-    }
-}
-
 // A size's rows in the dense part: numbers of valid pixels, sums over three rows of u and l; its
 // coefficient; and the sum of the products, which dense_row adds to.
 struct DenseSize {
-    const float *box, *u, *l;
+    const int32_t* box;
+    const float *u, *l;
     int d;
     float coefficient, sum;
 };
 
 // x_i - x_j, summed over the neighbours j.
-inline float step_to_neighbours(Floats x, Floats row_sums, Floats box, int d, int w) {
-    return box[w] * x[w] - (row_sums[w - d] + row_sums[w] + row_sums[w + d]);
+inline float step_to_neighbours(Floats x, Floats row_sums, Ints box, int d, int w) {
+    return float(box[w]) * x[w] - (row_sums[w - d] + row_sums[w] + row_sums[w + d]);
 }
 
 // The dense part of K sizes: sums of l_i (u_i - u_j), and p times its gradient, which is added to
@@ -517,20 +543,6 @@ ROW_FUNCTION void label_sets_row(Ints label, uint32_t* RESTRICT sets, int n) {
     }
 }
 
-ROW_FUNCTION void differs_row(
-    Ints above, Ints here, Ints below, int d, IntsOut differs, int n
-) {
-#pragma omp simd
-    for (int w = 0; w < n; w++) {
-        int32_t label = here[w];
-        auto differ = [label](int32_t there) { return int32_t((there >= 0) & (there != label)); };
-        int32_t any = differ(above[w - d]) | differ(above[w]) | differ(above[w + d]) |
-                      differ(here[w - d]) | differ(here[w + d]) | differ(below[w - d]) |
-                      differ(below[w]) | differ(below[w + d]);
-        differs[w] = label >= 0 ? any : 0;
-    }
-}
-
 // The groups with edges of every size and row of a tile.
 class Edges {
 public:
@@ -538,7 +550,7 @@ public:
         : march_(march),
           labels_(labels),
           sets_(march.num_rows(tiling.rows()), labels.width()),
-          differs_(1, round_up(tiling.columns(), LANES)) {}
+          different_(1, round_up(tiling.columns(), LANES)) {}
 
     void find(const Tile& tile) {
         rows_ = tile.rows;
@@ -560,13 +572,13 @@ private:
     void find_in_row(const Size& size, int t, int columns) {
         const int d = size.columns;
         const int rows[3] = {march_.above(t, size), march_.here(t), march_.below(t, size)};
-        int32_t* differs = differs_.row(0);
+        int32_t* different = different_.row(0);
         int n = int(round_up(columns, GROUP));
-        differs_row(labels_.row(rows[0]), labels_.row(rows[1]), labels_.row(rows[2]), d, differs, n);
+        different_row(
+            labels_.row(rows[0]), labels_.row(rows[1]), labels_.row(rows[2]), d, different, n
+        );
         for (int w = 0; w < n; w += GROUP) {
-            int32_t any = 0;
-            for (int i = 0; i < GROUP; i++) any |= differs[w + i];
-            if (!any) continue;
+            if (!any_in_group(different + w)) continue;
             uint32_t labels = 0;
             for (int row : rows) {
                 const uint32_t* sets = sets_.row(row) + labels_.margin() + w;
@@ -580,7 +592,7 @@ private:
     const March& march_;
     const LabelRows& labels_;
     Rows<uint32_t> sets_;
-    Rows<int32_t> differs_;
+    Rows<int32_t> different_;
     std::vector<Group> groups_;
     std::vector<size_t> ends_;
     int rows_ = 0;
@@ -593,31 +605,29 @@ struct PixelRow {
 
 // One pixel i and its edges in a class: sums over the neighbours j.
 struct Centre {
-    bool counted, own;
+    int32_t counted, own;  // masks
     float u, l, log_q;
-    float shift_i, shift_j;  // p - u
-    float margin;
-    float hinge = 0;   // max(0, margin - KL(p_j || p_i))
-    float u_step = 0;  // u_i - u_j
-    float p_step = 0;  // p_i - p_j where the hinge of KL(p_j || p_i) is not 0
-    float l_step = 0;  // l_j - l_i, once for the dense part, once more where the hinge of
-                       // KL(p_i || p_j) is not 0, times their coefficients
+    float shift_j;  // p_j - u_j
+    float p;
+    float hinge = 0;        // max(0, margin - KL(p_j || p_i))
+    float u_step = 0;       // u_i - u_j
+    float p_step = 0;       // p_i - p_j where the hinge is not 0
+    float l_step = 0;       // l_j - l_i
+    float l_step_back = 0;  // l_j - l_i where the hinge of KL(p_i || p_j) is not 0
 };
 
-inline void add_neighbour(
-    Centre& i, const PixelRow& row, int w, int32_t c, float edge_grad, float non_edge_grad
-) {
-    int32_t y = row.label[w];
-    bool edge = i.counted & (y >= 0) & ((y == c) != i.own);
-    float p_i = i.u + i.shift_i, p_j = row.u[w] + i.shift_j;
-    float l_step = row.l[w] - i.l, q_step = row.log_q[w] - i.log_q;
-    float room = i.margin - (p_j * l_step + q_step);       // margin - KL(p_j || p_i)
-    float room_back = i.margin + (p_i * l_step + q_step);  // margin - KL(p_i || p_j)
-    i.hinge += edge ? (room < 0.0f ? 0.0f : room) : 0.0f;  // NaN stays NaN
-    i.u_step += edge ? i.u - row.u[w] : 0.0f;
-    i.p_step += (edge & (room > 0.0f)) ? p_i - p_j : 0.0f;
-    float factor = non_edge_grad + (room_back > 0.0f ? edge_grad : 0.0f);
-    i.l_step += edge ? factor * l_step : 0.0f;
+inline void add_neighbour(Centre& i, const PixelRow& row, int w, int32_t c, float margin) {
+    const int32_t y = row.label[w];
+    const int32_t edge = i.counted & mask(y >= 0) & (mask(y == c) ^ i.own);
+    const float u = row.u[w], p = u + i.shift_j;
+    const float l_step = row.l[w] - i.l, q_step = row.log_q[w] - i.log_q;
+    const float room = margin - (p * l_step + q_step);         // margin - KL(p_j || p_i)
+    const float room_back = margin + (i.p * l_step + q_step);  // margin - KL(p_i || p_j)
+    i.hinge += masked(room < 0.0f ? 0.0f : room, edge);        // NaN stays NaN
+    i.u_step += masked(i.u - u, edge);
+    i.p_step += masked(i.p - p, edge & mask(room > 0.0f));
+    i.l_step += masked(l_step, edge);
+    i.l_step_back += masked(l_step, edge & mask(room_back > 0.0f));
 }
 
 struct EdgeSums {
@@ -641,27 +651,27 @@ ROW_FUNCTION EdgeSums edge_row(
         for (int lane = 0; lane < GROUP; lane++) {
             const int w = first + lane;
             Centre i;
-            i.counted = here.label[w] >= 0;
-            i.own = here.label[w] == c;
+            i.counted = mask(here.label[w] >= 0);
+            i.own = mask(here.label[w] == c);
             i.u = here.u[w];
             i.l = here.l[w];
             i.log_q = here.log_q[w];
-            i.shift_i = i.own ? 1.0f - eps : eps;
+            i.p = i.u + (i.own ? 1.0f - eps : eps);
             i.shift_j = i.own ? eps : 1.0f - eps;
-            i.margin = margin;
-            add_neighbour(i, above, w - d, c, edge_grad, non_edge_grad);
-            add_neighbour(i, above, w, c, edge_grad, non_edge_grad);
-            add_neighbour(i, above, w + d, c, edge_grad, non_edge_grad);
-            add_neighbour(i, here, w - d, c, edge_grad, non_edge_grad);
-            add_neighbour(i, here, w + d, c, edge_grad, non_edge_grad);
-            add_neighbour(i, below, w - d, c, edge_grad, non_edge_grad);
-            add_neighbour(i, below, w, c, edge_grad, non_edge_grad);
-            add_neighbour(i, below, w + d, c, edge_grad, non_edge_grad);
+            add_neighbour(i, above, w - d, c, margin);
+            add_neighbour(i, above, w, c, margin);
+            add_neighbour(i, above, w + d, c, margin);
+            add_neighbour(i, here, w - d, c, margin);
+            add_neighbour(i, here, w + d, c, margin);
+            add_neighbour(i, below, w - d, c, margin);
+            add_neighbour(i, below, w, c, margin);
+            add_neighbour(i, below, w + d, c, margin);
             hinge[lane] += i.hinge;
             product[lane] += i.l * i.u_step;
-            if constexpr (GRADIENT) {
+            if (GRADIENT) {
                 float u_grad = edge_grad * i.p_step + non_edge_grad * i.u_step;
-                grad[w] += i.l_step * p_free[w] - u_grad * inverse_q_free[w];
+                float l_grad = edge_grad * i.l_step_back + non_edge_grad * i.l_step;
+                grad[w] += l_grad * p_free[w] - u_grad * inverse_q_free[w];
             }
         }
     }
@@ -689,11 +699,37 @@ ROW_FUNCTION void softmax_backward_row(
 #pragma omp simd
     for (int w = 0; w < n; w++) {
         float p = exp_of_negative(x[w] - top[w]) * inverse[w];
-        float result = label[w] >= 0 ? grad[w] - p * total[w] : 0.0f;
-        bool below = x[w] < top[w];
+        float result = masked(grad[w] - p * total[w], mask(label[w] >= 0));
+        int32_t below = mask(x[w] < top[w]);
         grad[w] = result;
-        others[w] += below ? result : 0.0f;
-        largest[w] = below ? largest[w] : c;
+        others[w] += masked(result, below);
+        largest[w] = (largest[w] & below) | (c & ~below);
+    }
+}
+
+// The results of softmax_backward_row sum to 0 over the classes of a pixel, once the factor of
+// cross-entropy is taken from the pixel's own class. p g - p total subtracts nearly equal numbers
+// where p is near 1: there the largest class takes minus the sum of the others. Where rest is 1 or
+// more, all p are at most 1 / 2, and no class is named.
+ROW_FUNCTION void balance_row(
+    Floats rest, Ints label, Floats factor, FloatsOut others, IntsOut largest, int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        int32_t another = mask(label[w] != largest[w]);
+        others[w] = masked(factor[w], another) - others[w];
+        largest[w] |= ~mask(rest[w] < 1.0f);
+    }
+}
+
+ROW_FUNCTION void finish_row(
+    Floats grad, Ints label, Floats factor, Floats balance, Ints largest, int32_t c, FloatsOut out,
+    int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float result = grad[w] - masked(factor[w], mask(label[w] == c));
+        out[w] = largest[w] == c ? balance[w] : result;
     }
 }
 
@@ -741,7 +777,8 @@ public:
           inverse_q_free_(march.rows_kept(), width_),
           u_sums_(march.num_sizes(), width_),
           l_sums_(march.num_sizes(), width_),
-          x_(1, width_) {}
+          x_(1, width_),
+          class_(3, width_) {}
 
     void load(const Tile& tile) {
         tile_ = tile;
@@ -807,7 +844,7 @@ private:
         return h >= 0 && h < problem_.shape.h;
     }
 
-    float* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
+    int32_t* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
 
     // Row i of the march, from the margin's first column in the image on, in whole groups.
     const float* load_pixels(const Images& x, int64_t c, int i, float* buffer) const {
@@ -829,11 +866,15 @@ private:
         }
         const float* x = load_pixels(problem_.logits, c, i, x_.row(0));
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
-        probability_row<GRADIENT>(
+        float *log_p = class_.row(0), *p = class_.row(1), *q = class_.row(2);
+        probability_row(
             x, top_.row(i) + begin, rest_.row(i) + begin, inverse_.row(i) + begin,
-            log_total_.row(i) + begin, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin,
-            l + begin, log_q_.row(kept) + begin, p_free_.row(kept) + begin,
-            inverse_q_free_.row(kept) + begin, n
+            log_total_.row(i) + begin, log_p, p, q, n
+        );
+        field_row<GRADIENT>(
+            log_p, p, q, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin, l + begin,
+            log_q_.row(kept) + begin, p_free_.row(kept) + begin, inverse_q_free_.row(kept) + begin,
+            n
         );
     }
 
@@ -901,10 +942,10 @@ private:
     Tile tile_{};
     int width_, columns_, tile_rows_;
     Rows<float> top_, rest_, inverse_, log_total_;  // rows of the march
-    Rows<float> boxes_;                             // for every size the rows of a tile
+    Rows<int32_t> boxes_;                           // for every size the rows of a tile
     Rows<float> u_, l_, log_q_, p_free_, inverse_q_free_;  // row i of the march at i % rows_kept()
     Rows<float> u_sums_, l_sums_;                   // a row for each size
-    Rows<float> x_;
+    Rows<float> x_, class_;
 };
 
 // -log p of the pixels' own classes.
@@ -922,14 +963,11 @@ void add_log_loss(const Problem& problem, const Marcher& marcher, const Tile& ti
     }
 }
 
-// Softmax backward and cross-entropy for a row of all classes. The result sums to 0 over the
-// classes of a pixel; where p is near 1, p g - p sum(p g) subtracts nearly equal numbers. There the
-// gradient of the largest class is minus the sum of the others.
+// Turns a tile's gradients, times p, into gradients of the logits, with cross-entropy.
 class Finisher {
 public:
     Finisher(const Problem& problem, const Tiling& tiling)
         : problem_(problem),
-          tile_rows_(tiling.rows()),
           columns_(tiling.columns()),
           factor_(columns_),
           total_(columns_),
@@ -937,17 +975,12 @@ public:
           x_(columns_),
           largest_(columns_) {}
 
-    // grad: [C, tile_rows, columns], p times the gradient of p; its rows are overwritten.
-    void finish(const Marcher& marcher, const Tile& tile, float* grad) {
-        for (int t = 0; t < tile.rows; t++) finish_row(marcher, tile, t, grad);
-    }
-
-private:
-    void finish_row(const Marcher& marcher, const Tile& tile, int t, float* grad) {
+    // Row t of the tile. grad: [C, columns], overwritten.
+    void finish(const Marcher& marcher, const Tile& tile, int t, float* grad) {
         const int32_t* label = marcher.label(t);
+        const int64_t num_classes = problem_.shape.c, h = tile.h + t;
         const int n = int(round_up(tile.columns, GROUP));
-        const int64_t h = tile.h + t;
-        auto row = [&](int64_t c) { return grad + (t * problem_.shape.c + c) * columns_; };
+        auto row = [&](int64_t c) { return grad + c * columns_; };
         for (int w = 0; w < n; w++) {
             bool counts = problem_.grad_log_loss && label[w] >= 0;
             factor_[w] = counts ? problem_.grad_log_loss[label[w]] : 0.0f;
@@ -955,35 +988,31 @@ private:
             others_[w] = 0.0f;
             largest_[w] = 0;
         }
-        for (int64_t c = 0; c < problem_.shape.c; c++) add_to_row(row(c), total_.data(), n);
-        for (int64_t c = 0; c < problem_.shape.c; c++) {
+        for (int64_t c = 0; c < num_classes; c++) add_to_row(row(c), total_.data(), n);
+        for (int64_t c = 0; c < num_classes; c++) {
             const float* x = padded_row(
-                problem_.logits, tile.n, c, h, tile.w, problem_.shape.w, n, x_.data(), problem_.logits.stride_c
+                problem_.logits, tile.n, c, h, tile.w, problem_.shape.w, n, x_.data(),
+                problem_.logits.stride_c
             );
             softmax_backward_row(
-                x, marcher.top(t), marcher.inverse(t), label, total_.data(), int32_t(c),
-                row(c), others_.data(), largest_.data(), n
+                x, marcher.top(t), marcher.inverse(t), label, total_.data(), int32_t(c), row(c),
+                others_.data(), largest_.data(), n
             );
         }
-        const float* rest = marcher.rest(t);
-        for (int w = 0; w < tile.columns; w++) {
-            if (label[w] < 0) continue;
-            const int32_t own = label[w], largest = largest_[w];
-            float others = others_[w];
-            if (own != largest || !(rest[w] < 1.0f)) {
-                row(own)[w] -= factor_[w];
-                others -= factor_[w];
-            }
-            // Below 1, no other class is as large.
-            if (rest[w] < 1.0f) row(largest)[w] = -others;
-        }
-        for (int64_t c = 0; c < problem_.shape.c; c++) {
-            store_row(*problem_.grad, tile.n, c, h, tile.w, tile.columns, row(c));
+        balance_row(marcher.rest(t), label, factor_.data(), others_.data(), largest_.data(), n);
+        for (int64_t c = 0; c < num_classes; c++) {
+            float* out = x_.data();
+            if (n == tile.columns) out = row_to_write(*problem_.grad, tile.n, c, h, tile.w, out);
+            finish_row(
+                row(c), label, factor_.data(), others_.data(), largest_.data(), int32_t(c), out, n
+            );
+            store_row(*problem_.grad, tile.n, c, h, tile.w, tile.columns, out);
         }
     }
 
+private:
     const Problem& problem_;
-    int tile_rows_, columns_;
+    int columns_;
     std::vector<float> factor_, total_, others_, x_;
     std::vector<int32_t> largest_;
 };
@@ -992,13 +1021,14 @@ template <bool GRADIENT>
 void compute_tables(const Problem& problem, const std::vector<March>& all, const Tiling& tiling,
                     std::vector<double>& tables, int64_t num_threads) {
     const int64_t size = problem.table_size();
-    const int64_t plane = int64_t(tiling.rows()) * tiling.columns();
+    // Rows of a tile's gradients, all classes side by side; without a gradient never used.
+    const int64_t row = GRADIENT ? problem.shape.c * tiling.columns() : 0;
     parallel(tiling.num_tasks(), num_threads, [&](Tasks& tasks) {
         std::vector<Marcher> marchers;
         marchers.reserve(all.size());
         for (const March& march : all) marchers.emplace_back(problem, tiling, march);
         Finisher finisher(problem, tiling);
-        std::vector<float> grad(size_t(GRADIENT ? problem.shape.c * plane : plane));
+        std::vector<float> grad(size_t(row * tiling.rows()));
         for (int64_t task; tasks.next(task);) {
             double* sums = tables.data() + task * size;
             for (int64_t i = tiling.first_tile(task); i < tiling.first_tile(task + 1); i++) {
@@ -1008,12 +1038,13 @@ void compute_tables(const Problem& problem, const std::vector<March>& all, const
                     bool first = &marcher == &marchers.front();
                     for (int64_t c = 0; c < problem.shape.c; c++) {
                         float* rows = grad.data() + (GRADIENT ? c * tiling.columns() : 0);
-                        int64_t stride = GRADIENT ? problem.shape.c * tiling.columns() : 0;
-                        marcher.template march<GRADIENT>(int32_t(c), first, sums, rows, stride);
+                        marcher.template march<GRADIENT>(int32_t(c), first, sums, rows, row);
                     }
                 }
                 add_log_loss(problem, marchers.back(), tile, sums);
-                if (GRADIENT) finisher.finish(marchers.back(), tile, grad.data());
+                for (int t = 0; GRADIENT && t < tile.rows; t++) {
+                    finisher.finish(marchers.back(), tile, t, grad.data() + t * row);
+                }
             }
         }
     });
