@@ -1,4 +1,5 @@
-// Instance affinities on a CPU: tables and gradient of logits [N, K, D, H, W], from ids [N, D, H, W].
+// Instance affinities on a CPU: tables and gradient of logits [N, K, D, H, W], from ids
+// [N, D, H, W].
 //
 // Channel k at a voxel is the pair of this voxel and the one a step (dz, dy, dx) away. A task is a
 // few rows of one image, for all channels: ids stay in the cache. Within a task the work goes by
@@ -80,8 +81,8 @@ const Id* load_ids(const Ids& ids, int64_t at, int n, Id* buffer) {
     return buffer;
 }
 
-// What the pairs of a segment are: 1 for same, -1 for different, 0 where the pair does not count.
-// Without a background or an ignored id, the flag is -1, all bits, and the comparison has no effect.
+// The targets of a segment's pairs: 1 for same, -1 for different, 0 where the pair does not count.
+// Without a background or an ignored id, the flag is -1, all bits: the comparison has no effect.
 template <class Id>
 ROW_FUNCTION void find_targets(
     const Id* RESTRICT ids, const Id* RESTRICT others, int n,
@@ -128,8 +129,8 @@ ROW_FUNCTION void add_terms(Floats x, Ints target, int n, float side, float gamm
     float log_different = 0, miss_different = 0, square_different = 0, focal_different = 0;
     float log_same = 0, miss_same = 0, square_same = 0, focal_same = 0;
     int32_t num_different = 0, num_same = 0;
-#pragma omp simd reduction(+ : log_different, miss_different, square_different, focal_different, \
-                               log_same, miss_same, square_same, focal_same, num_different, num_same)
+#pragma omp simd reduction(+ : log_different, miss_different, square_different, focal_different) \
+    reduction(+ : log_same, miss_same, square_same, focal_same, num_different, num_same)
     for (int w = 0; w < n; w++) {
         float u = logit_of_target(x[w], target[w], side);
         float e = exp_of_negative(-std::fabs(u));
@@ -195,7 +196,8 @@ ROW_FUNCTION void slopes(
                 float loss = (u < 0.0f ? -u : 0.0f) + log;
                 float minus_log_miss = (u > 0.0f ? u : 0.0f) + log;
                 float focal = power<FOCUS>(miss, minus_log_miss, gamma);
-                slope += (is_same ? focal_same : focal_different) * focal * (gamma * pt * loss + miss);
+                float of_focal = is_same ? focal_same : focal_different;
+                slope += of_focal * focal * (gamma * pt * loss + miss);
             }
         }
         slope = is_same ? -slope * side : slope * side;
@@ -274,7 +276,8 @@ void for_each_segment(
             outside(z, h, 0, call.width);
         } else {
             // Only here: a step that leads outside may be too long to multiply.
-            int64_t other = step[0] * ids.stride_d + step[1] * ids.stride_h + step[2] * ids.stride_w;
+            int64_t other =
+                step[0] * ids.stride_d + step[1] * ids.stride_h + step[2] * ids.stride_w;
             outside(z, h, 0, begin);
             for (int64_t w = begin; w < end; w += SEGMENT) {
                 int count = int(std::min<int64_t>(SEGMENT, end - w));
