@@ -11,6 +11,7 @@ import torch
 from inputs import given, maker
 from layouts import BACKENDS, LAYOUTS, laid_out
 from opchecks import image_size, opcheck
+from versions import wording
 
 import tritonaff
 from tritonaff.bench.measure import peak_bytes
@@ -652,6 +653,7 @@ def test_matrices_that_do_not_fit():
         tritonaff.square_root_affinity(half.double(), None)
 
 
+@wording
 def test_matrices_that_do_not_fit_under_dynamic_compile():
     torch._dynamo.reset()
     compiled = torch.compile(

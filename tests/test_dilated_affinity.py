@@ -625,7 +625,7 @@ BAD_TENSORS = {
         ValueError,
         r"\(2, 8, 4, 5\) of R = 1 rates and target \(2, 4, 5\), got \(2, 7, 4, 5\)",
     ),
-    "target floating": (LOGITS, TARGET.float(), TypeError, "target must have dtype .* float32"),
+    "target soft": (LOGITS, TARGET + 0.5, ValueError, r"target must hold whole numbers, got \[0.5"),
     "target rank": (LOGITS, TARGET[0], ValueError, r"target must have shape \(N, H, W\)"),
     "target size": (LOGITS, TARGET[:, :3], ValueError, r"\(2, 8, 3, 5\) of R = 1 rates"),
     "target negative": (LOGITS, TARGET - 1, ValueError, r"in \[0, inf\) or ignore_index 255, got"),

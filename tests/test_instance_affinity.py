@@ -695,7 +695,7 @@ BAD_TENSORS = {
     ),
     "ids floating": (LOGITS, IDS.float(), TypeError, "ids must have dtype .* float32"),
     "ids rank": (LOGITS, IDS[0], ValueError, r"ids must have shape \(N, H, W\)"),
-    "ids volumes": (LOGITS, IDS[:, None], ValueError, r"\(N, H, W\), .* pass ids.squeeze\(1\)"),
+    "ids volumes": (LOGITS, IDS[:, None].expand(-1, 2, -1, -1), ValueError, r"shape \(N, H, W\)"),
     "ids size": (LOGITS, IDS[:, :3], ValueError, r"logits must have the shape .*\(2, 1, 3, 5\)"),
     "empty": (LOGITS[..., :0], IDS[..., :0], ValueError, "ids must have at least one voxel"),
     "devices": (LOGITS, IDS.to("meta"), ValueError, "one device, got cpu and meta"),

@@ -159,9 +159,11 @@ def _check_affinity_shape(
 
 
 def check_ids(value: Any, dimensions: int) -> Tensor:
-    """Ids (N, H, W) or (N, D, H, W), as many dimensions as the offsets have."""
+    """Ids (N, H, W) or (N, D, H, W), as many dimensions as the offsets have; a channel of size 1
+    after N is dropped.
+    """
     axes = ("D", "H", "W")[-dimensions:]
-    ids = check_tensor("ids", value, ID_DTYPES, ("N", *axes))
+    ids = check_tensor("ids", value, ID_DTYPES, ("N", *axes), with_channel=True)
     if any(size < 1 for size in ids.shape[1:]):
         raise ValueError(f"ids must have at least one voxel, got shape {tuple(ids.shape)}")
     return ids
@@ -286,16 +288,16 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
     looked_at = may_look_into(target)
     if not (looked_at or ASSERT_LABELS):
         return
-    label = target.to(torch.int64)
+    label, ignored = target.to(torch.int64), label_to_ignore(ignore_index)
     if looked_at and label.numel():
         # Two passes over the labels, as long as none is wrong.
-        least, most = label.where(label != ignore_index, 0).aminmax()
+        least, most = label.where(label != ignored, 0).aminmax()
         if least >= 0 and (num_classes is None or most < num_classes):
             return
     wrong = label < 0
     if num_classes is not None:
         wrong = wrong | (label >= num_classes)
-    wrong = wrong & (label != label_to_ignore(ignore_index))
+    wrong = wrong & (label != ignored)
     end = "inf" if num_classes is None else num_classes
     expected = f"target must hold classes in [0, {end})"
     if ignore_index is not None:

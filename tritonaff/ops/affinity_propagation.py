@@ -23,7 +23,11 @@ def propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptio
         refined: Tensor = equations.affinity_propagation(probs, affinity, **options._asdict())
         return refined
     flat_rates = [rate for pair in options.rates for rate in pair]
-    refined = affinity_propagation(probs, affinity, flat_rates, *options[1:], backend)
+    # By name: the compiler of torch 2.6 cannot take a part of a NamedTuple.
+    refined = affinity_propagation(
+        probs, affinity, flat_rates, options.iterations, options.self_weight, options.steepness,
+        options.from_logits, backend,
+    )  # fmt: skip
     return refined
 
 

@@ -107,7 +107,7 @@ def _comparable(ids: Tensor, pairs: InstancePairs) -> tuple[Tensor, int | None, 
     as the ids show them: None for a number that is no id of this dtype.
     """
     dtype = ids.dtype
-    bits = 1 if dtype == torch.bool else torch.iinfo(dtype).bits
+    bits = 1 if dtype == torch.bool else 8 * ids.element_size()
     is_signed = dtype.is_signed
     least, end = (-(1 << bits - 1), 1 << bits - 1) if is_signed else (0, 1 << bits)
 
