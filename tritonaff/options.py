@@ -188,15 +188,16 @@ class InstanceAffinityOptions(NamedTuple):
     gamma: float
     reduction: Reduction
 
-    @property
-    def pairs(self) -> InstancePairs:
-        return InstancePairs(
-            self.offsets, self.background, self.ignore_index, self.anchor, self.invert
-        )
-
     def uses(self, *names: str) -> bool:
         """True if one of these losses is part of the loss."""
         return any(name in names for name, _ in self.loss)
+
+
+def pairs_of(options: InstanceAffinityOptions) -> InstancePairs:
+    """The first fields. A property would be no graph for the compiler of torch 2.6."""
+    return InstancePairs(
+        options.offsets, options.background, options.ignore_index, options.anchor, options.invert
+    )
 
 
 def instance_affinity_options(

@@ -22,6 +22,7 @@ from tritonaff.options import (
     Reduction,
     instance_affinity_options,
     instance_pairs,
+    pairs_of,
 )
 
 InstanceLoss = Literal["bce", "dice", "mse", "focal"]
@@ -300,7 +301,7 @@ class InstanceAffinityLoss(Loss):
         """Counts (different, same) of ids (N, H, W) or (N, D, H, W): (K, 2) int64. Add up the
         counts of a batch's parts and give ``forward`` the total with every part.
         """
-        pairs = self.options.pairs
+        pairs = pairs_of(self.options)
         return ops.counts(checks.check_ids(ids, len(pairs.offsets[0])), pairs).sum(dim=0)
 
 
@@ -332,7 +333,7 @@ def _loss(
         shape = len(options.offsets), 2
         normalizer = checks.check_normalizer(normalizer, shape, "logits", logits)
     *sums, count = ops.tables(
-        logits, ids, options.pairs, options.gamma,
+        logits, ids, pairs_of(options), options.gamma,
         misses=options.uses("dice", "mse"), focal=options.uses("focal"),
     )  # fmt: skip
     # Without a derivative, a table that no loss uses costs the gradient nothing.
