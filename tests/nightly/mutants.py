@@ -1277,12 +1277,12 @@ MUTANTS = [
         ("pixels without signals", "!= 0 ? k : CATEGORIES", "!= 0 ? k : NEIGHBORS"),
         ("the focus", "s.power_of_q(gamma)) * s.loss", "s.power_of_q(1.0f)) * s.loss"),
         ("slope of the focus", "(gamma * pt * s.loss + q)", "(pt * s.loss + q)"),
-        ("counts of the strip before", "            counts.clear();\n", ""),
-        ("gradients of the neighbour before", "                result.clear();\n", ""),
+        ("counts of the strip before", "                counts.clear(0, columns);\n", ""),
+        ("gradients of the neighbour before", "result.clear(last, std::max(last, columns));", ""),
         (
             "a neighbour in the strip before",
-            "std::max(w, -dx), last",
-            "std::max<int64_t>(0, -dx), last",
+            "first = std::max(patch.w, -dx);",
+            "first = std::max<int64_t>(0, -dx);",
         ),
         (
             "bands that share a row",
@@ -1294,7 +1294,7 @@ MUTANTS = [
             "same_grad[w] = -table[2 * k + 1];",
             "same_grad[w] = table[2 * k + 1];",
         ),
-        ("memory behind the last logit", "std::memcpy(buffer, row, count * sizeof(float));", ""),
+        ("memory behind the last logit", "std::memcpy(buffer, logit, count * sizeof(float));", ""),
     ),
     *of(
         "portable/blocks",

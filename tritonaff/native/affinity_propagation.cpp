@@ -192,7 +192,9 @@ ROW_FUNCTION void gates_backward(const Row& row, const Segment& segment) {
             const float* there = own + sources[i].step;
             // Two sums, neither of which waits for the other.
             Vector sum[2] = {load(grad_gates + sources[i].gates), {}};
-            UNROLL for (int c = 0; c < CLASSES; c++) sum[c % 2] += grad_y[c] * load(there + c * pitch);
+            UNROLL for (int c = 0; c < CLASSES; c++) {
+                sum[c % 2] += grad_y[c] * load(there + c * pitch);
+            }
             store(grad_gates + sources[i].gates, sum[0] + sum[1]);
         }
     }

@@ -1,9 +1,9 @@
 // Dilated affinity on a CPU: tables of sums and counts, and the gradient of the logits.
 //
 // A signal is a pixel and one of its 8 neighbours at a rate; its logit is in a channel of its own.
-// Tasks are bands of rows of an image. A task goes through them by rates, rows and strips of a row,
-// and reads the logits of a strip neighbour by neighbour, only where the neighbour is inside the
-// image. The results of a strip stay in the first cache.
+// Tasks are bands of rows of an image, cut into patches: strips of a few rows. A row function takes
+// the strip of one row and one neighbour, as far as the neighbour is inside the image. The results
+// of a patch stay in the cache.
 //
 // Compilers run the remainder of a loop one by one. Row functions therefore work on whole vectors,
 // and labels have columns of "ignored" on both sides of the image, so that surplus lanes count
@@ -17,7 +17,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int STRIP = 512;         // pixels
+constexpr int STRIP = 512;         // columns of a patch
+constexpr int ROWS = 8;            // of a patch
 constexpr int BAND_PIXELS = 2048;  // least size of a task
 constexpr int NEIGHBORS = 8;
 constexpr int CATEGORIES = 9;
@@ -313,11 +314,17 @@ ROW_FUNCTION void gradient_row(
 
 // --- Strips -------------------------------------------------------------------------------------
 
-// The pixels [first, last) of a row, in whole vectors, that have a neighbour inside the image, and
-// the label of pixel 0's neighbour.
+// Rows from h on and columns from w on, at one rate.
+struct Patch {
+    int64_t n, rate, h, w;
+    int rows, columns;
+};
+
+// The pixels [first, last) of a patch's row, in whole vectors, that have a neighbour inside the
+// image; the labels of the row's pixels, and of their neighbours.
 struct Neighbors {
-    int64_t first, last;
-    const int32_t* there;
+    int first, last;
+    const int32_t *own, *there;
 };
 
 // The batch that both passes go through.
@@ -344,54 +351,64 @@ struct Batch {
         end = 1 + logits.offset(num_images - 1, NEIGHBORS * num_rates - 1, height - 1, width - 1);
     }
 
-    int64_t band_rows() const { return std::max(8, int(1 + (BAND_PIXELS - 1) / width)); }
+    int64_t band_rows() const { return std::max<int64_t>(ROWS, 1 + (BAND_PIXELS - 1) / width); }
     int64_t num_bands() const { return (height + band_rows() - 1) / band_rows(); }
     int64_t num_tasks() const { return num_images * num_bands(); }
 
-    // Calls row(n, rate, h, w, count) for all rates, rows and strips of a task.
-    template <class Row>
-    void each_strip(int64_t task, const Row& row) const {
-        int64_t n = task / num_bands(), start = task % num_bands() * band_rows();
+    // Calls each(patch) for all rates and patches of a task.
+    template <class Each>
+    void patches(int64_t task, const Each& each) const {
+        int64_t start = task % num_bands() * band_rows();
         int64_t stop = std::min(height, start + band_rows());
         for (int64_t rate = 0; rate < num_rates; rate++) {
-            for (int64_t h = start; h < stop; h++) {
+            for (int64_t h = start; h < stop; h += ROWS) {
                 for (int64_t w = 0; w < width; w += STRIP) {
-                    row(n, rate, h, w, int(std::min<int64_t>(STRIP, width - w)));
+                    int rows = int(std::min<int64_t>(ROWS, stop - h));
+                    int columns = int(std::min<int64_t>(STRIP, width - w));
+                    each(Patch{task / num_bands(), rate, h, w, rows, columns});
                 }
             }
         }
     }
 
-    Neighbors neighbors(int64_t n, int64_t rate, int s, int64_t h, int64_t w, int count) const {
-        const int64_t* offset = offsets + 2 * (NEIGHBORS * rate + s);
-        int64_t dy = offset[0], dx = offset[1];
-        int64_t first = std::max(w, -dx), last = std::min(w + count, width - dx);
-        if (h + dy < 0 || h + dy >= height || first >= last) return {w, w, nullptr};
-        return {first / LANES * LANES, whole_vectors(last), labels->row(n, h + dy) + dx};
+    // The neighbours s of a row of a patch.
+    Neighbors neighbors(const Patch& patch, int row, int s) const {
+        const int64_t* offset = offsets + 2 * (NEIGHBORS * patch.rate + s);
+        int64_t dx = offset[1], there = patch.h + row + offset[0];
+        int64_t first = std::max(patch.w, -dx);
+        int64_t last = std::min(patch.w + patch.columns, width - dx);
+        if (there < 0 || there >= height || first >= last) return {0, 0, nullptr, nullptr};
+        first = first / LANES * LANES;
+        return {
+            int(first - patch.w), int(whole_vectors(last) - patch.w),
+            labels->row(patch.n, patch.h + row) + patch.w,
+            labels->row(patch.n, there) + dx + patch.w,
+        };
     }
 
-    // The logits [first, last) of a row; reading whole vectors does not leave the tensor's memory.
+    // The logits of the pixels that have a neighbour, from the first one on. Reading them in whole
+    // vectors does not leave the tensor's memory.
     const float* load(
-        int64_t n, int64_t channel, int64_t h, const Neighbors& there, float* buffer
+        const Patch& patch, int row, int s, int first, int last, float* buffer
     ) const {
-        int64_t count = std::min(there.last, width) - there.first;
-        const float* row = load_row(logits, n, channel, h, there.first, int(count), buffer);
-        int64_t behind = logits.offset(n, channel, h, there.first) + there.last - there.first;
-        if (row != buffer && behind > end) {
-            std::memcpy(buffer, row, count * sizeof(float));
-            row = buffer;
+        int64_t channel = NEIGHBORS * patch.rate + s, h = patch.h + row, w = patch.w + first;
+        int count = std::min(last, patch.columns) - first;
+        const float* logit = load_row(logits, patch.n, channel, h, w, count, buffer);
+        if (logit != buffer && logits.offset(patch.n, channel, h, w) + last - first > end) {
+            std::memcpy(buffer, logit, count * sizeof(float));
+            logit = buffer;
         }
-        return row;
+        return logit;
     }
 };
 
-// A buffer of a thread, one number for each pixel of a strip.
+// A buffer of a thread, one number for each pixel of a patch's row.
 template <class Number>
 struct alignas(64) Buffer {
     Number data[STRIP] = {};
 
-    Number* at(int64_t place) { return data + place; }
-    void clear() { std::memset(data, 0, sizeof(data)); }
+    Number* at(int column) { return data + column; }
+    void clear(int from, int to) { std::fill(data + from, data + to, Number(0)); }
 };
 
 template <bool GAMMA_IS_2>
@@ -400,31 +417,30 @@ void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
     Buffer<int32_t> counts, category;
     for (int64_t task; tasks.next(task);) {
         Entry* table = tables + task * batch.num_rates * CATEGORIES;
-        batch.each_strip(task, [&](int64_t n, int64_t rate, int64_t h, int64_t w, int count) {
-            different_sum.clear();
-            same_sum.clear();
-            counts.clear();
-            const int32_t* own = batch.labels->row(n, h);
-            for (int s = 0; s < NEIGHBORS; s++) {
-                Neighbors there = batch.neighbors(n, rate, s, h, w, count);
-                if (there.first == there.last) continue;
-                const float* x = batch.load(n, NEIGHBORS * rate + s, h, there, logit.data);
-                int64_t i = there.first - w;
-                int size = int(there.last - there.first);
-                exp_row(x, e.data, size);
-                focal_row<GAMMA_IS_2>(
-                    x, e.data, own + there.first, there.there + there.first, batch.gamma,
-                    different_sum.at(i), same_sum.at(i), counts.at(i), size
-                );
-            }
-            int whole = int(whole_vectors(count));
-            int32_t found = category_row(counts.data, category.data, whole);
-            for (int k = 0; k < CATEGORIES; k++) {
-                if (!(found >> k & 1)) continue;
-                table_row(
-                    category.data, k, counts.data, different_sum.data, same_sum.data,
-                    table + rate * CATEGORIES + k, whole
-                );
+        batch.patches(task, [&](const Patch& patch) {
+            int columns = int(whole_vectors(patch.columns));
+            for (int row = 0; row < patch.rows; row++) {
+                different_sum.clear(0, columns);
+                same_sum.clear(0, columns);
+                counts.clear(0, columns);
+                for (int s = 0; s < NEIGHBORS; s++) {
+                    auto [first, last, own, there] = batch.neighbors(patch, row, s);
+                    if (first == last) continue;
+                    const float* x = batch.load(patch, row, s, first, last, logit.data);
+                    exp_row(x, e.data, last - first);
+                    focal_row<GAMMA_IS_2>(
+                        x, e.data, own + first, there + first, batch.gamma, different_sum.at(first),
+                        same_sum.at(first), counts.at(first), last - first
+                    );
+                }
+                int32_t found = category_row(counts.data, category.data, columns);
+                for (int k = 0; k < CATEGORIES; k++) {
+                    if (!(found >> k & 1)) continue;
+                    table_row(
+                        category.data, k, counts.data, different_sum.data, same_sum.data,
+                        table + patch.rate * CATEGORIES + k, columns
+                    );
+                }
             }
         });
     }
@@ -434,36 +450,43 @@ template <bool GAMMA_IS_2>
 void write_gradient(
     const Batch& batch, Tasks& tasks, const float* grad_loss_sum, const Images& grad
 ) {
-    Buffer<float> logit, e, different_grad, same_grad, result;
+    Buffer<float> logit, e, result, different_grad[ROWS], same_grad[ROWS];
     Buffer<int32_t> different;
     for (int64_t task; tasks.next(task);) {
-        batch.each_strip(task, [&](int64_t n, int64_t rate, int64_t h, int64_t w, int count) {
-            const int32_t* own = batch.labels->row(n, h);
-            Neighbors there[NEIGHBORS];
-            different.clear();
-            for (int s = 0; s < NEIGHBORS; s++) {
-                there[s] = batch.neighbors(n, rate, s, h, w, count);
-                auto [first, last, label] = there[s];
-                if (first == last) continue;
-                different_row(own + first, label + first, different.at(first - w), int(last - first));
+        batch.patches(task, [&](const Patch& patch) {
+            int columns = int(whole_vectors(patch.columns));
+            for (int row = 0; row < patch.rows; row++) {
+                different.clear(0, columns);
+                for (int s = 0; s < NEIGHBORS; s++) {
+                    auto [first, last, own, there] = batch.neighbors(patch, row, s);
+                    if (first == last) continue;
+                    different_row(own + first, there + first, different.at(first), last - first);
+                }
+                coefficient_row(
+                    different.data, grad_loss_sum + 2 * CATEGORIES * patch.rate,
+                    different_grad[row].data, same_grad[row].data, columns
+                );
             }
-            coefficient_row(
-                different.data, grad_loss_sum + 2 * CATEGORIES * rate, different_grad.data,
-                same_grad.data, int(whole_vectors(count))
-            );
+            // All rows of a channel one after the other: memory likes long runs.
             for (int s = 0; s < NEIGHBORS; s++) {
-                auto [first, last, label] = there[s];
-                int64_t channel = NEIGHBORS * rate + s, i = first - w;
-                result.clear();
-                if (first < last) {
-                    const float* x = batch.load(n, channel, h, there[s], logit.data);
-                    exp_row(x, e.data, int(last - first));
-                    gradient_row<GAMMA_IS_2>(
-                        x, e.data, own + first, label + first, batch.gamma, different_grad.at(i),
-                        same_grad.at(i), result.at(i), int(last - first)
+                for (int row = 0; row < patch.rows; row++) {
+                    auto [first, last, own, there] = batch.neighbors(patch, row, s);
+                    result.clear(0, first);
+                    result.clear(last, std::max(last, columns));
+                    if (first < last) {
+                        const float* x = batch.load(patch, row, s, first, last, logit.data);
+                        exp_row(x, e.data, last - first);
+                        gradient_row<GAMMA_IS_2>(
+                            x, e.data, own + first, there + first, batch.gamma,
+                            different_grad[row].at(first), same_grad[row].at(first),
+                            result.at(first), last - first
+                        );
+                    }
+                    store_row(
+                        grad, patch.n, NEIGHBORS * patch.rate + s, patch.h + row, patch.w,
+                        patch.columns, result.data
                     );
                 }
-                store_row(grad, n, channel, h, w, count, result.data);
             }
         });
     }
