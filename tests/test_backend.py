@@ -1,5 +1,6 @@
 """The choice of an implementation, and the messages where none can run."""
 
+import math
 import os
 import subprocess
 import sys
@@ -217,6 +218,8 @@ def test_ignored_pixels_may_hold_no_numbers(any_backend, device, loss, bad):
     """The result equals the result of zeros, and the gradient is zero."""
     if any_backend in ("native", "triton") and loss == "authors":
         pytest.skip("this variant has neither tile nor native kernel")
+    if any_backend == "triton" and not math.isnan(bad) and not torch.cuda.is_available():
+        pytest.skip("interpreted, one bad number is enough")
     if any_backend == "portable":
         device = torch.device("cpu")  # GPUs scatter with atomics, in any order
     case = LOSSES[loss]

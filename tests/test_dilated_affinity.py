@@ -270,8 +270,8 @@ def test_gradient_is_at_most_twice_as_far_off_as_eager(backend, confidence):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_gradcheck(backend, gamma):
     torch.manual_seed(0)
-    logits = torch.randn(2, 16, 3, 4, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(0, 3, (2, 3, 4))
+    logits = torch.randn(1, 16, 3, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (1, 3, 4))
     target[0, 0, :2] = 255
 
     def loss(logits):
