@@ -200,9 +200,18 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
     check_parity(case_with([1, (2, 3), 5, 20]), "portable", *values)
 
 
-@pytest.mark.parametrize("width", [8, 31, 512, 513, 1100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("width", "dtype", "layout"),
+    [
+        (8, torch.float32, "contiguous"),
+        (31, torch.float32, "contiguous"),
+        (31, torch.float16, "cropped"),
+        (512, torch.float32, "strided"),
+        (513, torch.float32, "contiguous"),
+        (513, torch.bfloat16, "channels_last"),
+        (1100, torch.float32, "cropped"),
+    ],
+)
 def test_native_kernels_do_not_depend_on_their_strips(width, dtype, layout):
     """Seams between strips of a row and bands of rows; the last pixels of a row, and of memory."""
     logits, target = CASE.make_inputs((2, 32, 11, width), dtype, confidence=4.0)

@@ -1203,12 +1203,7 @@ MUTANTS = [
     # --- Native kernels of dilated affinity and its propagation -----------------------------------
     *of(
         "native/affinity_propagation.cpp",
-        PROPAGATION_TESTS + "native_kernels_do_not_depend_on_their_passes"
-        " test_native_matches_the_reference"
-        " test_native_kernels_pass_on_what_is_no_number_to_neighbors_alone"
-        " test_nothing_to_divide_by_is_0_with_a_zero_gradient[native]"
-        " test_native_kernels_do_not_depend_on_the_number_of_threads"
-        " test_the_largest_passes_its_gradient_to_the_first_of_equals[native]",
+        PROPAGATION_TESTS + "native_kernels_do_not_depend_on_their_passes",
         (
             "the last vector of a neighbour",
             "int64_t last = divided_up(std::min(width, width - dx), LANES);",
@@ -1222,6 +1217,21 @@ MUTANTS = [
         ),
         ("passes over the same classes", "        row.p += classes * row.pitch;\n", ""),
         ("one of the two sums", "sum[0] + sum[1]);\n        }", "sum[0]);\n        }"),
+        ("sets that meet", "std::gcd(divisor, neighbor.dy)", "std::max(divisor, neighbor.dy)"),
+        (
+            "gradients of the set before",
+            "        std::fill_n(grad_gates,",
+            "        (void)(grad_gates,",
+        ),
+        ("slope of the gates", "(1.0f - gate[w]) * slope", "(1.0f - gate[w])"),
+    ),
+    *of(
+        "native/affinity_propagation.cpp",
+        PROPAGATION_TESTS + "native_kernels_pass_on_what_is_no_number_to_neighbors_alone"
+        " test_nothing_to_divide_by_is_0_with_a_zero_gradient[native]"
+        " test_the_largest_passes_its_gradient_to_the_first_of_equals[native]"
+        " test_native_kernels_do_not_depend_on_the_number_of_threads"
+        " test_only_what_needs_a_gradient_gets_one",
         ("a total of 0", "total == 0.0f ? zero : 1.0f / total", "1.0f / total"),
         ("all of the largest", "            left = found ? zero : left;\n", ""),
         ("surplus lanes", "        set.clear_surplus(to.p + row * plane);\n", ""),
@@ -1230,55 +1240,46 @@ MUTANTS = [
             "                set.clear_surplus(other + row * plane);\n",
             "",
         ),
-        (
-            "gates behind the image",
-            "scatter(gate, first, last, out);",
-            "scatter(gate, 0, last, out);",
-        ),
         ("rows of several threads", "(task + 1) * rows_of_task", "(task + 1) * rows_of_task - 1"),
-        ("sets that meet", "std::gcd(divisor, neighbor.dy)", "std::max(divisor, neighbor.dy)"),
-        (
-            "gradients of gates of the set before",
-            "        std::fill_n(grad_gates,",
-            "        if (!task) std::fill_n(grad_gates,",
-        ),
-        ("slope of the gates", "(1.0f - gate[w]) * slope", "(1.0f - gate[w])"),
         ("only the gradient of the affinity", "t == 0 && !grad_probs", "!grad_probs"),
     ),
     *of(
         "native/dilated_affinity.cpp",
-        DILATED_TESTS + "native_kernels_do_not_depend_on_their_strips"
-        " test_native_matches_the_reference"
-        " test_labels_that_32_bits_confuse[native]"
+        DILATED_TESTS + "labels_that_32_bits_confuse[native]"
         " test_logits_that_do_not_count_may_be_anything[native]"
         " test_a_logit_that_is_no_number_shows[native]"
-        " test_the_smallest_logit_above_zero_predicts_a_same_label[native]"
-        " test_gradient_is_at_most_twice_as_far_off_as_eager",
+        " test_the_smallest_logit_above_zero_predicts_a_same_label[native]",
         ("labels beyond 32 bits", "beyond |= k & ~ignored", "beyond |= k & ignored"),
         (
             "ranks of another image",
             "rank(target, n, ignore_index);",
             "rank(target, 0, ignore_index);",
         ),
-        (
-            "labels without columns beside them",
-            "pitch_(whole_vectors(width) + LANES)",
-            "pitch_(width)",
-        ),
         ("numbers that are none", "x < -87.0f ? -87.0f : x", "x > -87.0f ? x : -87.0f"),
-        ("a coefficient of exp", "4.1890121996e-2f", "4.1810121996e-2f"),
-        ("a coefficient of log", "4.9999648e-1f", "4.9989648e-1f"),
         (
             "signals that are not valid",
             "valid = ~((own | there) >> 31);",
             "valid = ~(there >> 31);",
         ),
         ("logits of 0", "(logit[w] > 0.0f ? -1 : 0)", "(logit[w] >= 0.0f ? -1 : 0)"),
+        ("gradients of the neighbour before", "result.clear(0, first);", ""),
+    ),
+    *of(
+        "native/dilated_affinity.cpp",
+        DILATED_TESTS + "native_kernels_do_not_depend_on_their_strips"
+        " test_gradient_is_at_most_twice_as_far_off_as_eager"
+        " test_native_matches_the_reference",
+        (
+            "labels without columns beside them",
+            "pitch_(whole_vectors(width) + LANES)",
+            "pitch_(width)",
+        ),
+        ("a coefficient of exp", "4.1890121996e-2f", "4.1810121996e-2f"),
+        ("a coefficient of log", "4.9999648e-1f", "4.9989648e-1f"),
         ("pixels without signals", "!= 0 ? k : CATEGORIES", "!= 0 ? k : NEIGHBORS"),
         ("the focus", "s.power_of_q(gamma)) * s.loss", "s.power_of_q(1.0f)) * s.loss"),
         ("slope of the focus", "(gamma * pt * s.loss + q)", "(pt * s.loss + q)"),
-        ("counts of the strip before", "                counts.clear(0, columns);\n", ""),
-        ("gradients of the neighbour before", "result.clear(last, std::max(last, columns));", ""),
+        ("counts of the row before", "                counts.clear(0, columns);\n", ""),
         (
             "a neighbour in the strip before",
             "first = std::max(patch.w, -dx);",
@@ -1289,12 +1290,12 @@ MUTANTS = [
             "std::min(height, start + band_rows())",
             "std::min(height, start + band_rows() + 1)",
         ),
+        ("sign of same signals", "= -table[2 * k + 1];", "= table[2 * k + 1];"),
         (
-            "sign of same signals",
-            "same_grad[w] = -table[2 * k + 1];",
-            "same_grad[w] = table[2 * k + 1];",
+            "memory behind the last logit",
+            "std::memcpy(buffer, logit, count * sizeof(float));",
+            "",
         ),
-        ("memory behind the last logit", "std::memcpy(buffer, logit, count * sizeof(float));", ""),
     ),
     *of(
         "portable/blocks",

@@ -14,6 +14,7 @@
 #include "common.h"
 
 #include <array>
+#include <memory>
 #include <numeric>
 #include <utility>
 
@@ -362,14 +363,34 @@ struct Layout {
     int64_t gates() const { return vectors * num_neighbors * LANES; }  // a row of all gates
 };
 
-// Zeros, with zeros before and behind.
+// Numbers that nobody has written yet.
 class Memory {
 public:
-    explicit Memory(int64_t size) : data_(size + 2 * CACHE_LINE) {}
-    float* get() { return data_.data() + CACHE_LINE; }
+    explicit Memory(int64_t size) : data_(new float[size]) {}
+    float* get() { return data_.get(); }
 
 private:
-    std::vector<float> data_;
+    std::unique_ptr<float[]> data_;
+};
+
+// Planes [rows, C, pitch], with zeros beside the vectors of a row, which nobody overwrites.
+class Planes {
+public:
+    Planes(const Layout& layout, int64_t count)
+        : size_(layout.most_rows * layout.plane()), memory_(CACHE_LINE + count * size_) {
+        std::fill_n(memory_.get(), CACHE_LINE, 0.0f);
+        int64_t written = layout.vectors * LANES;
+        for (int64_t at = 0; at < count * size_; at += layout.pitch) {
+            float* row = memory_.get() + CACHE_LINE + at;
+            std::fill(row + written, row + layout.pitch, 0.0f);
+        }
+    }
+
+    float* plane(int64_t i) { return memory_.get() + CACHE_LINE + i * size_; }
+
+private:
+    int64_t size_;
+    Memory memory_;
 };
 
 // Every row_step-th row of an image, from the first one on.
@@ -411,6 +432,7 @@ public:
                 const float* in = load_row(x, image_, c, image_row(row), 0, width, out);
                 if (in != out) std::memcpy(out, in, width * sizeof(float));
             }
+            clear_surplus(planes + row * layout_.plane());
         });
     }
 
@@ -423,7 +445,7 @@ public:
         });
     }
 
-    // Surplus lanes next to a number that is none are 0 times that number: they become 0 again.
+    // Zeros the columns that only fill the last vector: unwritten, or 0 times what is no number.
     void clear_surplus(float* plane) const {
         for (int64_t c = 0; c < layout_.num_classes; c++) {
             float* line = plane + c * layout_.pitch;
@@ -509,15 +531,10 @@ private:
         }
     }
 
-    // Copies the columns [first, last) of a line, in whole vectors, to the vectors of a row.
+    // Copies the vectors of a line with columns in [first, last) to the gates of a row.
     void scatter(const float* line, int64_t first, int64_t last, float* out) const {
         for (int64_t v = first / LANES; v < divided_up(last, LANES); v++) {
-            Vector x;
-            for (int i = 0; i < LANES; i++) {
-                int64_t w = v * LANES + i;
-                x[i] = w >= first && w < last ? line[w] : 0.0f;
-            }
-            store(out + v * layout_.num_neighbors * LANES, x);
+            store(out + v * layout_.num_neighbors * LANES, load(line + v * LANES));
         }
     }
 
@@ -572,12 +589,13 @@ void forward(
     const Layout& layout, Tasks& tasks, const Images& probs, const Images& affinity,
     const Images& out
 ) {
-    int64_t rows = layout.most_rows, plane = layout.plane(), pitch = layout.pitch;
-    Memory planes(2 * rows * plane), gates(rows * layout.gates()), statistics(4 * rows * pitch);
+    int64_t rows = layout.most_rows, pitch = layout.pitch;
+    Planes planes(layout, 2);
+    Memory gates(rows * layout.gates()), statistics(4 * rows * pitch);
     Iteration at[2];
     for (int i = 0; i < 2; i++) {
         float* numbers = statistics.get() + 2 * i * rows * pitch;
-        at[i] = {planes.get() + i * rows * plane, numbers, numbers + rows * pitch};
+        at[i] = {planes.plane(i), numbers, numbers + rows * pitch};
     }
     Segments segments(false);
     for (int64_t task; tasks.next(task);) {
@@ -600,15 +618,14 @@ void backward(
 ) {
     int64_t rows = layout.most_rows, plane = layout.plane(), pitch = layout.pitch;
     int64_t iterations = layout.options.iterations;
-    Memory planes((iterations + 3) * rows * plane), statistics(2 * (iterations + 1) * rows * pitch);
-    Memory gates(3 * rows * layout.gates());
+    Planes planes(layout, iterations + 3);
+    Memory gates(3 * rows * layout.gates()), statistics(2 * (iterations + 1) * rows * pitch);
     std::vector<Iteration> at(iterations + 1);
     for (int64_t t = 0; t <= iterations; t++) {
         float* numbers = statistics.get() + 2 * t * rows * pitch;
-        at[t] = {planes.get() + t * rows * plane, numbers, numbers + rows * pitch};
+        at[t] = {planes.plane(t), numbers, numbers + rows * pitch};
     }
-    float* grad_p = at[iterations].p + rows * plane;
-    float* other = grad_p + rows * plane;
+    float *grad_p = planes.plane(iterations + 1), *other = planes.plane(iterations + 2);
     float* gates_from = gates.get() + rows * layout.gates();
     float* grad_gates = gates_from + rows * layout.gates();
 
