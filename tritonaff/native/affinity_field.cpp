@@ -1,14 +1,12 @@
 // The affinity field and cross-entropy: counts, tables and the gradient of the logits.
 //
-// docs/affinity_field.md derives the sums: a dense part over all neighbours, whose stencils are sums
-// over three rows and three columns, and the edges, which are taken out of it again.
+// docs/affinity_field.md derives the sums: a dense part over all neighbours, whose stencils are
+// sums over three rows and three columns, and the edges, which are taken out of it again.
 //
 // The image is cut into tiles of some rows and columns. For one class after another, a march walks
 // down the rows of a tile: the class's probabilities in a new row, the sums over its neighbours,
 // the edges. The gradients of all classes of a tile, times p, stay in a buffer that fits into the
 // cache, until the last step turns them into gradients of the logits.
-#include <limits>
-
 #include "common.h"
 
 namespace {
@@ -17,14 +15,12 @@ namespace {
 constexpr int LANES = 16;
 // Edges are computed for so many pixels side by side.
 constexpr int GROUP = 8;
-// Shape of a tile, and how many numbers the gradients of its classes may be.
-#ifndef TR
-#define TR 32
-#define TC 128
-#define TN (1<<17)
-#endif
-constexpr int64_t TILE_ROWS = TR, LEAST_TILE_ROWS = 8, TILE_COLUMNS = TC;
-constexpr int64_t TILE_NUMBERS = TN;
+// Largest tile. The gradients of its classes are at most so many numbers, and fit into a cache of
+// 512 KB beside the rows of a march; with very many classes, tiles are small, and exceed it.
+constexpr int64_t TILE_ROWS = 32, TILE_COLUMNS = 256, TILE_NUMBERS = 3 << 14;
+constexpr int64_t LEAST_TILE_ROWS = 8, LEAST_TILE_COLUMNS = 64;
+// Statistics keep little, and long rows are read faster.
+constexpr int64_t STATISTICS_COLUMNS = 512;
 // Up to this distance the rows between a pixel and its neighbours are kept; for a larger one, rows
 // are computed three times.
 constexpr int64_t MOST_ROWS_KEPT = 16;
@@ -79,11 +75,80 @@ void load_labels(const Labels& x, int64_t n, int64_t h, int64_t w, IntsOut label
     if (x.dtype == INT64) load(static_cast<const int64_t*>(x.data));
 }
 
-// --- Tiles --------------------------------------------------------------------------------------
+// --- Rows ---------------------------------------------------------------------------------------
 
 struct Shape {
     int64_t n, c, h, w;
 };
+
+// A buffer of rows of n numbers each.
+template <class T>
+class Rows {
+public:
+    Rows(int64_t rows, int64_t n, T fill = T()) : n_(n), data_(size_t(rows * n), fill) {}
+    T* row(int64_t i) { return data_.data() + i * n_; }
+    const T* row(int64_t i) const { return data_.data() + i * n_; }
+    bool empty() const { return data_.empty(); }
+    void clear() { std::fill(data_.begin(), data_.end(), T()); }
+
+private:
+    int64_t n_;
+    std::vector<T> data_;
+};
+
+// Rows of an image lie so far apart that a processor does not guess the next one.
+inline void prefetch(const float* row, int n) {
+    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
+}
+
+// Row h of channel c from column w on, count numbers: in place where the image holds them so, else
+// in the buffer, which may hold any numbers beyond the image's width. next is the distance to the
+// row that will be needed next, or 0.
+const float* padded_row(
+    const Images& x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t width, int count,
+    float* buffer, int64_t next = 0
+) {
+    if (x.dtype == FLOAT32 && x.stride_w == 1 && w >= 0 && w + count <= width) {
+        const float* row = static_cast<const float*>(x.data) + x.offset(n, c, h, w);
+        if (next) prefetch(row + next, count);
+        return row;
+    }
+    int first = int(std::max<int64_t>(0, -w)), end = int(std::min<int64_t>(count, width - w));
+    const float* row = load_row(x, n, c, h, w + first, end - first, buffer + first);
+    if (row != buffer + first) std::copy_n(row, end - first, buffer + first);
+    return buffer;
+}
+
+// Rows of an image (N, 1, H, W), in place if that is possible everywhere.
+class PixelRows {
+public:
+    PixelRows(const Shape& shape, const Images& image, int num_rows, int width)
+        : image_(image),
+          image_width_(shape.w),
+          copies_(in_place(shape, image) ? 0 : num_rows, width),
+          rows_(num_rows) {}
+
+    // Row i: the numbers of row h of image n, from column w on. Numbers beyond the image are any.
+    const float* load(int i, int64_t n, int64_t h, int64_t w, int count) {
+        float* copy = copies_.empty() ? nullptr : copies_.row(i);
+        return rows_[i] = padded_row(image_, n, 0, h, w, image_width_, count, copy);
+    }
+
+    const float* row(int i) const { return rows_[i]; }
+
+private:
+    // Tiles begin and end at whole groups, or at the image's ends.
+    static bool in_place(const Shape& shape, const Images& image) {
+        return image.dtype == FLOAT32 && image.stride_w == 1 && shape.w % GROUP == 0;
+    }
+
+    const Images& image_;
+    int64_t image_width_;
+    Rows<float> copies_;
+    std::vector<const float*> rows_;
+};
+
+// --- Tiles --------------------------------------------------------------------------------------
 
 struct Tile {
     int64_t n, h, w;  // image, first row and first column
@@ -95,19 +160,16 @@ class Tiling {
 public:
     Tiling(const Shape& shape, int64_t most_rows, int64_t most_columns)
         : shape_(shape),
-          bands_(divide_up(shape.h, most_rows)),
-          strips_(divide_up(shape.w, most_columns)),
-          rows_(divide_up(shape.h, bands_)),
-          columns_(round_up(divide_up(shape.w, strips_), LANES)) {
-        strips_ = divide_up(shape.w, columns_);
-        bands_ = divide_up(shape.h, rows_);
-        num_tiles_ = shape.n * bands_ * strips_;
-    }
+          rows_(in_equal_parts(shape.h, most_rows)),
+          columns_(round_up(in_equal_parts(shape.w, most_columns), LANES)),
+          bands_(divide_up(shape.h, rows_)),
+          strips_(divide_up(shape.w, columns_)) {}
 
     int rows() const { return int(rows_); }
     int columns() const { return int(columns_); }
-    int64_t num_tasks() const { return std::min(num_tiles_, MOST_TASKS); }
-    int64_t first_tile(int64_t task) const { return num_tiles_ * task / num_tasks(); }
+    int64_t num_tiles() const { return shape_.n * bands_ * strips_; }
+    int64_t num_tasks() const { return std::min(num_tiles(), MOST_TASKS); }
+    int64_t first_tile(int64_t task) const { return num_tiles() * task / num_tasks(); }
 
     Tile tile(int64_t i) const {
         int64_t h = i / strips_ % bands_ * rows_, w = i % strips_ * columns_;
@@ -116,8 +178,13 @@ public:
     }
 
 private:
+    // The size of parts of nearly equal size, at most the given one; at least 1.
+    static int64_t in_equal_parts(int64_t size, int64_t most) {
+        return size < 1 ? 1 : divide_up(size, divide_up(size, most));
+    }
+
     Shape shape_;
-    int64_t bands_, strips_, rows_, columns_, num_tiles_;
+    int64_t rows_, columns_, bands_, strips_;
 };
 
 // --- Marches ------------------------------------------------------------------------------------
@@ -177,27 +244,23 @@ std::vector<March> marches(const Shape& shape, int64_t num_sizes, const int64_t*
     return all;
 }
 
-Tiling tiling(const Shape& shape, const std::vector<March>& all) {
-    int64_t columns = TILE_COLUMNS;
-    for (const March& march : all) columns = std::max<int64_t>(columns, 4 * march.columns);
-    columns = std::min(columns, round_up(shape.w, LANES));
-    int64_t rows = TILE_NUMBERS / std::max<int64_t>(1, shape.c * columns);
-    return Tiling(shape, std::min(std::max(rows, LEAST_TILE_ROWS), TILE_ROWS), columns);
+// Columns of a tile, at most so many, but not few beside the reach of the largest size.
+int64_t tile_columns(const Shape& shape, const std::vector<March>& all, int64_t most) {
+    for (const March& march : all) most = std::max<int64_t>(most, 4 * int64_t(march.columns));
+    return std::min(most, round_up(shape.w, LANES));
 }
 
-// A buffer of rows of n numbers each.
-template <class T>
-class Rows {
-public:
-    Rows(int64_t rows, int64_t n, T fill = T()) : n_(n), data_(size_t(rows * n), fill) {}
-    T* row(int64_t i) { return data_.data() + i * n_; }
-    const T* row(int64_t i) const { return data_.data() + i * n_; }
-    void clear() { std::fill(data_.begin(), data_.end(), T()); }
+Tiling tiling_of_statistics(const Shape& shape, const std::vector<March>& all) {
+    return Tiling(shape, TILE_ROWS, tile_columns(shape, all, STATISTICS_COLUMNS));
+}
 
-private:
-    int64_t n_;
-    std::vector<T> data_;
-};
+Tiling tiling_of_gradients(const Shape& shape, const std::vector<March>& all) {
+    int64_t columns = TILE_NUMBERS / (LEAST_TILE_ROWS * shape.c) / LANES * LANES;
+    columns = std::min(std::max(columns, LEAST_TILE_COLUMNS), TILE_COLUMNS);
+    columns = tile_columns(shape, all, columns);
+    int64_t rows = TILE_NUMBERS / (columns * shape.c);
+    return Tiling(shape, std::min(std::max(rows, LEAST_TILE_ROWS), TILE_ROWS), columns);
+}
 
 // The labels of a march's rows, with margins on both sides; -1 outside the image.
 class LabelRows {
@@ -327,32 +390,6 @@ void count_pixels(const int32_t* label, int n, int64_t num_sizes, int64_t* table
     for (int w = 0; w < n; w++) {
         if (label[w] >= 0) table[label[w] * (num_sizes + 1) + num_sizes]++;
     }
-}
-
-// Asks for the row that will be needed next, an image's rows are too far apart for processors to
-// guess it.
-inline void prefetch(const float* row, int n) {
-    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
-}
-
-// Row h of a channel from column w on: numbers for n columns, which may lie beyond the image's row
-// only in the buffer; the first and the last ones in the image are first and end. In place if the
-// image holds all of them as they are needed.
-const float* padded_row(
-    const Images& x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t width, int count,
-    float* buffer, int64_t next = 0
-) {
-    if (x.dtype == FLOAT32 && x.stride_w == 1 && w >= 0 && w + count <= width) {
-        const float* row = static_cast<const float*>(x.data) + x.offset(n, c, h, w);
-#ifndef NOPF
-        prefetch(row + next, count);
-#endif
-        return row;
-    }
-    int first = int(std::max<int64_t>(0, -w)), end = int(std::min<int64_t>(count, width - w));
-    const float* row = load_row(x, n, c, h, w + first, end - first, buffer + first);
-    if (row != buffer + first) std::copy_n(row, end - first, buffer + first);
-    return buffer;
 }
 
 // --- Softmax statistics -------------------------------------------------------------------------
@@ -535,12 +572,10 @@ struct Group {
 
 uint32_t bit_of(int32_t label) { return uint32_t(1) << (uint32_t(label) % 32); }
 
-// The sets of the labels of the pixels w, ..., w + GROUP - 1.
-ROW_FUNCTION void label_sets_row(Ints label, uint32_t* RESTRICT sets, int n) {
-    for (int w = 0; w < n; w++) sets[w] = label[w] < 0 ? 0 : uint32_t(1) << (label[w] & 31);
-    for (int step = 1; step < GROUP; step *= 2) {
-        for (int w = 0; w + step < n; w++) sets[w] |= sets[w + step];
-    }
+uint32_t labels_of_group(const int32_t* label) {
+    uint32_t labels = 0;
+    for (int i = 0; i < GROUP; i++) labels |= label[i] < 0 ? 0 : bit_of(label[i]);
+    return labels;
 }
 
 // The groups with edges of every size and row of a tile.
@@ -549,16 +584,12 @@ public:
     Edges(const Tiling& tiling, const March& march, const LabelRows& labels)
         : march_(march),
           labels_(labels),
-          sets_(march.num_rows(tiling.rows()), labels.width()),
-          different_(1, round_up(tiling.columns(), LANES)) {}
+          different_(tiling.columns()) {}
 
     void find(const Tile& tile) {
         rows_ = tile.rows;
         groups_.clear();
         ends_.assign(1, 0);
-        for (int i = 0; i < march_.num_rows(tile.rows); i++) {
-            label_sets_row(labels_.whole_row(i), sets_.row(i), labels_.width());
-        }
         for (const Size& size : march_.sizes) {
             for (int t = 0; t < tile.rows; t++) find_in_row(size, t, tile.columns);
         }
@@ -571,18 +602,18 @@ public:
 private:
     void find_in_row(const Size& size, int t, int columns) {
         const int d = size.columns;
-        const int rows[3] = {march_.above(t, size), march_.here(t), march_.below(t, size)};
-        int32_t* different = different_.row(0);
-        int n = int(round_up(columns, GROUP));
-        different_row(
-            labels_.row(rows[0]), labels_.row(rows[1]), labels_.row(rows[2]), d, different, n
-        );
+        const int32_t* rows[3] = {
+            labels_.row(march_.above(t, size)), labels_.row(march_.here(t)),
+            labels_.row(march_.below(t, size))
+        };
+        const int n = int(round_up(columns, GROUP));
+        different_row(rows[0], rows[1], rows[2], d, different_.data(), n);
         for (int w = 0; w < n; w += GROUP) {
-            if (!any_in_group(different + w)) continue;
+            if (!any_in_group(different_.data() + w)) continue;
             uint32_t labels = 0;
-            for (int row : rows) {
-                const uint32_t* sets = sets_.row(row) + labels_.margin() + w;
-                labels |= sets[-d] | sets[0] | sets[d];
+            for (const int32_t* row : rows) {
+                labels |= labels_of_group(row + w - d) | labels_of_group(row + w) |
+                          labels_of_group(row + w + d);
             }
             groups_.push_back(Group{w, labels});
         }
@@ -591,8 +622,7 @@ private:
 
     const March& march_;
     const LabelRows& labels_;
-    Rows<uint32_t> sets_;
-    Rows<int32_t> different_;
+    std::vector<int32_t> different_;
     std::vector<Group> groups_;
     std::vector<size_t> ends_;
     int rows_ = 0;
@@ -765,8 +795,8 @@ public:
           width_(labels_.width()),
           columns_(tiling.columns()),
           tile_rows_(tiling.rows()),
-          top_(march.num_rows(tile_rows_), width_),
-          rest_(march.num_rows(tile_rows_), width_),
+          top_(problem.shape, problem.top, march.num_rows(tile_rows_), width_),
+          rest_(problem.shape, problem.rest, march.num_rows(tile_rows_), width_),
           inverse_(march.num_rows(tile_rows_), width_),
           log_total_(march.num_rows(tile_rows_), width_),
           boxes_(march.num_sizes() * tile_rows_, columns_),
@@ -778,7 +808,9 @@ public:
           u_sums_(march.num_sizes(), width_),
           l_sums_(march.num_sizes(), width_),
           x_(1, width_),
-          class_(3, width_) {}
+          log_p_(1, width_),
+          p_(1, width_),
+          q_(1, width_) {}
 
     void load(const Tile& tile) {
         tile_ = tile;
@@ -786,9 +818,10 @@ public:
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
         for (int i = 0; i < march_.num_rows(tile.rows); i++) {
             if (!in_image(i)) continue;
-            std::copy_n(load_pixels(problem_.top, 0, i, x_.row(0)), n, top_.row(i) + begin);
-            std::copy_n(load_pixels(problem_.rest, 0, i, x_.row(0)), n, rest_.row(i) + begin);
-            softmax_row(rest_.row(i) + begin, inverse_.row(i) + begin, log_total_.row(i) + begin, n);
+            const int64_t h = march_.image_row(tile, i), w = tile.w + begin - labels_.margin();
+            const float* rest = rest_.load(i, tile.n, h, w, n);
+            top_.load(i, tile.n, h, w, n);
+            softmax_row(rest, inverse_.row(i) + begin, log_total_.row(i) + begin, n);
         }
         for (int s = 0; s < march_.num_sizes(); s++) {
             const Size& size = march_.sizes[s];
@@ -831,8 +864,12 @@ public:
 
     // Row t of the tile, beginning with its first column.
     const int32_t* label(int t) const { return labels_.row(march_.here(t)); }
-    const float* top(int t) const { return top_.row(march_.here(t)) + labels_.margin(); }
-    const float* rest(int t) const { return rest_.row(march_.here(t)) + labels_.margin(); }
+    const float* top(int t) const {
+        return top_.row(march_.here(t)) + labels_.margin() - labels_.begin_of_groups();
+    }
+    const float* rest(int t) const {
+        return rest_.row(march_.here(t)) + labels_.margin() - labels_.begin_of_groups();
+    }
     const float* inverse(int t) const { return inverse_.row(march_.here(t)) + labels_.margin(); }
     const float* log_total(int t) const {
         return log_total_.row(march_.here(t)) + labels_.margin();
@@ -846,15 +883,6 @@ private:
 
     int32_t* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
 
-    // Row i of the march, from the margin's first column in the image on, in whole groups.
-    const float* load_pixels(const Images& x, int64_t c, int i, float* buffer) const {
-        const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
-        const int64_t w = tile_.w + begin - labels_.margin();
-        return padded_row(
-            x, tile_.n, c, march_.image_row(tile_, i), w, problem_.shape.w, n, buffer, x.stride_h
-        );
-    }
-
     template <bool GRADIENT>
     void compute_row(int32_t c, int i) {
         const int kept = i % march_.rows_kept();
@@ -864,12 +892,16 @@ private:
             std::fill(l, l + width_, 0.0f);
             return;
         }
-        const float* x = load_pixels(problem_.logits, c, i, x_.row(0));
+        const Images& logits = problem_.logits;
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
-        float *log_p = class_.row(0), *p = class_.row(1), *q = class_.row(2);
+        const int64_t h = march_.image_row(tile_, i), w = tile_.w + begin - labels_.margin();
+        const float* x = padded_row(
+            logits, tile_.n, c, h, w, problem_.shape.w, n, x_.row(0), logits.stride_h
+        );
+        float *log_p = log_p_.row(0), *p = p_.row(0), *q = q_.row(0);
         probability_row(
-            x, top_.row(i) + begin, rest_.row(i) + begin, inverse_.row(i) + begin,
-            log_total_.row(i) + begin, log_p, p, q, n
+            x, top_.row(i), rest_.row(i), inverse_.row(i) + begin, log_total_.row(i) + begin, log_p,
+            p, q, n
         );
         field_row<GRADIENT>(
             log_p, p, q, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin, l + begin,
@@ -941,15 +973,23 @@ private:
     Edges edges_;
     Tile tile_{};
     int width_, columns_, tile_rows_;
-    Rows<float> top_, rest_, inverse_, log_total_;  // rows of the march
-    Rows<int32_t> boxes_;                           // for every size the rows of a tile
-    Rows<float> u_, l_, log_q_, p_free_, inverse_q_free_;  // row i of the march at i % rows_kept()
-    Rows<float> u_sums_, l_sums_;                   // a row for each size
-    Rows<float> x_, class_;
+    // Rows of the march.
+    PixelRows top_, rest_;
+    Rows<float> inverse_, log_total_;
+    // For every size the rows of a tile.
+    Rows<int32_t> boxes_;
+    // Row i of the march at i % rows_kept().
+    Rows<float> u_, l_, log_q_, p_free_, inverse_q_free_;
+    // A row for every size.
+    Rows<float> u_sums_, l_sums_;
+    // One row of the class.
+    Rows<float> x_, log_p_, p_, q_;
 };
 
 // -log p of the pixels' own classes.
-void add_log_loss(const Problem& problem, const Marcher& marcher, const Tile& tile, double* tables) {
+void add_log_loss(
+    const Problem& problem, const Marcher& marcher, const Tile& tile, double* tables
+) {
     for (int t = 0; t < tile.rows; t++) {
         const int32_t* label = marcher.label(t);
         const float *top = marcher.top(t), *log_total = marcher.log_total(t);
@@ -1018,8 +1058,10 @@ private:
 };
 
 template <bool GRADIENT>
-void compute_tables(const Problem& problem, const std::vector<March>& all, const Tiling& tiling,
-                    std::vector<double>& tables, int64_t num_threads) {
+void compute_tables(
+    const Problem& problem, const std::vector<March>& all, const Tiling& tiling,
+    std::vector<double>& tables, int64_t num_threads
+) {
     const int64_t size = problem.table_size();
     // Rows of a tile's gradients, all classes side by side; without a gradient never used.
     const int64_t row = GRADIENT ? problem.shape.c * tiling.columns() : 0;
@@ -1066,7 +1108,7 @@ EXPORT void affinity_field_statistics(
 ) {
     const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
     const std::vector<March> all = marches(shape, num_sizes, distances);
-    const Tiling tiles = tiling(shape, all);
+    const Tiling tiles = tiling_of_statistics(shape, all);
     const int64_t table_size = shape.c * (num_sizes + 1);
     const int64_t size = num_sizes + table_size;
     std::vector<int64_t> tables(size_t(tiles.num_tasks() * size));
@@ -1118,10 +1160,12 @@ EXPORT void affinity_field_compute(
     float* log_loss, int64_t num_threads
 ) {
     const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
-    const Problem problem{shape,  *logits,       *top,         *rest,      *label,        num_sizes,
-                          float(margin), Clamp(eps), grad_sums, grad_log_loss, grad};
+    const Problem problem{
+        shape, *logits, *top, *rest, *label, num_sizes, float(margin), Clamp(eps), grad_sums,
+        grad_log_loss, grad
+    };
     const std::vector<March> all = marches(shape, num_sizes, distances);
-    const Tiling tiles = tiling(shape, all);
+    const Tiling tiles = tiling_of_gradients(shape, all);
     const int64_t size = problem.table_size();
     std::vector<double> tables(size_t(tiles.num_tasks() * size));
     const auto compute = grad_sums ? compute_tables<true> : compute_tables<false>;

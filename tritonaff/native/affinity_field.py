@@ -80,6 +80,9 @@ def compute(
     n, c, height, width = logits.shape
     sums = torch.empty(2, c, len(kernel_sizes))
     log_loss = torch.empty(c)
+    grad_sums, grad_log_loss = (
+        None if g is None else g.float() for g in (grad_sums, grad_log_loss)
+    )
     grad = None
     if grad_sums is not None:
         grad = torch.empty_like(logits, dtype=grad_dtype(logits))

@@ -42,10 +42,10 @@ inline float exp_of_negative(float x) {
     float k = shifted - 12583039.0f;
     float r = clamped - k * 0.693359375f;
     r = r + k * 2.12194440e-4f;
-    // Not Horner's scheme: short chains of operations leave a processor more to do at a time.
+    // Not Horner's scheme: in shorter chains a processor finds more to do at a time.
     float r2 = r * r;
-    float high = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    float p = high * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f);
+    float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f);
     p = p * r2 + (1.6666665459e-1f * r + 5.0000001201e-1f);
     p = p * r2 + (r + 1.0f);
     float e = p * as_float(int32_t(uint32_t(as_int(shifted)) << 23));
@@ -54,14 +54,14 @@ inline float exp_of_negative(float x) {
 
 // log(x) for normal x > 0, within 2 roundings.
 inline float log_of_positive(float x) {
-    int32_t i = as_int(x);
-    int32_t e = (i - 0x3f3504f3) >> 23;
-    float m = as_float(i - e * (1 << 23)) - 1.0f;
+    uint32_t i = uint32_t(as_int(x));
+    int32_t e = int32_t(i - 0x3f3504f3u) >> 23;
+    float m = as_float(int32_t(i - (uint32_t(e) << 23))) - 1.0f;
     float exponent = float(e), z = m * m, z2 = z * z;
-    float y = (7.0376836292e-2f * m - 1.1514610310e-1f) * m + 1.1676998740e-1f;
+    float high = (7.0376836292e-2f * m - 1.1514610310e-1f) * m + 1.1676998740e-1f;
     float low = -1.2420140846e-1f * m + 1.4249322787e-1f;
     low = low * z + (-1.6668057665e-1f * m + 2.0000714765e-1f);
-    y = (y * z2 + low) * z + (-2.4999993993e-1f * m + 3.3333331174e-1f);
+    float y = (high * z2 + low) * z + (-2.4999993993e-1f * m + 3.3333331174e-1f);
     y = y * m * z + exponent * -2.12194440e-4f - 0.5f * z;
     return m + y + exponent * 0.693359375f;
 }
