@@ -34,7 +34,7 @@ def affinity_field_terms(
         logits = logits.float()
     c = logits.shape[1]
     has_label, counted = labels(target, c, ignore_index, activation)
-    logits = logits.where(counted, 0)  # logits that do not count may be NaN
+    logits = logits.where(counted == 1, 0)  # logits that do not count may be NaN
 
     p = logits.softmax(dim=1) if activation == "softmax" else logits.sigmoid()
     if variant == "paper":
@@ -53,13 +53,13 @@ def affinity_field_terms(
             # probability would do outside the image: such pairs are not counted.
             p_j, q_j = (shifted(t, d * dy, d * dx, 0.5) for t in (p, q))
             has_label_j, counted_j = (shifted(t, d * dy, d * dx, 0) for t in (has_label, counted))
-            pair = counted & counted_j
+            pair = counted * counted_j
             if variant == "authors":
-                pair = pair & shifted(counted, -d * dy, -d * dx, 0)
+                pair = pair * shifted(counted, -d * dy, -d * dx, 0)
 
             kl = p_j * (p_j / p).log() + q_j * (q_j / q).log()  # KL(p_j || p_i)
-            edge = pair & (has_label != has_label_j)
-            non_edge = pair & (has_label == has_label_j)
+            edge = pair * (has_label != has_label_j)
+            non_edge = pair * (has_label == has_label_j)
             row = None if variant == "paper" else has_label
             edge_sum = edge_sum + sum_by_class(F.relu(margin - kl) * edge, row)
             non_edge_sum = non_edge_sum + sum_by_class(kl * non_edge, row)
@@ -86,6 +86,7 @@ def cross_entropy_terms(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     has_label, counted = labels(target, logits.shape[1], ignore_index, activation)
+    has_label, counted = has_label == 1, counted == 1
     logits = logits.where(counted, 0)
     if activation == "softmax":
         log_p = logits.log_softmax(dim=1)
@@ -101,8 +102,8 @@ def cross_entropy_terms(
 def labels(
     target: Tensor, num_channels: int, ignore_index: int, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """y_c of every pixel, (N, C, H, W), and a mask of the pixels that count: (N, 1, H, W), or with
-    sigmoid by channel, (N, C, H, W). A pixel that does not count has no label.
+    """y_c of every pixel, (N, C, H, W), and which pixels count: (N, 1, H, W), or with sigmoid by
+    channel, (N, C, H, W); each 0 or 1 in uint8. A pixel that does not count has no label.
     """
     target = target.long()
     if activation == "softmax":
@@ -111,7 +112,7 @@ def labels(
     else:
         num_channels, yes = 2, torch.ones((), dtype=torch.int64, device=target.device)
     counted = (target >= 0) & (target < num_channels) & (target != ignore_index)
-    return (target == yes) & counted, counted
+    return ((target == yes) & counted).to(torch.uint8), counted.to(torch.uint8)
 
 
 def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
@@ -120,9 +121,7 @@ def shifted(x: Tensor, dy: int, dx: int, outside: float) -> Tensor:
     # A longer shift is outside everywhere, too.
     dy, dx = max(-height, min(dy, height)), max(-width, min(dx, width))
     pad_h, pad_w = abs(dy), abs(dx)
-    # Masks are padded as numbers: torch pads no bool everywhere.
-    number = x.to(torch.uint8) if x.dtype == torch.bool else x
-    padded = F.pad(number, (pad_w, pad_w, pad_h, pad_h), value=outside).to(x.dtype)
+    padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h), value=outside)
     return padded[..., pad_h + dy : pad_h + dy + height, pad_w + dx : pad_w + dx + width]
 
 
