@@ -118,6 +118,8 @@ PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation/", "test_affinity
 DILATED, DILATED_TESTS = "kernels/dilated_affinity/", "test_dilated_affinity test_"
 INSTANCE, INSTANCE_TESTS = "kernels/instance_affinity/", "test_instance_affinity test_"
 
+NATIVE_FIELD = "native/affinity_field.cpp"
+NATIVE_TILES = FIELD_TESTS + "native_kernels_do_not_depend_on_their_tiles"
 FIELD_TILES = (
     FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0] test_tiles_do_not_depend_on_their_blocks"
 )
@@ -139,6 +141,59 @@ DILATED_TILES = (
 )
 
 MUTANTS = [
+    # --- Native kernels of the affinity field -----------------------------------------------------
+    *of(
+        NATIVE_FIELD,
+        NATIVE_TILES + "[3-7-contiguous]",
+        ("the row below", ": here(t) + int(size.d)", ": here(t) + int(reach)"),
+        ("rows that are kept", "3 : 2 * int(reach) + 1", "3 : 2 * int(reach)"),
+        ("margins of another tile", "{&u_sums_, &l_sums_}", "{&l_sums_}"),
+        ("labels to the right", "labels_of_group(row + w + d)", "labels_of_group(row + w)"),
+        ("hinges of the neighbour", "mask(room_back > 0.0f)", "mask(room > 0.0f)"),
+        ("the first tile's columns", "strips_ * columns_;", "strips_ * columns_ / 2;"),
+    ),
+    *of(
+        NATIVE_FIELD,
+        NATIVE_TILES + "[13-5-3-9-7-contiguous]",
+        ("the fifth size", "bool sets = first && s == 0;", "bool sets = first;"),
+    ),
+    *of(
+        NATIVE_FIELD,
+        NATIVE_TILES + "[41-5-201-contiguous]",
+        ("rows of a large size", "(i % 3 - 1) * reach", "(i % 3) * reach"),
+        ("large sizes first", "bool first = &marcher ==", "bool first = &marcher !="),
+    ),
+    *of(
+        NATIVE_FIELD,
+        FIELD_TESTS + "several_largest_logits[native]",
+        ("several largest classes", "~mask(rest[w] < 1.0f)", "~mask(rest[w] < 9.0f)"),
+    ),
+    *of(
+        NATIVE_FIELD,
+        FIELD_TESTS + "cross_entropy_keeps_its_digits[native-0.0]"
+        " test_cross_entropy_keeps_its_digits[native-20.0]",
+        (
+            "the factor of another class",
+            "masked(factor[w], another) - others[w]",
+            "-masked(others[w], another | -1)",
+        ),
+        ("digits of the log loss", " + (rest[w] - (total - 1.0f)) * inverse[w]", ""),
+    ),
+    *of(
+        NATIVE_FIELD,
+        FIELD_TESTS + "confident_logits_keep_their_digits[native]",
+        ("digits of q", "((1.0f - e) + rest[w]) * inverse[w]", "1.0f - e * inverse[w]"),
+    ),
+    *of(
+        NATIVE_FIELD,
+        FIELD_TESTS + "infinite_confidence_is_finite[native]",
+        ("a clamp", "counted & mask(std::fabs(odds) < limit)", "counted"),
+    ),
+    *of(
+        NATIVE_FIELD,
+        FIELD_TESTS + "ignore_index_may_be_a_class[native]",
+        ("the ignored class", " & (given != ignore_index)", ""),
+    ),
     # --- Tiles of the affinity field --------------------------------------------------------------
     *of(
         FIELD + "columns",

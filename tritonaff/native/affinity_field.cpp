@@ -833,8 +833,8 @@ public:
             }
         }
         edges_.find(tile);
-        // Beyond the image u and l are 0. Every tile has margins of its own.
-        for (Rows<float>* rows : {&u_, &l_, &u_sums_, &l_sums_}) rows->clear();
+        // Sums beyond the image are 0. Every tile has margins of its own.
+        for (Rows<float>* sums : {&u_sums_, &l_sums_}) sums->clear();
     }
 
     // Adds the sums of class c to the tables, and p times the gradient of p to the rows of grad,

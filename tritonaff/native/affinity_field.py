@@ -80,12 +80,12 @@ def compute(
     n, c, height, width = logits.shape
     sums = torch.empty(2, c, len(kernel_sizes))
     log_loss = torch.empty(c)
-    grad_sums, grad_log_loss = (
-        None if g is None else g.float() for g in (grad_sums, grad_log_loss)
-    )
     grad = None
     if grad_sums is not None:
         grad = torch.empty_like(logits, dtype=grad_dtype(logits))
+        grad_sums = grad_sums.float()
+    if grad_log_loss is not None:
+        grad_log_loss = grad_log_loss.float()
     library.library(NAME).affinity_field_compute(
         ctypes.byref(images(logits)),
         ctypes.byref(_labels(label[:, 0], c, -1)),
