@@ -379,14 +379,15 @@ class AffinityFieldLoss(Loss):
         Add up the numbers of a batch's parts and give ``forward`` the total with every part: the
         accumulated gradient is then the gradient of the batch.
         """
-        num_classes = checks.check_num_classes(num_classes, self.activation)
-        if self.activation == "softmax":
+        activation = self.options.activation
+        num_classes = checks.check_num_classes(num_classes, activation)
+        if activation == "softmax":
             target = checks.check_target(target)
         else:
             checks.check_tensor("target", target, tuple(checks.TARGET_DTYPES), target.shape)
         n, (height, width) = len(target), target.shape[-2:]
         blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
-        blank, target = checks.check_logits_and_target(blank, target, self.activation)
+        blank, target = checks.check_logits_and_target(blank, target, activation)
         totals: Tensor = _count(blank, target, self.options).totals
         return totals
 

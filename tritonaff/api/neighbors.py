@@ -326,7 +326,7 @@ class NeighborStatistics:
 
 def _checked(
     target: Tensor, rates: Rates, ignore_index: int | None
-) -> tuple[Tensor, tuple[tuple[int, int], ...], int]:
+) -> tuple[Tensor, tuple[tuple[int, int], ...], int | None]:
     target = checks.check_target(target)
     pairs = checks.check_rates(rates)
     ignore_index = checks.check_ignore_index(ignore_index)

@@ -11,6 +11,7 @@ Three ops do the work:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class CountedByChannel(Counted):
         self.logits = logits
         self.channels = [
             Counted(torch.cat((torch.zeros_like(x), x), dim=1), labels, options, backend)
-            for x, labels in zip(logits.split(1, dim=1), target.unbind(dim=1), strict=True)
+            for x, labels in zip(torch.split(logits, 1, dim=1), target.unbind(dim=1), strict=True)
         ]
         self.totals = torch.stack(self.entry_counts()).sum(dim=1)
         self.pixel_count = torch.stack([channel.pixel_count for channel in self.channels])
@@ -125,7 +126,7 @@ class CountedByChannel(Counted):
         self, coefficients: Tensor, log_loss_coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         of_both = torch.stack((torch.zeros_like(coefficients), coefficients), dim=2)
-        of_log_loss = [None] * len(self.channels)
+        of_log_loss: Sequence[Tensor | None] = [None] * len(self.channels)
         if log_loss_coefficients is not None:
             of_log_loss = log_loss_coefficients.unbind()
         parts = [
