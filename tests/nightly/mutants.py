@@ -990,8 +990,8 @@ MUTANTS = [
         ("rows of a product", "left[i] += roots[i * c + k] * a;", "left[i] += roots[k] * a;"),
         (
             "the gradient of an image",
-            "grad_squared_error[n], c, n,",
-            "grad_squared_error[0], c, n,",
+            "grad_squared_error[n], c, n);",
+            "grad_squared_error[0], c, n);",
         ),
         (
             "the sum of the others",

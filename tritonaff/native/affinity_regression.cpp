@@ -27,7 +27,7 @@ constexpr int WHOLE = 16;
 // A task has at least this number of points, and enough to make its sums small beside its logits.
 constexpr int64_t LEAST_TASK = 2048, TASK_PER_CLASS = 16;
 // Elements that are worth a second thread, and bytes of a gradient that are worth huge pages.
-constexpr int64_t LEAST_WORK = 1 << 16, LEAST_HUGE = 1 << 24;
+constexpr int64_t LEAST_WORK = 1 << 16, LEAST_HUGE = 1 << 22;
 
 // Vectors, and how many rows are multiplied by how many: the sums stay in registers.
 #if defined(__AVX512F__)
@@ -191,11 +191,25 @@ void each_run(
     }
 }
 
+// Where the points of grids lie in a channel of a tensor with these strides.
+ROW_FUNCTION void find_offsets(
+    const Place& place, int64_t stride_h, int64_t stride_w, int64_t* RESTRICT offsets
+) {
+    for (int m = 0; m < place.n; m++) offsets[m] = place.h[m] * stride_h + place.w[m] * stride_w;
+}
+
 template <class T>
 ROW_FUNCTION void gather(
-    const T* RESTRICT x, int64_t stride_h, int64_t stride_w, const Place& place, T* RESTRICT out
+    const T* RESTRICT x, const int64_t* RESTRICT offsets, T* RESTRICT out, int n
 ) {
-    for (int m = 0; m < place.n; m++) out[m] = x[place.h[m] * stride_h + place.w[m] * stride_w];
+    for (int m = 0; m < n; m++) out[m] = x[offsets[m]];
+}
+
+template <class T>
+ROW_FUNCTION void scatter(
+    const T* RESTRICT x, const int64_t* RESTRICT offsets, T* RESTRICT out, int n
+) {
+    for (int m = 0; m < n; m++) out[offsets[m]] = x[m];
 }
 
 // Labels as int32, -1 where a point does not count.
@@ -217,7 +231,9 @@ void labels_of(
     const T* x = static_cast<const T*>(target.data) + n * target.stride_n;
     if (points.num_grids) {
         T raw[BLOCK];
-        gather(x, target.stride_h, target.stride_w, place, raw);
+        int64_t offsets[BLOCK];
+        find_offsets(place, target.stride_h, target.stride_w, offsets);
+        gather(x, offsets, raw, place.n);
         load_labels(raw, 1, num_classes, target.ignore_index, label, place.n);
         return;
     }
@@ -229,6 +245,11 @@ void labels_of(
 }
 
 // --- Square roots of probabilities --------------------------------------------------------------
+
+// Asks for the next block of a row. So many rows at once are too many for the machine to foresee.
+inline void prefetch(const float* x, int n) {
+    for (int w = 0; w < n; w += 16) __builtin_prefetch(x + w, 0, 2);
+}
 
 ROW_FUNCTION void copy_and_top(Floats x, FloatsOut out, FloatsOut top, int n) {
     #pragma omp simd
@@ -295,6 +316,7 @@ struct Block {
     alignas(64) int32_t label[PITCH];
     alignas(64) float top[PITCH], own_s[PITCH], own_q[PITCH], own_d[PITCH], others[PITCH];
     alignas(64) float scale[PITCH], line[PITCH];
+    int64_t offsets[BLOCK];
     Buffer<float> d;
     std::vector<Run> runs;
 
@@ -326,6 +348,7 @@ struct Block {
         std::fill(top + n, top + whole, 0.0f);
         std::fill(own_s, own_s + whole, 0.0f);
         std::fill(others, others + whole, 0.0f);
+        if (points.num_grids) find_offsets(place, logits.stride_h, logits.stride_w, offsets);
         for (int c = 0; c < num_classes; c++) load_row_of(logits, points, image, c, row(c));
         for (int c = 0; c < num_classes; c++) {
             roots_of_row(row(c), top, label, c, own_s, others, whole);
@@ -352,11 +375,11 @@ private:
             const float* row = line;
             if (x.dtype == FLOAT32) {
                 const float* data = static_cast<const float*>(x.data) + at;
-                gather(data, x.stride_h, x.stride_w, place, line);
+                gather(data, offsets, line, n);
             } else {
                 uint16_t raw[BLOCK];
                 const uint16_t* data = static_cast<const uint16_t*>(x.data) + at;
-                gather(data, x.stride_h, x.stride_w, place, raw);
+                gather(data, offsets, raw, n);
                 (x.dtype == BFLOAT16 ? load_bfloat16 : load_float16)(raw, 1, line, n);
             }
             copy_and_top(row, out, top, n);
@@ -365,6 +388,7 @@ private:
         each_run(points, place, x.stride_h, x.stride_w,
             [&](int at, int64_t h, int64_t w, int count) {
                 const float* row = load_row(x, image, c, h, w, count, line);
+                if (row != line) prefetch(row + BLOCK, count);
                 copy_and_top(row, out + at, top + at, count);
             });
     }
@@ -541,37 +565,53 @@ double squared_error_of(const double* gram, int64_t c) {
 
 // --- Gradient -----------------------------------------------------------------------------------
 
+ROW_FUNCTION double dot(const double* RESTRICT x, Floats y, int64_t n) {
+    double sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; k++) sum += x[k] * y[k];
+    return sum;
+}
+
 // The gradient of S is 4 S S^T D + 4 S D^T Y, times the gradient of the squared error. Where the
 // predictions of a label are nearly equal, but not confident, both parts are large and cancel. So D
 // loses a center, the mean of the label's points, and the center's part joins the second one in
 // float64. What is left of D is small there, and so is the rounding of its products.
 struct Factors {
-    Buffer<float> roots;   // 4 S S^T [C, C]
+    Buffer<double> exact;  // 4 S S^T [C, C]
+    Buffer<float> roots;   // the same in float32
     Buffer<float> center;  // [labels, C]
     Buffer<float> shift;   // 4 S S^T center + 4 S D^T Y [labels, C]
 
     Factors(int64_t num_images, int64_t c)
-        : roots(make_buffer<float>(num_images * c * c)),
+        : exact(make_buffer<double>(num_images * c * c)),
+          roots(make_buffer<float>(num_images * c * c)),
           center(make_buffer<float>(num_images * c * c)),
           shift(make_buffer<float>(num_images * c * c)) {}
 
-    // One label's, or one channel's, of one image.
-    void fill(const double* gram, double factor, int64_t c, int64_t n, int64_t l) {
+    // The products of an image: 4 S S^T = (D + M) (D + M)^T.
+    void fill_products(const double* gram, double factor, int64_t c, int64_t n) {
         const double *dd = gram, *dm = gram + c * c, *mm = gram + 2 * c * c;
-        auto exact = [&](int64_t i, int64_t k) {  // 4 S S^T = (D + M) (D + M)^T
-            return mm[i * c + k] + dm[i * c + k] + dm[k * c + i] + dd[i * c + k];
-        };
-        int64_t row = (n * c + l) * c;
-        for (int64_t k = 0; k < c; k++) roots[row + k] = float(factor * exact(l, k));
+        for (int64_t i = 0; i < c; i++) {
+            for (int64_t k = 0; k < c; k++) {
+                double sum = mm[i * c + k] + dm[i * c + k] + dm[k * c + i] + dd[i * c + k];
+                exact[(n * c + i) * c + k] = sum;
+                roots[(n * c + i) * c + k] = float(factor * sum);
+            }
+        }
+    }
+
+    // Center and shift of one label of an image.
+    void fill_label(const double* gram, double factor, int64_t c, int64_t n, int64_t l) {
+        const double *dd = gram, *dm = gram + c * c, *mm = gram + 2 * c * c;
         double number = std::round((mm[l * c + l] - 2 * dm[l * c + l] + dd[l * c + l]) / 4);
         if (number == 0) return;  // no point asks for this label
+        int64_t row = (n * c + l) * c;
         for (int64_t k = 0; k < c; k++) {
             center[row + k] = float((dm[k * c + l] - dd[k * c + l]) / (2 * number));
         }
         for (int64_t i = 0; i < c; i++) {
-            double sum = 2 * (dm[l * c + i] + dd[i * c + l]);
-            for (int64_t k = 0; k < c; k++) sum += exact(i, k) * center[row + k];
-            shift[row + i] = float(factor * sum);
+            double sum = dot(&exact[(n * c + i) * c], &center[row], c);
+            shift[row + i] = float(factor * (sum + 2 * (dm[l * c + i] + dd[i * c + l])));
         }
     }
 };
@@ -641,10 +681,6 @@ ROW_FUNCTION void finish_gradient(
     }
 }
 
-ROW_FUNCTION void multiply_rows(FloatsOut x, Floats y, int n) {
-    for (int w = 0; w < n; w++) x[w] *= y[w];
-}
-
 // Computes the gradient of the points of a block and writes their pixels.
 struct Gradient {
     int num_classes;
@@ -675,15 +711,9 @@ struct Gradient {
     }
 
     void write(Block& block, const Points& points, const Images& grad, int64_t image) {
-        const Place& place = block.place;
+        if (points.num_grids) return write_points(block, grad, image);
         for (int c = 0; c < num_classes; c++) {
-            if (points.num_grids) {
-                finish(block, c, line, 0, block.n);
-                multiply_rows(line, place.times, block.n);
-                scatter(line, place, grad, image, c);
-                continue;
-            }
-            each_run(points, place, grad.stride_h, grad.stride_w,
+            each_run(points, block.place, grad.stride_h, grad.stride_w,
                 [&](int at, int64_t h, int64_t w, int count) {
                     float* out = row_to_write(grad, image, c, h, w, line);
                     finish(block, c, out, at, count);
@@ -694,14 +724,28 @@ struct Gradient {
 
 private:
     // Points on the same pixel have the same gradient: the first one writes.
-    static void scatter(Floats x, const Place& place, const Images& grad, int64_t image, int c) {
+    void write_points(Block& block, const Images& grad, int64_t image) {
+        const Place& place = block.place;
+        int64_t offsets[BLOCK];
+        find_offsets(place, grad.stride_h, grad.stride_w, offsets);
+        int leading = 0;
         for (int m = 0; m < place.n; m++) {
-            if (!place.leads[m]) continue;
-            int64_t at = grad.offset(image, c, place.h[m], place.w[m]);
+            if (place.leads[m]) offsets[leading++] = offsets[m];
+        }
+        for (int c = 0; c < num_classes; c++) {
+            finish(block, c, line, 0, place.n);
+            int k = 0;
+            for (int m = 0; m < place.n; m++) {
+                line[k] = line[m] * place.times[m];
+                k += place.leads[m];
+            }
+            int64_t at = grad.offset(image, c, 0, 0);
             if (grad.dtype == FLOAT32) {
-                static_cast<float*>(grad.data)[at] = x[m];
+                scatter(line, offsets, static_cast<float*>(grad.data) + at, leading);
             } else {
-                store_row(grad, image, c, place.h[m], place.w[m], 1, x + m);
+                uint16_t half[BLOCK];
+                (grad.dtype == BFLOAT16 ? store_bfloat16 : store_float16)(line, half, 1, leading);
+                scatter(half, offsets, static_cast<uint16_t*>(grad.data) + at, leading);
             }
         }
     }
@@ -814,11 +858,14 @@ EXPORT void backward(
         gram = own.get();
     }
     Factors factors(shape.num_images, c);
+    for (int64_t n = 0; n < shape.num_images; n++) {
+        factors.fill_products(gram + n * 3 * matrix, grad_squared_error[n], c, n);
+    }
     int64_t work = shape.num_images * matrix * c;
     parallel(shape.num_images * c, shape.threads_for(work), [&](Tasks& queue) {
         for (int64_t task; queue.next(task);) {
             int64_t n = task / c;
-            factors.fill(gram + n * 3 * matrix, grad_squared_error[n], c, n, task % c);
+            factors.fill_label(gram + n * 3 * matrix, grad_squared_error[n], c, n, task % c);
         }
     });
 
