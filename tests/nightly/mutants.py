@@ -177,6 +177,7 @@ MUTANTS = [
             "masked(factor[w], another) - others[w]",
             "-masked(others[w], another | -1)",
         ),
+        ("digits of the log loss", " + (rest[w] - (total - 1.0f)) * inverse[w]", ""),
     ),
     *of(
         NATIVE_FIELD,

@@ -216,6 +216,9 @@ struct March {
     int rows_kept() const { return large ? 3 : 2 * int(reach) + 1; }
     int rows_before(int t) const { return large ? 3 * t + 3 : t + 2 * int(reach) + 1; }
     int here(int t) const { return large ? 3 * t + 1 : t + int(reach); }
+    bool in_tile(int i, int rows) const {
+        return large ? i % 3 == 1 : i >= int(reach) && i < int(reach) + rows;
+    }
     int above(int t, const Size& size) const { return large ? 3 * t : here(t) - int(size.d); }
     int below(int t, const Size& size) const { return large ? 3 * t + 2 : here(t) + int(size.d); }
 
@@ -387,8 +390,9 @@ void count_tile(
 }
 
 void count_pixels(const int32_t* label, int n, int64_t num_sizes, int64_t* table) {
-    for (int w = 0; w < n; w++) {
-        if (label[w] >= 0) table[label[w] * (num_sizes + 1) + num_sizes]++;
+    for (int w = 0, next = 0; w < n; w = next) {
+        while (next < n && label[next] == label[w]) next++;  // most neighbours have one label
+        if (label[w] >= 0) table[label[w] * (num_sizes + 1) + num_sizes] += next - w;
     }
 }
 
@@ -800,6 +804,7 @@ public:
           inverse_(march.num_rows(tile_rows_), width_),
           log_total_(march.num_rows(tile_rows_), width_),
           boxes_(march.num_sizes() * tile_rows_, columns_),
+          kept_(march.num_rows(tile_rows_)),
           u_(march.rows_kept(), width_),
           l_(march.rows_kept(), width_),
           log_q_(march.rows_kept(), width_),
@@ -810,7 +815,9 @@ public:
           x_(1, width_),
           log_p_(1, width_),
           p_(1, width_),
-          q_(1, width_) {}
+          q_(1, width_) {
+        for (size_t i = 0; i < kept_.size(); i++) kept_[i] = int(i) % march.rows_kept();
+    }
 
     void load(const Tile& tile) {
         tile_ = tile;
@@ -885,7 +892,7 @@ private:
 
     template <bool GRADIENT>
     void compute_row(int32_t c, int i) {
-        const int kept = i % march_.rows_kept();
+        const int kept = kept_[i];
         float *u = u_.row(kept), *l = l_.row(kept);
         if (!in_image(i)) {
             std::fill(u, u + width_, 0.0f);
@@ -903,7 +910,8 @@ private:
             x, top_.row(i), rest_.row(i), inverse_.row(i) + begin, log_total_.row(i) + begin, log_p,
             p, q, n
         );
-        field_row<GRADIENT>(
+        const bool gradient = GRADIENT && march_.in_tile(i, tile_.rows);
+        (gradient ? field_row<true> : field_row<false>)(
             log_p, p, q, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin, l + begin,
             log_q_.row(kept) + begin, p_free_.row(kept) + begin, inverse_q_free_.row(kept) + begin,
             n
@@ -912,13 +920,13 @@ private:
 
     template <int K, bool GRADIENT>
     void add_dense(int32_t c, int t, int first_size, bool sets, double* tables, float* grad) {
-        const int margin = labels_.margin(), kept = march_.rows_kept();
+        const int margin = labels_.margin();
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
-        const int here = march_.here(t) % kept;
+        const int here = kept_[march_.here(t)];
         DenseSize sizes[K];
         for (int s = 0; s < K; s++) {
             const Size& size = march_.sizes[first_size + s];
-            const int above = march_.above(t, size) % kept, below = march_.below(t, size) % kept;
+            const int above = kept_[march_.above(t, size)], below = kept_[march_.below(t, size)];
             float *u_sum = u_sums_.row(first_size + s), *l_sum = l_sums_.row(first_size + s);
             add_rows(
                 u_.row(above) + begin, u_.row(here) + begin, u_.row(below) + begin, u_sum + begin, n
@@ -950,7 +958,7 @@ private:
         const Size& size = march_.sizes[s];
         const int64_t edge = problem_.edge_entry(c, size.k);
         const int64_t non_edge = problem_.non_edge_entry(c, size.k);
-        const int margin = labels_.margin(), kept = march_.here(t) % march_.rows_kept();
+        const int margin = labels_.margin(), kept = kept_[march_.here(t)];
         EdgeSums sums = edge_row<GRADIENT>(
             begin, end, pixel_row(march_.above(t, size)), pixel_row(march_.here(t)),
             pixel_row(march_.below(t, size)), size.columns, c, problem_.clamp.eps, problem_.margin,
@@ -962,7 +970,7 @@ private:
     }
 
     PixelRow pixel_row(int i) const {
-        const int kept = i % march_.rows_kept(), margin = labels_.margin();
+        const int kept = kept_[i], margin = labels_.margin();
         return {u_.row(kept) + margin, l_.row(kept) + margin, log_q_.row(kept) + margin,
                 labels_.row(i)};
     }
@@ -978,7 +986,8 @@ private:
     Rows<float> inverse_, log_total_;
     // For every size the rows of a tile.
     Rows<int32_t> boxes_;
-    // Row i of the march at i % rows_kept().
+    // Row i of the march at kept_[i].
+    std::vector<int> kept_;
     Rows<float> u_, l_, log_q_, p_free_, inverse_q_free_;
     // A row for every size.
     Rows<float> u_sums_, l_sums_;
