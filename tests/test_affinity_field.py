@@ -246,8 +246,16 @@ def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
         check_parity(case, "portable", *make_inputs((3, 4, 6, 7)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sizes", ["3-7", "13-5-3-9-7", "41-5-201", "601"])
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [
+        *(("3-7", layout) for layout in LAYOUTS),
+        ("13-5-3-9-7", "contiguous"),
+        ("41-5-201", "channels_last"),
+        ("41-5-201", "contiguous"),
+        ("601", "strided"),
+    ],
+)
 def test_native_kernels_do_not_depend_on_their_tiles(sizes, layout):
     """Seams between tiles and groups of columns; sizes that keep rows, and sizes that do not."""
     logits, target = make_inputs((2, 2, 75, 611))
