@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 Option = TypeVar("Option", bound=str)
 # Labels in these dtypes are read as they are; other labels are converted first.
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
-# Dtypes of labels, each with the dtype that holds all its values, or the nearest one that does.
+# Dtypes of labels, each with the dtype that it is read as.
 TARGET_DTYPES = {
     **{dtype: dtype for dtype in LABEL_DTYPES},
     torch.bool: torch.uint8,
@@ -36,7 +36,7 @@ TARGET_DTYPES = {
     torch.float32: torch.int64,
     torch.float64: torch.int64,
 }
-# The label to ignore where none is: no image holds it.
+# Stands for ignore_index=None: no image holds this label.
 NO_LABEL = -(2**63)
 COUNT_DTYPES = (torch.int32, torch.int64)
 # Labels that are compared alone.
