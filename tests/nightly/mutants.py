@@ -5,8 +5,8 @@
 breaks kernels, native kernels and portable implementations in every way listed here, or in the
 ways whose file or name contains one of the words, in a copy of the repository, and says which
 faults survive. Files take turns, and no fault is begun after N seconds. A fault whose results are
-the same is none,
-and has no place here: a mask that another one repeats, a shortcut that is not taken.
+the same is none, and has no place here: a mask that another one repeats, a shortcut that is not
+taken.
 """
 
 from __future__ import annotations
