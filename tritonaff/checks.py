@@ -309,8 +309,7 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
     """ValueError for a label that is neither a class nor ignore_index, where labels may be read.
 
     Elsewhere such pixels are ignored, or with TRITONAFF_CHECK=1 an assertion on the device fails.
-    Without a number of classes every label of at least 0 is a class; where labels may not be read,
-    labels below 0 are classes too.
+    Without a number of classes every label of at least 0 is a class.
     """
     looked_at = may_look_into(target)
     if not (looked_at or ASSERT_LABELS):
