@@ -45,6 +45,11 @@ ID_DTYPES = tuple(dtype for dtype in TARGET_DTYPES if not dtype.is_floating_poin
 MAX_MATRIX_BYTES = 8 * 10**9
 # Points of grids: more points would take seconds, and are taken for a mistake.
 MAX_POINTS = 1 << 24
+NO_PIXEL_WEIGHTS = (
+    "pairs of pixels have no weights of pixels; to leave pixels out, as hard example mining does, "
+    "pass target.masked_fill(~mask, ignore_index), and compute a weighted cross-entropy beside the "
+    "loss"
+)
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Opt-in: wrong labels fail an assertion on a device whose values may not be read.
 ASSERT_LABELS = os.environ.get("TRITONAFF_CHECK") == "1"
@@ -228,6 +233,20 @@ def check_normalizer(value: Any, shape: tuple[int, ...], name: str, tensor: Tens
     return normalizer.to(torch.int64)
 
 
+def check_together(
+    reduction: str, normalizer: Tensor | None, process_group: dist.ProcessGroup | None
+) -> None:
+    """ValueError for a total of several batches where each image is a batch of its own, and for a
+    divisor where nothing is divided.
+    """
+    for name, value, reductions in (
+        ("normalizer", normalizer, ("none", "sum")),
+        ("process_group", process_group, ("none",)),
+    ):
+        if value is not None and reduction in reductions:
+            raise ValueError(f"{name} must be None with the reduction {reduction!r}")
+
+
 def check_process_group(group: Any) -> None:
     if group is None:
         return
@@ -251,6 +270,10 @@ def check_one_device(
 def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
+    if isinstance(weight, Tensor) and weight.dim() >= 3:
+        raise ValueError(
+            f"{name} must have shape {shape}, got {tuple(weight.shape)}: {NO_PIXEL_WEIGHTS}"
+        )
     plain = check_tensor(name, weight, LOGITS_DTYPES, shape)
     remedy = "; a loss with weights of its own moves with loss.to(device)"
     check_one_device(name, plain, "logits", logits, remedy)
@@ -263,6 +286,10 @@ def check_progress(progress: Any) -> float | Tensor | None:
         return None
     if not isinstance(progress, Tensor):
         return check_number("progress", progress, at_least=0, at_most=1)
+    if isinstance(progress, Tensor) and progress.dim() >= 3:
+        raise ValueError(
+            f"progress must be a number, got shape {tuple(progress.shape)}: {NO_PIXEL_WEIGHTS}"
+        )
     plain = check_tensor("progress", progress, LOGITS_DTYPES, ())
     if may_look_into(plain):
         check_number("progress", plain.item(), at_least=0, at_most=1)
@@ -282,8 +309,7 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
     """ValueError for a label that is neither a class nor ignore_index, where labels may be read.
 
     Elsewhere such pixels are ignored, or with TRITONAFF_CHECK=1 an assertion on the device fails.
-    Without a number of classes every label of at least 0 is a class; where labels may not be read,
-    labels below 0 are classes too.
+    Without a number of classes every label of at least 0 is a class.
     """
     looked_at = may_look_into(target)
     if not (looked_at or ASSERT_LABELS):
