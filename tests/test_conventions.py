@@ -12,6 +12,13 @@ from tritonaff.testing import INSTANCE_OFFSETS, make_inputs, make_instance_affin
 RATES = ((1, 1), (2, 3))
 
 
+@pytest.fixture(autouse=True)
+def portable():
+    """What is tested here is arithmetic on tables: one backend stands for all."""
+    with tritonaff.use_backend("portable"):
+        yield
+
+
 def affinity_logits(dtype=torch.float32):
     torch.manual_seed(0)
     target = make_inputs((3, 4, 9, 10))[1]
@@ -66,18 +73,16 @@ OF_TERMS = [name for name in LOSSES if name != "regression"]
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_none_is_each_image_as_a_batch_of_its_own(device, name):
-    """The operations are called as ever: one backend stands for all."""
     module, inputs = LOSSES[name]
     logits, target = (x.to(device) for x in inputs())
     logits.requires_grad_()
     mean, none = module().to(device), module(reduction="none").to(device)
     factor = torch.tensor([1.0, 2.0, 3.0], device=device)
-    with tritonaff.use_backend("portable"):
-        losses = none(logits, target)
-        (gradient,) = torch.autograd.grad((factor * losses).sum(), logits)
-        expected = torch.stack([mean(logits[i : i + 1], target[i : i + 1]) for i in range(3)])
-        (expected_gradient,) = torch.autograd.grad((factor * expected).sum(), logits)
-        assert none(logits[:0], target[:0]).shape == (0,)
+    losses = none(logits, target)
+    (gradient,) = torch.autograd.grad((factor * losses).sum(), logits)
+    expected = torch.stack([mean(logits[i : i + 1], target[i : i + 1]) for i in range(3)])
+    (expected_gradient,) = torch.autograd.grad((factor * expected).sum(), logits)
+    assert none(logits[:0], target[:0]).shape == (0,)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(gradient, expected_gradient)
     assert losses.min() >= 0
@@ -102,9 +107,8 @@ def test_terms_add_up_to_the_loss(device, name, reduction):
     logits, target = (x.to(device) for x in inputs())
     loss_fn = module(reduction=reduction).to(device)
     logits.requires_grad_()
-    with tritonaff.use_backend("portable"):
-        loss, terms = loss_fn(logits, target, return_terms=True)
-        expected = loss_fn(logits, target)
+    loss, terms = loss_fn(logits, target, return_terms=True)
+    expected = loss_fn(logits, target)
     assert torch.equal(loss, expected)
     assert loss.requires_grad
     assert not any(term.requires_grad for term in terms.values())
@@ -223,21 +227,20 @@ def test_without_the_background(device, variant):
     options = {"variant": variant, "kernel_sizes": (3, 5)}
     module = FIELD(include_background=False, **options)
     edge_weight = torch.rand(4, 2, device=device)
-    with tritonaff.use_backend("portable"):
-        loss = tritonaff.affinity_field_loss(
-            logits, target, include_background=False, edge_weight=edge_weight, **options
-        )
-        tables = tritonaff.affinity_field_terms(logits, target, **options)
-        edge, non_edge, edges, non_edges = (table[1:] for table in tables)
-        expected = (edge_weight[1:] * edge / edges.sum(dim=0)).sum()
-        expected = expected + (non_edge / non_edges.sum(dim=0)).sum() / 2
-        normalizer = module.normalizer(target, 4)
-        assert torch.equal(normalizer, torch.stack((edges.sum(dim=0), non_edges.sum(dim=0))))
-        parts = sum(
-            module(x, y, normalizer=normalizer)
-            for x, y in zip(logits.split(1), target.split(1), strict=True)
-        )
-        torch.testing.assert_close(parts, module(logits, target))
+    loss = tritonaff.affinity_field_loss(
+        logits, target, include_background=False, edge_weight=edge_weight, **options
+    )
+    tables = tritonaff.affinity_field_terms(logits, target, **options)
+    edge, non_edge, edges, non_edges = (table[1:] for table in tables)
+    expected = (edge_weight[1:] * edge / edges.sum(dim=0)).sum()
+    expected = expected + (non_edge / non_edges.sum(dim=0)).sum() / 2
+    normalizer = module.normalizer(target, 4)
+    assert torch.equal(normalizer, torch.stack((edges.sum(dim=0), non_edges.sum(dim=0))))
+    parts = sum(
+        module(x, y, normalizer=normalizer)
+        for x, y in zip(logits.split(1), target.split(1), strict=True)
+    )
+    torch.testing.assert_close(parts, module(logits, target))
     torch.testing.assert_close(loss, expected)
 
 
@@ -290,3 +293,122 @@ def test_refused_elsewhere():
             REGRESSION(reduction=reduction)(logits, target, torch.tensor(3))
     with pytest.raises(ValueError, match="normalizer must be None with the reduction 'none'"):
         FIELD(reduction="none")(logits, target, normalizer=torch.ones(2, 1).long())
+
+
+# --- Other resolutions --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.bool, torch.int16, torch.uint16, torch.uint64, torch.int64, torch.float32],
+)
+def test_labels_resized_to_any_size(dtype):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 300, (2, 1, 12, 17), generator=generator).to(dtype)
+    for size in ((12, 17), (3, 5), (1, 1), (40, 2), (7, 17)):
+        result = tritonaff.resize_labels(target, size)
+        expected = F.interpolate(target.to(torch.float64), size, mode="nearest-exact")
+        assert result.dtype == dtype
+        assert torch.equal(result.to(torch.float64), expected)
+        assert torch.equal(tritonaff.resize_labels(target[:, 0], size), result[:, 0])
+
+
+def test_which_pixel_of_513_is_taken():
+    target = torch.arange(513, dtype=torch.int32).expand(1, 513, 513)
+    assert tritonaff.resize_labels(target, 129, align_corners=True)[0, 0].tolist() == [
+        *range(0, 513, 4)
+    ]
+    taken = tritonaff.resize_labels(target, (129, 129))[0, 0].tolist()
+    assert (taken[0], taken[1], taken[-1]) == (1, 5, 511)
+    assert torch.equal(
+        tritonaff.resize_labels(target[..., :512], (128, 128)),
+        target[:, 2:512:4, 2:512:4],
+    )
+    target = target.mT
+    assert tritonaff.resize_labels(target, (129, 1), align_corners=True).flatten().tolist() == [
+        *range(0, 513, 4)
+    ]
+    assert tritonaff.resize_labels(target, (1, 1), align_corners=True).item() == 0
+
+
+def test_ids_of_volumes_are_resized():
+    ids = torch.arange(2 * 6 * 8 * 10).view(2, 6, 8, 10)
+    result = tritonaff.resize_labels(ids, (3, 4, 5))
+    assert torch.equal(result, ids[:, 1::2, 1::2, 1::2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([[1]], 2), TypeError, "target must be a tensor, got list"),
+        ((torch.zeros(1, 2, 2) + 0j, 2), TypeError, "target must have dtype .* got complex64"),
+        ((torch.zeros(1, 2, 2), 2.0), TypeError, "size must be a sequence of int"),
+        ((torch.zeros(1, 2, 2), (2, 0)), ValueError, "size must be at least 1, got 0"),
+        ((torch.zeros(1, 2, 2), (2,)), ValueError, r"size must be \(H, W\), or .* got \(2,\)"),
+        ((torch.zeros(2, 2), (2, 2, 2)), ValueError, r"got \(2, 2, 2\) for \(2, 2\)"),
+        ((torch.zeros(1, 2, 0), (2, 2)), ValueError, "at least one row and column, got shape"),
+    ],
+)
+def test_sizes_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tritonaff.resize_labels(*arguments)
+
+
+# By the name in LOSSES; outputs at the target's resolution, at half and at a third of it.
+@pytest.mark.parametrize("name", LOSSES)
+def test_deep_supervision_is_a_weighted_sum(device, name):
+    module, inputs = LOSSES[name]
+    logits, target = (x.to(device) for x in inputs())
+    loss_fn = module().to(device)
+    outputs = [logits, logits[..., ::2, ::2], logits[..., 1::3, 1::3]]
+    targets = [tritonaff.resize_labels(target, x.shape[2:]) for x in outputs]
+    losses = torch.stack([loss_fn(x, y) for x, y in zip(outputs, targets, strict=True)])
+    weights = losses.new_tensor([4.0, 2.0, 1.0]) / 7
+    deep = tritonaff.DeepSupervision(loss_fn)
+    torch.testing.assert_close(deep(outputs, target), losses @ weights)
+    torch.testing.assert_close(deep(outputs, targets), losses @ weights)
+    assert deep(logits, target) == losses[0]
+    given = tritonaff.DeepSupervision(loss_fn, [0.0, 3.0, 0.5])
+    unreadable = [None, *outputs[1:]]
+    torch.testing.assert_close(given(unreadable, target), 3 * losses[1] + losses[2] / 2)
+
+
+def test_deep_supervision_of_volumes_and_in_one_graph():
+    offsets = [(0, 0, -1), (1, 0, 0)]
+    loss_fn = tritonaff.DeepSupervision(tritonaff.InstanceAffinityLoss(offsets))
+    torch.manual_seed(0)
+    outputs = [torch.randn(1, 2, s, 2 * s, 8) for s in (8, 4, 2)]
+    ids = torch.randint(0, 3, (1, 8, 16, 8))
+    compiled = torch.compile(loss_fn, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(outputs, ids), loss_fn(outputs, ids))
+
+
+def test_deep_supervision_hands_progress_on_and_learns_sizes():
+    logits, target = classes()
+    adaptive = tritonaff.AdaptiveAffinityFieldLoss(4, (3, 5))
+    loss_fn = tritonaff.DeepSupervision(adaptive, align_corners=True)
+    outputs = [logits, logits[:, :, ::2, ::3]]
+    loss = loss_fn(outputs, target, progress=1.0)
+    torch.testing.assert_close(loss, loss_fn(outputs, target) / 10)
+    second = adaptive(outputs[1], tritonaff.resize_labels(target, (5, 4), align_corners=True))
+    expected = (2 * adaptive(logits, target) + second) / 30
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert adaptive.edge_scores.grad.any()
+    assert sum(1 for _ in loss_fn.parameters()) == 2
+
+
+def test_deep_supervision_refused():
+    logits, target = classes()
+    with pytest.raises(TypeError, match="loss must be a module, got function"):
+        tritonaff.DeepSupervision(tritonaff.affinity_field_loss)
+    with pytest.raises(ValueError, match="weights must be in"):
+        tritonaff.DeepSupervision(FIELD(), [1.0, -1.0])
+    with pytest.raises(ValueError, match="weights must have a number above 0"):
+        tritonaff.DeepSupervision(FIELD(), [0.0, 0.0])
+    with pytest.raises(TypeError, match="weights must be a sequence of numbers"):
+        tritonaff.DeepSupervision(FIELD(), 1.0)
+    with pytest.raises(ValueError, match="as many as targets and weights, got 1, 1 and 2"):
+        tritonaff.DeepSupervision(FIELD(), [1.0, 1.0])([logits], target)
+    with pytest.raises(ValueError, match="as many as targets and weights, got 2, 1 and 2"):
+        tritonaff.DeepSupervision(FIELD())([logits, logits], [target])

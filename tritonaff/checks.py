@@ -98,6 +98,24 @@ def _labels(target: Tensor, name: str = "target") -> Tensor:
     return target
 
 
+def check_labels_and_size(target: Any, size: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Labels or ids of any shape, and the size that their last axes shall have."""
+    target = check_tensor("target", target, tuple(TARGET_DTYPES), getattr(target, "shape", ()))
+    sizes = _integers("size", size, at_least=1)
+    if isinstance(size, numbers.Integral):
+        sizes = sizes * 2
+    if len(sizes) not in (2, 3) or len(sizes) > target.dim():
+        raise ValueError(
+            "size must be (H, W), or (D, H, W) for ids of volumes, of a target with these axes, "
+            f"got {tuple(size) if is_sequence(size) else size} for {tuple(target.shape)}"
+        )
+    if 0 in target.shape[-len(sizes) :]:
+        raise ValueError(
+            f"target must have at least one row and column, got shape {tuple(target.shape)}"
+        )
+    return target, sizes
+
+
 def check_logits_and_target(
     logits: Any, target: Any, activation: str = "softmax"
 ) -> tuple[Tensor, Tensor]:
@@ -509,6 +527,15 @@ def renamed(old_name: str, old: Any, name: str, value: Any) -> Any:
     if value is not None:
         raise ValueError(f"{old_name} and {name} are one argument: pass {name} alone")
     return old
+
+
+def check_factors(name: str, value: Any) -> tuple[float, ...]:
+    """Factors of at least 0, one of them above 0."""
+    entries = _sequence(name, value, expected="numbers")
+    factors = tuple(check_number(f"every one of {name}", x, at_least=0) for x in entries)
+    if not any(factors):
+        raise ValueError(f"{name} must have a number above 0, got {value}")
+    return factors
 
 
 def check_number(

@@ -32,6 +32,17 @@ MATRIX_DTYPES = (
     torch.int64,
 )
 IGNORED = "0.6"  # gray
+# Colours that people with any colour vision tell apart (Okabe and Ito, "Color Universal Design").
+OKABE_ITO = {
+    "blue": "#0072b2",
+    "orange": "#e69f00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "sky blue": "#56b4e9",
+    "vermillion": "#d55e00",
+    "yellow": "#f0e442",
+    "black": "#000000",
+}
 
 
 def plot_affinity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
