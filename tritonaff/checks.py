@@ -122,7 +122,7 @@ def check_logits_and_target(
     """With ``activation="sigmoid"`` the returned target is (N, C, H, W)."""
     logits = check_logits(logits, activation=activation)
     if activation == "sigmoid":
-        return logits, _check_target_by_channel(target, logits)
+        return logits, check_target_by_channel(target, logits)
     target = check_target(target)
     check_one_device("logits", logits, "target", target)
     n, _, height, width = logits.shape
@@ -134,18 +134,18 @@ def check_logits_and_target(
     return logits, target
 
 
-def _check_target_by_channel(value: Any, logits: Tensor) -> Tensor:
+def check_target_by_channel(value: Any, logits: Tensor, name: str = "target") -> Tensor:
     """The target (N, C, H, W) of yes-or-no labels; (N, H, W) is a target of one channel."""
     num_channels = logits.shape[1]
     if num_channels == 1:
-        target = check_target(value)[:, None]
+        target = check_target(value, name)[:, None]
     else:
         shape = "N", num_channels, "H", "W"
-        target = _labels(check_tensor("target", value, tuple(TARGET_DTYPES), shape))
-    check_one_device("logits", logits, "target", target)
+        target = _labels(check_tensor(name, value, tuple(TARGET_DTYPES), shape), name)
+    check_one_device("logits", logits, name, target)
     if target.shape != logits.shape:
         raise ValueError(
-            f"target must have the shape (N, C, H, W) = {tuple(logits.shape)} of logits with "
+            f"{name} must have the shape (N, C, H, W) = {tuple(logits.shape)} of logits with "
             f"activation='sigmoid', got {tuple(target.shape)}"
         )
     return target
