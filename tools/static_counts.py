@@ -393,7 +393,7 @@ TILES = (
     Tile(
         "affinity_propagation",
         affinity_propagation.gates_kernel,
-        {"RATES": RATES, **GATES},
+        {"RATES": RATES, "REPLICATE": False, **GATES},
         GATE_ELEMENTS,
         moved=LOGIT + GATE,
         per_pixel=NUM_OFFSETS,
@@ -402,7 +402,7 @@ TILES = (
     Tile(
         "affinity_propagation",
         affinity_propagation.step_kernel,
-        SUM,
+        {"NORMALIZE": True, "REPLICATE": False, **SUM},
         SUM_ELEMENTS,
         moved=4 + NUM_OFFSETS / 19 * GATE + FLOAT_OF_PIXEL + 4,
         trips=NUM_OFFSETS,

@@ -128,8 +128,11 @@ def _check_target_by_channel(value: Any, logits: Tensor) -> Tensor:
     return target
 
 
-def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> tuple[Tensor, Tensor]:
-    probs = check_logits(probs, "probs")
+def check_probs_and_affinity(
+    probs: Any, affinity: Any, num_rates: int, normalize: str
+) -> tuple[Tensor, Tensor]:
+    # A single class is 1 after normalisation, and any number without it.
+    probs = check_logits(probs, "probs", "softmax" if normalize == "sum" else "sigmoid")
     affinity = check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     check_one_device("probs", probs, "affinity", affinity)
     _check_affinity_shape("affinity", affinity, num_rates, "probs", probs)

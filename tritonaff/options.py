@@ -108,6 +108,12 @@ def dilated_affinity_options(
     )
 
 
+Normalize = Literal["sum", "none"]
+Border = Literal["valid", "replicate"]
+NORMALIZATIONS: tuple[Normalize, ...] = ("sum", "none")
+BORDERS: tuple[Border, ...] = ("valid", "replicate")
+
+
 class AffinityPropagationOptions(NamedTuple):
     """See :func:`tritonaff.affinity_propagation`."""
 
@@ -116,6 +122,8 @@ class AffinityPropagationOptions(NamedTuple):
     self_weight: float
     steepness: float
     from_logits: bool
+    normalize: Normalize
+    border: Border
 
 
 def affinity_propagation_options(
@@ -125,13 +133,17 @@ def affinity_propagation_options(
     self_weight: Any = 6.0,
     steepness: Any = 7.0,
     from_logits: Any = True,
+    normalize: Any = "sum",
+    border: Any = "valid",
 ) -> AffinityPropagationOptions:
     return AffinityPropagationOptions(
         checks.check_rates(rates),
         checks.check_int("iterations", iterations, at_least=0),
-        checks.check_number("self_weight", self_weight, above=0),
+        checks.check_number("self_weight", self_weight, at_least=0),
         checks.check_number("steepness", steepness, above=1),
         checks.check_bool("from_logits", from_logits),
+        checks.check_option("normalize", normalize, NORMALIZATIONS),
+        checks.check_option("border", border, BORDERS),
     )
 
 
