@@ -147,6 +147,22 @@ def affinity_propagation_options(
     )
 
 
+ImageAffinityMode = Literal["pamr", "par"]
+
+
+class RefinementOptions(NamedTuple):
+    """See :class:`tritonaff.PAMR` and :class:`tritonaff.PAR`."""
+
+    num_iter: int
+    dilations: tuple[int, ...]
+
+
+def refinement_options(num_iter: Any, dilations: Any) -> RefinementOptions:
+    return RefinementOptions(
+        checks.check_int("num_iter", num_iter, at_least=0), checks.check_dilations(dilations)
+    )
+
+
 Anchor = Literal["source", "destination"]
 Balance = Literal["none", "inverse", "clipped", "positive"]
 Channels = Literal["mean", "sum", "pooled"]

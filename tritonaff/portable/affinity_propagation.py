@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import at_least_float32, precision
+from tritonaff.portable.blocks import at_least_float32, fold_frame, precision
 from tritonaff.rates import rate_offsets
 
 # Elements in one step. On a CPU the elements that all neighbours of a step read stay in its cache;
@@ -181,19 +181,6 @@ class Stencil:
         if any(self.frame):
             p.copy_(self.framed(self.image(p), "replicate"))
 
-    def renew_frame_backward(self, grad_p: Tensor) -> None:
-        """Gives the gradient of the frame to the border pixels."""
-        planes = grad_p.view(*grad_p.shape[:2], *self.size)
-        for dim, width in zip((2, 3), self.frame, strict=True):
-            if width:
-                first, inner, last = planes.split(
-                    [width, planes.shape[dim] - 2 * width, width], dim=dim
-                )
-                inner.select(dim, 0).add_(first.sum(dim=dim))
-                inner.select(dim, -1).add_(last.sum(dim=dim))
-                first.zero_()
-                last.zero_()
-
     def step(self, p: Tensor, out: Tensor, total: Tensor) -> Tensor:
         """One iteration from p to ``out``; the divisor of y goes to ``total`` (n, 1, H W)."""
         for pixels in blocks(p):
@@ -231,7 +218,7 @@ class Stencil:
             grad_p.addcmul_(grad_y_i, largest).mul_(self.self_weight)
             for k, there, here in self.ranges(pixels, backwards=True):
                 out[..., here].addcmul_(self.gates[:, k : k + 1, there], grad_y[..., there])
-        self.renew_frame_backward(out)
+        fold_frame(out.view(*out.shape[:2], *self.size), self.frame)
         return out
 
     def gates_backward(self, grad_y: Tensor, p: Tensor, grad_gates: Tensor) -> None:
