@@ -289,7 +289,7 @@ def matrix_cost(launch: Launch) -> Cost:
 def propagation(images: tuple[int, int, int]) -> None:
     n, height, width = images
     probs, affinity = meta(n, CLASSES, height, width), meta(n, NEIGHBORS, height, width)
-    options = RATES, ITERATIONS, 6.0, 7.0, True
+    options = RATES, ITERATIONS, 6.0, 7.0, True, "sum", "valid"
     affinity_propagation.forward(probs, affinity, *options)
     affinity_propagation.backward(probs, probs, affinity, True, True, *options)
 
