@@ -228,9 +228,7 @@ def test_affinity_regression_joins_in_the_last_third(study, folder, run, monkeyp
     assert curves["ce+ar"][4] > curves["ce"][4] + 0.01
 
 
-def test_what_is_compiled_serves_other_seeds_and_weights(
-    study, losses, folder, run, monkeypatch
-):
+def test_what_is_compiled_serves_other_seeds_and_weights(study, losses, folder, run, monkeypatch):
     data = study.Data("camvid", folder)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)  # as compiled_objective
     torch.compiler.reset()
