@@ -721,6 +721,6 @@ def emulated() -> Iterator[None]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", Driver()),
         mock.patch.object(JITFunction, "run", launch),
-        mock.patch.object(backend, "_no_triton_on", return_value=None),
+        mock.patch.object(backend, "triton_obstacle", return_value=None),
     ):
         yield
