@@ -41,10 +41,11 @@ test-version: $(VENV)/test.stamp
 test-ptx: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" tests/nightly/test_ptx.py $(TILE_TESTS:%=tests/test_%.py) $(ARGS)
 
-# Deliberate faults, tests of tools, demo and study, then thousands of random examples per property.
+# Deliberate faults, tests of tools, demo and study; then slow tests, and thousands of random
+# examples per property.
 test-nightly: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/nightly $(ARGS)
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal -m hypothesis $(ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal -m "hypothesis or nightly" $(ARGS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m tritonaff.bench run $(ARGS)

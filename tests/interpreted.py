@@ -28,3 +28,10 @@ BLOCKS = {
     "dilated_affinity": {"pixels": 1 << 12, "tables_pixels": 1 << 12},
     "instance_affinity": {"voxels": 1 << 14, "tables_voxels": 1 << 14},
 }
+
+
+def smaller_if_interpreted(shape, backend, device):
+    """The shape, for a GPU with many programs at once; a few pixels where programs take turns."""
+    if backend == "triton" and device.type == "cpu":
+        return *shape[:2], *(min(size, 9) for size in shape[2:])
+    return shape

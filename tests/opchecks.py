@@ -4,10 +4,10 @@ import torch
 
 
 def opcheck(op, arguments, backend="portable", **options):
-    """All checks. Schema and fake tensors alone where the interpreter would run tiles many times:
-    autograd and tracing are the same for every backend.
+    """All checks for the portable backend. Autograd and tracing are the same for every backend, and
+    slow: the others are checked for schema and fake tensors alone, unless there is a GPU.
     """
-    if backend == "triton" and not torch.cuda.is_available():
+    if backend != "portable" and not torch.cuda.is_available():
         options = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(op, arguments, **options)
 

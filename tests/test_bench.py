@@ -114,6 +114,7 @@ def test_it_refuses_to_time_a_wrong_implementation(monkeypatch, capsys, tmp_path
     assert not path.exists()
 
 
+@pytest.mark.nightly
 def test_it_refuses_to_time_what_goes_wrong_only_on_large_images(monkeypatch, capsys, no_compiler):
     """Left-out blocks are found, although the corner for full parity has one block only."""
     from tritonaff.portable import affinity_field as portable

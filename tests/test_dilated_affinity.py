@@ -275,8 +275,10 @@ def test_gradient_is_at_most_twice_as_far_off_as_eager(backend, confidence):
 # --- Derivatives and the compiler ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("backend", "gamma"),
+    [("reference", 0.5), ("portable", 0.0), ("portable", 0.5), ("portable", 2.0)],
+)
 def test_gradcheck(backend, gamma):
     torch.manual_seed(0)
     logits = torch.randn(1, 16, 3, 4, dtype=torch.float64, requires_grad=True)

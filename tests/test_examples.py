@@ -204,6 +204,7 @@ def test_a_full_disk_takes_one_line_and_leaves_no_part(folder, tmp_path, main, c
         assert files == {path: path.read_bytes() for path in output.iterdir()}
 
 
+@pytest.mark.nightly
 def test_an_interrupted_training_takes_one_line(folder, tmp_path):
     arguments = ["--data", folder, "--ignore-index", 11, *SMALL, "--steps", 10_000]
     output = tmp_path / "runs"

@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import tritonaff
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +47,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert all(url.startswith(HOME) for url in urls.values())
 
 
+@pytest.mark.nightly
 def test_an_sdist_holds_the_tests_and_passes_them(tmp_path):
     """All tests are collected; a few run, which are quick and read files outside of the package."""
     shutil.unpack_archive(build("sdist", tmp_path), tmp_path)

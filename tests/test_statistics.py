@@ -477,6 +477,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sees in /proc whether workers have started")
+@pytest.mark.nightly
 def test_an_interrupt_ends_it_without_a_traceback(folder):
     """Ctrl-C reaches every process of the group, here while workers start."""
     for k in range(5000):

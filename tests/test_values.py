@@ -6,7 +6,9 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from conftest import available
 
 import tritonaff
 from tritonaff.testing import CASES, evaluate, make_dilated_affinity_inputs, make_inputs
@@ -80,7 +82,11 @@ TOLERANCES = {
 }
 
 
+@pytest.mark.parametrize(
+    "backend", ["portable", "native", pytest.param("triton", marks=pytest.mark.nightly)]
+)
 def test_values(backend):
+    available(backend)
     dtype, tolerance = TOLERANCES[backend]
     expected = torch.load(FILE)[backend]
     for group, tables in values(backend, dtype).items():

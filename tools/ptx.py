@@ -28,15 +28,14 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+from launches import driver_of
 from numpy.typing import NDArray
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tritonaff.ops import backend
 
 Array = NDArray[Any]
 Grid = tuple[int, int, int]
-TARGET = GPUTarget("cuda", 90, 32)
 LANES = 32
 # Programs that run side by side. A larger number is not faster, and needs more memory.
 TOGETHER = 128
@@ -683,19 +682,6 @@ def as_unsigned(value: Array, dtype: Any) -> Array:
 # In place of a GPU
 
 
-class Driver:
-    """Answers the questions that Triton asks of a device before it compiles."""
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 compile_or_launch = JITFunction.run
 kernels: dict[int, tuple[Any, Kernel]] = {}
 
@@ -719,7 +705,7 @@ def emulated() -> Iterator[None]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: Triton has chosen its interpreter")
     with (
-        mock.patch.object(triton.runtime.driver, "_active", Driver()),
+        driver_of("sm_90"),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(backend, "triton_obstacle", return_value=None),
     ):

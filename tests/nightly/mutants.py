@@ -395,7 +395,7 @@ MUTANTS = [
     ),
     *of(
         FIELD + "edges",
-        FIELD_TESTS + "tables_and_gradient_together_and_apart[triton-dtype0-kernel_sizes0]",
+        FIELD_TESTS + "tables_and_gradient_together_and_apart[triton-kernel_sizes0-dtype0]",
         ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
     ),
     *of(

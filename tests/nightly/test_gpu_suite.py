@@ -5,11 +5,14 @@ import threading
 import time
 from pathlib import Path
 
+import gpu_rows
 import gpu_suite
+import gpu_tools
 import performance_page
 import pytest
 import torch
-from gpu_suite import NotHere, OutOfTime, Row, main
+from gpu_rows import NotHere, Row
+from gpu_suite import OutOfTime, main
 from performance_page import CRITERIA, Criterion, write_page
 
 from tritonaff.bench import measure
@@ -36,13 +39,13 @@ def suite(tmp_path, monkeypatch):
 
 
 def fast_row(name, measure_it):
-    return Row(name, measure_it, (gpu_suite.SMALL,), ("float32",))
+    return Row(name, measure_it, (gpu_rows.SMALL,), ("float32",))
 
 
 def test_every_row_of_the_table_runs(suite, capsys):
     status, rows = suite()
     assert status == 0
-    assert set(rows) == {"correctness test_rates.py", *(key for key, *_ in gpu_suite.jobs(True))}
+    assert set(rows) == {"correctness test_rates.py", *(key for key, *_ in gpu_rows.jobs(True))}
     on_gpus = ("field_launches", "grids_launches", "boundary", "field_against_compiled")
     for key, row in rows.items():
         left_out = key.startswith((*on_gpus, "compile_seconds"))
@@ -54,9 +57,9 @@ def test_every_row_of_the_table_runs(suite, capsys):
 
 def test_times_of_the_kernels_alone(suite, monkeypatch):
     """With a profiler that sees the launches."""
-    rows = tuple(row for row in gpu_suite.ROWS if row.name in ("grids", "dilated"))
-    monkeypatch.setattr(gpu_suite, "ROWS", rows)
-    monkeypatch.setattr(gpu_suite.Bench, "launches", lambda *_: (2, 0.5))
+    rows = tuple(row for row in gpu_rows.ROWS if row.name in ("grids", "dilated"))
+    monkeypatch.setattr(gpu_rows, "ROWS", rows)
+    monkeypatch.setattr(gpu_rows.Bench, "launches", lambda *_: (2, 0.5))
     _, rows = suite("--only", "figures")
     row = rows["grids float32 2,5,16,20"]
     assert (row["device_ms"], row["rival_device_ms"], row["device_ratio"]) == (0.5, 0.5, 1)
@@ -68,7 +71,7 @@ def test_times_of_the_kernels_alone(suite, monkeypatch):
 
 
 def test_every_criterion_has_its_row():
-    rows = {row.name: row for row in gpu_suite.ROWS}
+    rows = {row.name: row for row in gpu_rows.ROWS}
     for criterion in CRITERIA:
         assert criterion.dtype is None or criterion.dtype in rows[criterion.row].dtypes
 
@@ -125,7 +128,7 @@ def test_a_slow_test_file_does_not_lose_the_others(suite, monkeypatch):
 
     monkeypatch.setattr(gpu_suite, "TEST_FILES", {"slow": 1, "red": 1, "green": 1})
     monkeypatch.setattr(gpu_suite, "run_tests", run_tests)
-    monkeypatch.setattr(gpu_suite, "ROWS", (fast_row("one", lambda *_: {"ratio": 1.0}),))
+    monkeypatch.setattr(gpu_rows, "ROWS", (fast_row("one", lambda *_: {"ratio": 1.0}),))
     status, rows = suite(quick=False)
     assert status == 1
     assert {key.split()[1]: row["status"] for key, row in rows.items()} == {
@@ -144,7 +147,7 @@ def test_a_row_that_fails_is_recorded_and_the_others_run(suite, monkeypatch):
 
     good = fast_row("good", lambda *_: {"ratio": 2.0})
     rows = (fast_row("bad", fails), fast_row("other", is_not_here), good)
-    monkeypatch.setattr(gpu_suite, "ROWS", rows)
+    monkeypatch.setattr(gpu_rows, "ROWS", rows)
     status, rows = suite()
     assert status == 1
     results = {key.split()[0]: row for key, row in rows.items()}
@@ -154,7 +157,7 @@ def test_a_row_that_fails_is_recorded_and_the_others_run(suite, monkeypatch):
     assert (results["other"]["status"], results["other"]["error"]) == ("left out", "needs wings")
     assert results["good"]["ratio"] == 2
     # Not tried again, unless told to.
-    monkeypatch.setattr(gpu_suite, "ROWS", (fast_row("bad", lambda *_: {"ratio": 3.0}), good))
+    monkeypatch.setattr(gpu_rows, "ROWS", (fast_row("bad", lambda *_: {"ratio": 3.0}), good))
     assert suite()[0] == 1
     assert suite("--retry")[0] == 0
 
@@ -169,7 +172,7 @@ def test_it_goes_on_where_it_was(suite, monkeypatch):
         return {"ratio": 1.0}
 
     rows = tuple(fast_row(name, slow) for name in ("one", "two", "three"))
-    monkeypatch.setattr(gpu_suite, "ROWS", rows)
+    monkeypatch.setattr(gpu_rows, "ROWS", rows)
     start = time.monotonic()
     status, results = suite("--minutes", "0.1")
     assert time.monotonic() - start < 25
@@ -185,11 +188,11 @@ def test_a_row_that_ends_the_process_has_failed(suite, monkeypatch, tmp_path):
     def kills(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu_suite, "ROWS", (fast_row("one", kills),))
+    monkeypatch.setattr(gpu_rows, "ROWS", (fast_row("one", kills),))
     with pytest.raises(KeyboardInterrupt):
         suite()
     two = fast_row("two", lambda *_: {"ratio": 1.0})
-    monkeypatch.setattr(gpu_suite, "ROWS", (fast_row("one", kills), two))
+    monkeypatch.setattr(gpu_rows, "ROWS", (fast_row("one", kills), two))
     status, rows = suite()
     assert status == 1
     assert [row["status"] for row in rows.values()] == ["ok", "failed", "ok"]
@@ -200,7 +203,7 @@ def test_without_its_device_it_ends(suite, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access")
 
     rows = fast_row("one", fails), fast_row("two", lambda *_: {"ratio": 1.0})
-    monkeypatch.setattr(gpu_suite, "ROWS", rows)
+    monkeypatch.setattr(gpu_rows, "ROWS", rows)
     monkeypatch.setattr(gpu_suite, "is_lost", lambda device: True)
     status, results = suite()
     assert status == 3
@@ -216,14 +219,14 @@ def test_rows_say_of_which_commit_they_are(suite, monkeypatch):
         return lambda: {"torch": "2.11", "commit": "a", **changes}
 
     one, two = (fast_row(name, lambda *_: {"ratio": 1.0}) for name in ("one", "two"))
-    monkeypatch.setattr(gpu_suite, "ROWS", (one,))
+    monkeypatch.setattr(gpu_rows, "ROWS", (one,))
     monkeypatch.setattr(gpu_suite, "versions", versions())
     suite()
-    monkeypatch.setattr(gpu_suite, "ROWS", (one, two))
+    monkeypatch.setattr(gpu_rows, "ROWS", (one, two))
     monkeypatch.setattr(gpu_suite, "versions", versions(commit="b"))
     assert [row["commit"] for row in suite()[1].values()] == ["a", "a", "b"]
     monkeypatch.setattr(gpu_suite, "versions", versions(torch="2.12"))
-    assert [*suite("--only", "figures")[1]] == [key for key, *_ in gpu_suite.jobs(True)]
+    assert [*suite("--only", "figures")[1]] == [key for key, *_ in gpu_rows.jobs(True)]
 
 
 def test_exercise_runs_every_operation(monkeypatch):
@@ -234,9 +237,9 @@ def test_exercise_runs_every_operation(monkeypatch):
         ran.append(loss)
         return step(loss, *inputs)
 
-    step = gpu_suite.step
-    monkeypatch.setattr(gpu_suite, "step", record)
-    assert main(["exercise", "--device", "cpu", "--height", "12"]) == 0
+    step = gpu_rows.step
+    monkeypatch.setattr(gpu_rows, "step", record)
+    gpu_rows.main(["exercise", "--device", "cpu", "--height", "12"])
     assert ran[: len(CASES)] == [case.loss for case in CASES.values()]
 
 
@@ -248,30 +251,31 @@ def test_ncu_is_read():
 "0","7","gram_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","n/a"
 "1","7","gates_kernel","gpu__time_duration.sum","ns","80"
 """
-    assert gpu_suite.ncu_kernels(output) == [
+    assert gpu_tools.ncu_kernels(output) == [
         {"kernel": "gram_kernel", "ns": 12345.0, "percent_of_instructions": 61.5},
         {"kernel": "gates_kernel", "ns": 80.0},
     ]
-    assert gpu_suite.ncu_kernels("==ERROR== ERR_NVGPUCTRPERM") == []
+    assert gpu_tools.ncu_kernels("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
 def test_ncu_is_told_every_kernel():
     static = pytest.importorskip("static_counts")
-    assert {tile.kernel.__name__ for tile in static.TILES} <= set(gpu_suite.kernel_names())
+    kernels = {name for operation in static.OPERATIONS for name in operation.costs}
+    assert kernels <= set(gpu_tools.kernel_names())
 
 
 def test_what_a_tool_has_started_ends_with_it(tmp_path):
     command = ["sh", "-c", f"(sleep 2; touch {tmp_path}/alive) & wait"]
     with pytest.raises(OutOfTime), gpu_suite.at_most(0.5):
-        gpu_suite.run_group(command, {})
+        gpu_tools.run_group(command, {})
     time.sleep(2.5)
     assert not (tmp_path / "alive").exists()
 
 
 def test_a_tool_that_is_not_installed_is_left_out(monkeypatch):
-    monkeypatch.setattr(gpu_suite.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_tools.shutil, "which", lambda *_, **__: None)
     with pytest.raises(NotHere, match="compute-sanitizer is not installed"):
-        gpu_suite.run_tool("memcheck", torch.device("cpu"))
+        gpu_tools.run_tool("memcheck", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

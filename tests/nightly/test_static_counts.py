@@ -104,10 +104,17 @@ def test_tiles_compile_for_sizes_of_1_and_multiply_in_full_precision():
     of float32 have 10 bits on tensor cores.
     """
     script = """
-import static_counts as static
-for tile in static.TILES:
-    static.compile_tile(tile, "sm_90", size_1=True)
-    assert "tf32" not in static.compile_tile(tile, "sm_90").asm["ptx"], tile.kernel
+from launches import compile_launch
+from static_counts import tiles
+for tile in tiles("sm_90"):
+    kernel, _, arguments = tile.launch
+    sizes = [
+        name for name in kernel.arg_names
+        if type(arguments[name]) is int and name not in tile.launch.constants()
+    ]
+    ones = arguments | dict.fromkeys(sizes, 1)
+    compile_launch(tile.launch._replace(arguments=ones), "sm_90")
+    assert "tf32" not in compile_launch(tile.launch, "sm_90").asm["ptx"], kernel
 """
     run_python("-c", script)
 
@@ -116,25 +123,27 @@ def test_tiles_compile_for_sizes_that_no_strip_reaches():
     """The other value of every switch of the affinity field's kernels."""
     script = """
 import itertools
-from dataclasses import replace
-import static_counts as static
-_, far = static.affinity_field.passes([3, 13, 65])
+from assembly import nvidia_code
+from launches import compile_launch
+from static_counts import tiles
+from tritonaff.kernels.affinity_field import passes
+_, far = passes([3, 13, 65])
 assert far["RADII"] == (6, 32)
-for tile, aligned in itertools.product(static.TILES, (False, True)):
+for tile, aligned in itertools.product(tiles("sm_90"), (False, True)):
     switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "ALIGNED": aligned}
-    if "REACH" in tile.blocks and "sm_90" in tile.targets:
-        other = {name: switches.get(name, size) for name, size in tile.blocks.items()}
-        registers, spills, _ = static._nvidia(
-            static.compile_tile(replace(tile, blocks=other), "sm_90").asm["cubin"]
-        )
-        assert spills == 0, (tile.kernel, spills)
+    arguments = tile.launch.arguments
+    if "REACH" in arguments:
+        other = {name: switches.get(name, value) for name, value in arguments.items()}
+        compiled = compile_launch(tile.launch._replace(arguments=other), "sm_90")
+        registers, spills, _ = nvidia_code(compiled.asm["cubin"])
+        assert spills == 0, (tile.launch.name, spills)
 """
     run_python("-c", script)
 
 
 def test_instructions_in_a_loop_count_as_often_as_it_runs():
     script = """
-from static_counts import count_instructions
+from assembly import count_instructions
 nvidia = '''
         /*0000*/                   LDG.E R2, [R2] ;
 .L_x_0:
