@@ -33,6 +33,7 @@ autodoc_preserve_defaults = True
 maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False
 napoleon_custom_sections = [("Shapes", "notes_style"), ("Paper", "notes_style")]
 
 
