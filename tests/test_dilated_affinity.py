@@ -704,17 +704,21 @@ def test_targets_alone(function, bad):
         function(TARGET, 8.0)
 
 
-def test_where_labels_are_not_looked_at_those_below_0_are_classes(any_backend, device):
+@pytest.mark.parametrize("most", [2, 2**40])
+def test_where_labels_are_not_looked_at_those_below_0_are_ignored(any_backend, device, most):
     logits = torch.randn(1, 8, 6, 7, device=device)
-    target = torch.randint(0, 3, (1, 6, 7), device=device)
+    target = torch.randint(-1, 3, (1, 6, 7), device=device)
+    target[target == 2] = most
 
-    def terms(target):
-        same = tritonaff.dilated_affinity_target(target, [1])
-        return *tritonaff.dilated_affinity_terms(logits, target, [1]), same
+    def terms(target, ignore_index):
+        same = tritonaff.dilated_affinity_target(target, [1], ignore_index=ignore_index)
+        matrix, valid = tritonaff.label_affinity(target, 3, ignore_index=ignore_index)
+        tables = tritonaff.dilated_affinity_terms(logits, target, [1], ignore_index=ignore_index)
+        return *tables, same, matrix, valid
 
     with tritonaff.use_backend(any_backend):
-        results = torch.compile(terms, backend="eager")(target - 1)
-        torch.testing.assert_close(results, terms(target))
+        results = torch.compile(terms, backend="eager")(target, None)
+        torch.testing.assert_close(results, terms(target, -1))
 
 
 @cases(BAD_OPTIONS)

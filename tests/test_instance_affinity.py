@@ -723,7 +723,11 @@ BAD_LOSSES = {
     "loss weight": ({"loss": {"bce": -1}}, ValueError, r"the weight of 'bce' must be in \[0"),
     "balance": ({"balance": "all"}, ValueError, "balance must be one of .* got 'all'"),
     "channels": ({"channels": "none"}, ValueError, "channels must be one of .* got 'none'"),
-    "reduction": ({"reduction": "sum"}, ValueError, "reduction must be one of .* got 'sum'"),
+    "reduction": (
+        {"reduction": "sum"},
+        ValueError,
+        "reduction must be 'mean' or 'none', got 'sum'",
+    ),
     "process_group": ({"process_group": 3}, TypeError, "process_group must be None or"),
 }
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from vision import import_torchvision
 
 import tritonaff
 
@@ -180,19 +181,24 @@ def test_a_head_is_made_on_a_device_without_float64():
 
 
 def test_losses_of_segmentation_models_pytorch_take_the_same_tensors(batch):
+    import_torchvision()
     smp = pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
     from tritonaff.smp import SegmentationModelsLoss
 
-    ours = SegmentationModelsLoss(tritonaff.AffinityFieldLoss())
-    assert set(smp.losses.constants.__dict__) >= {"BINARY_MODE", "MULTICLASS_MODE"}
-    logits, target = Step().net(batch[0]), batch[1]
-    modes = smp.losses.MULTICLASS_MODE, smp.losses.BINARY_MODE
-    truth = (target == 1)[:, None].float()
-    for mode, y_pred, y_true in zip(modes, (logits, logits[:, :1]), (target, truth), strict=True):
+    network = smp.Unet("resnet18", encoder_weights=None, classes=4)
+    images = F.interpolate(batch[0], (64, 96))
+    target = batch[1].repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    logits = network(images)
+    truth = torch.stack([target == k for k in range(4)], dim=1).float()
+    for mode, activation, y_pred, y_true in (
+        (smp.losses.MULTICLASS_MODE, "softmax", logits, target),
+        (smp.losses.BINARY_MODE, "softmax", logits[:, :1], truth[:, :1]),
+        (smp.losses.BINARY_MODE, "sigmoid", logits[:, :1], truth[:, :1]),
+        (smp.losses.MULTILABEL_MODE, "sigmoid", logits, truth),
+    ):
         theirs = smp.losses.DiceLoss(mode, from_logits=True, ignore_index=255)
-        ours = SegmentationModelsLoss(
-            tritonaff.AffinityFieldLoss(), mode, from_logits=True, ignore_index=255
-        )
+        loss = tritonaff.AffinityFieldLoss(activation=activation, cross_entropy=True)
+        ours = SegmentationModelsLoss(loss, mode, from_logits=True, ignore_index=255)
         for loss_fn in (theirs, ours):
             (grad,) = torch.autograd.grad(loss_fn(y_pred, y_true), logits, retain_graph=True)
             assert grad.abs().sum() > 0
@@ -218,12 +224,19 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
     binary = SegmentationModelsLoss(loss, "binary", from_logits=False)
     torch.testing.assert_close(binary(one.sigmoid(), y_true), expected)
 
-    with pytest.raises(ValueError, match=r"mode must be one of .* got 'multilabel'"):
+    with pytest.raises(ValueError, match=r"mode must be one of .* got 'instances'"):
+        SegmentationModelsLoss(loss, "instances")
+    with pytest.raises(ValueError, match=r"activation 'sigmoid' with mode 'multilabel', got 'soft"):
         SegmentationModelsLoss(loss, "multilabel")
+    by_channel = tritonaff.AffinityFieldLoss(activation="sigmoid")
+    with pytest.raises(ValueError, match=r"activation 'softmax' with mode 'multiclass', got 'sigm"):
+        SegmentationModelsLoss(by_channel, "multiclass")
     with pytest.raises(TypeError, match="loss must be a module, got str"):
         SegmentationModelsLoss("aaf")
     with pytest.raises(TypeError, match="loss must have an ignore_index, got Identity"):
         SegmentationModelsLoss(nn.Identity())
+    with pytest.raises(TypeError, match="loss must have an activation, got DilatedAffinityLoss"):
+        SegmentationModelsLoss(tritonaff.DilatedAffinityLoss([1]))
     with pytest.raises(TypeError, match="ignore_index must be an int, got float"):
         SegmentationModelsLoss(loss, ignore_index=255.0)
     torch.testing.assert_close(multiclass(logits, target.float()), multiclass(logits, target))
@@ -243,6 +256,30 @@ def test_calling_convention_of_segmentation_models_pytorch(batch):
         SegmentationModelsLoss(tritonaff.AffinityFieldLoss(ignore_index=None), ignore_index=255)(
             logits, target
         )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_several_labels_in_segmentation_models_pytorch(batch, channels):
+    """Modes "binary" and "multilabel" with sigmoid; pixels may be ignored in one channel alone."""
+    from tritonaff.smp import SegmentationModelsLoss
+
+    loss = tritonaff.AffinityFieldLoss((3, 5), activation="sigmoid", cross_entropy=True)
+    logits = torch.randn(2, channels, 8, 12, dtype=torch.float64)
+    target = torch.stack([batch[1] == k for k in range(channels)], dim=1).float()
+    target[0, -1, :3] = -1
+    expected = loss(logits, target.masked_fill(target == -1, 255))
+    mode = "binary" if channels == 1 else "multilabel"
+    ours = SegmentationModelsLoss(loss, mode, ignore_index=-1)
+    torch.testing.assert_close(ours(logits, target), expected)
+    ours = SegmentationModelsLoss(loss, mode, from_logits=False, ignore_index=-1)
+    torch.testing.assert_close(ours(logits.sigmoid(), target), expected)
+    with pytest.raises(
+        ValueError, match=r"y_true must hold classes in \[0, 2\) or ignore_index -1"
+    ):
+        ours(logits.sigmoid(), target + 2)
+    if channels == 3:
+        with pytest.raises(ValueError, match=r"y_true must have shape \(N, 3, H, W\)"):
+            ours(logits.sigmoid(), target[:, 0])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from tritonaff.api.affinity_regression import (
     label_affinity,
     square_root_affinity,
 )
+from tritonaff.api.deep_supervision import (
+    DeepSupervision,
+)
 from tritonaff.api.dilated_affinity import (
     DilatedAffinityHead,
     DilatedAffinityLoss,
@@ -35,6 +38,9 @@ from tritonaff.api.instance_affinity import (
     instance_affinity_loss,
     instance_affinity_target,
     instance_affinity_terms,
+)
+from tritonaff.api.labels import (
+    resize_labels,
 )
 from tritonaff.api.neighbors import (
     NeighborStatistics,
@@ -53,6 +59,7 @@ __all__ = [
     "AffinityPropagation",
     "AffinityRegressionLoss",
     "AffinityRegressionTerms",
+    "DeepSupervision",
     "DilatedAffinityHead",
     "DilatedAffinityLoss",
     "DilatedAffinityTerms",
@@ -76,6 +83,7 @@ __all__ = [
     "instance_offsets",
     "label_affinity",
     "neighbor_categories",
+    "resize_labels",
     "square_root_affinity",
     "use_backend",
 ]

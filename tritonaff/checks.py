@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 Option = TypeVar("Option", bound=str)
 # Labels in these dtypes are read as they are; other labels are converted first.
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
-# Dtypes of labels, each with the dtype that holds all its values, or the nearest one that does.
+# Dtypes of labels, each with the dtype that it is read as.
 TARGET_DTYPES = {
     **{dtype: dtype for dtype in LABEL_DTYPES},
     torch.bool: torch.uint8,
@@ -36,7 +36,7 @@ TARGET_DTYPES = {
     torch.float32: torch.int64,
     torch.float64: torch.int64,
 }
-# The label to ignore where none is: no image holds it.
+# Stands for ignore_index=None: no image holds this label.
 NO_LABEL = -(2**63)
 COUNT_DTYPES = (torch.int32, torch.int64)
 # Labels that are compared alone.
@@ -45,6 +45,11 @@ ID_DTYPES = tuple(dtype for dtype in TARGET_DTYPES if not dtype.is_floating_poin
 MAX_MATRIX_BYTES = 8 * 10**9
 # Points of grids: more points would take seconds, and are taken for a mistake.
 MAX_POINTS = 1 << 24
+NO_PIXEL_WEIGHTS = (
+    "pairs of pixels have no weights of pixels; to leave pixels out, as hard example mining does, "
+    "pass target.masked_fill(~mask, ignore_index), and compute a weighted cross-entropy beside the "
+    "loss"
+)
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Opt-in: wrong labels fail an assertion on a device whose values may not be read.
 ASSERT_LABELS = os.environ.get("TRITONAFF_CHECK") == "1"
@@ -93,13 +98,31 @@ def _labels(target: Tensor, name: str = "target") -> Tensor:
     return target
 
 
+def check_labels_and_size(target: Any, size: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Labels or ids of any shape, and the size that their last axes shall have."""
+    target = check_tensor("target", target, tuple(TARGET_DTYPES), getattr(target, "shape", ()))
+    sizes = _integers("size", size, at_least=1)
+    if isinstance(size, numbers.Integral):
+        sizes = sizes * 2
+    if len(sizes) not in (2, 3) or len(sizes) > target.dim():
+        raise ValueError(
+            "size must be (H, W), or (D, H, W) for ids of volumes, of a target with these axes, "
+            f"got {tuple(size) if is_sequence(size) else size} for {tuple(target.shape)}"
+        )
+    if 0 in target.shape[-len(sizes) :]:
+        raise ValueError(
+            f"target must have at least one row and column, got shape {tuple(target.shape)}"
+        )
+    return target, sizes
+
+
 def check_logits_and_target(
     logits: Any, target: Any, activation: str = "softmax"
 ) -> tuple[Tensor, Tensor]:
     """With ``activation="sigmoid"`` the returned target is (N, C, H, W)."""
     logits = check_logits(logits, activation=activation)
     if activation == "sigmoid":
-        return logits, _check_target_by_channel(target, logits)
+        return logits, check_target_by_channel(target, logits)
     target = check_target(target)
     check_one_device("logits", logits, "target", target)
     n, _, height, width = logits.shape
@@ -111,18 +134,18 @@ def check_logits_and_target(
     return logits, target
 
 
-def _check_target_by_channel(value: Any, logits: Tensor) -> Tensor:
+def check_target_by_channel(value: Any, logits: Tensor, name: str = "target") -> Tensor:
     """The target (N, C, H, W) of yes-or-no labels; (N, H, W) is a target of one channel."""
     num_channels = logits.shape[1]
     if num_channels == 1:
-        target = check_target(value)[:, None]
+        target = check_target(value, name)[:, None]
     else:
         shape = "N", num_channels, "H", "W"
-        target = _labels(check_tensor("target", value, tuple(TARGET_DTYPES), shape))
-    check_one_device("logits", logits, "target", target)
+        target = _labels(check_tensor(name, value, tuple(TARGET_DTYPES), shape), name)
+    check_one_device("logits", logits, name, target)
     if target.shape != logits.shape:
         raise ValueError(
-            f"target must have the shape (N, C, H, W) = {tuple(logits.shape)} of logits with "
+            f"{name} must have the shape (N, C, H, W) = {tuple(logits.shape)} of logits with "
             f"activation='sigmoid', got {tuple(target.shape)}"
         )
     return target
@@ -228,6 +251,20 @@ def check_normalizer(value: Any, shape: tuple[int, ...], name: str, tensor: Tens
     return normalizer.to(torch.int64)
 
 
+def check_together(
+    reduction: str, normalizer: Tensor | None, process_group: dist.ProcessGroup | None
+) -> None:
+    """ValueError for a total of several batches where each image is a batch of its own, and for a
+    divisor where nothing is divided.
+    """
+    for name, value, reductions in (
+        ("normalizer", normalizer, ("none", "sum")),
+        ("process_group", process_group, ("none",)),
+    ):
+        if value is not None and reduction in reductions:
+            raise ValueError(f"{name} must be None with the reduction {reduction!r}")
+
+
 def check_process_group(group: Any) -> None:
     if group is None:
         return
@@ -251,6 +288,10 @@ def check_one_device(
 def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
+    if isinstance(weight, Tensor) and weight.dim() >= 3:
+        raise ValueError(
+            f"{name} must have shape {shape}, got {tuple(weight.shape)}: {NO_PIXEL_WEIGHTS}"
+        )
     plain = check_tensor(name, weight, LOGITS_DTYPES, shape)
     remedy = "; a loss with weights of its own moves with loss.to(device)"
     check_one_device(name, plain, "logits", logits, remedy)
@@ -263,6 +304,10 @@ def check_progress(progress: Any) -> float | Tensor | None:
         return None
     if not isinstance(progress, Tensor):
         return check_number("progress", progress, at_least=0, at_most=1)
+    if isinstance(progress, Tensor) and progress.dim() >= 3:
+        raise ValueError(
+            f"progress must be a number, got shape {tuple(progress.shape)}: {NO_PIXEL_WEIGHTS}"
+        )
     plain = check_tensor("progress", progress, LOGITS_DTYPES, ())
     if may_look_into(plain):
         check_number("progress", plain.item(), at_least=0, at_most=1)
@@ -282,8 +327,7 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
     """ValueError for a label that is neither a class nor ignore_index, where labels may be read.
 
     Elsewhere such pixels are ignored, or with TRITONAFF_CHECK=1 an assertion on the device fails.
-    Without a number of classes every label of at least 0 is a class; where labels may not be read,
-    labels below 0 are classes too.
+    Without a number of classes every label of at least 0 is a class.
     """
     looked_at = may_look_into(target)
     if not (looked_at or ASSERT_LABELS):
@@ -483,6 +527,15 @@ def renamed(old_name: str, old: Any, name: str, value: Any) -> Any:
     if value is not None:
         raise ValueError(f"{old_name} and {name} are one argument: pass {name} alone")
     return old
+
+
+def check_factors(name: str, value: Any) -> tuple[float, ...]:
+    """Factors of at least 0, one of them above 0."""
+    entries = _sequence(name, value, expected="numbers")
+    factors = tuple(check_number(f"every one of {name}", x, at_least=0) for x in entries)
+    if not any(factors):
+        raise ValueError(f"{name} must have a number above 0, got {value}")
+    return factors
 
 
 def check_number(

@@ -27,6 +27,9 @@ from tritonaff.api.instance_affinity import (
     instance_affinity_target,
     instance_affinity_terms,
 )
+from tritonaff.api.labels import (
+    resize_labels,
+)
 from tritonaff.api.neighbors import (
     NeighborCounts,
     dilated_affinity_target,
@@ -59,6 +62,7 @@ __all__ = [
     "label_affinity",
     "neighbor_categories",
     "neighbor_counts",
+    "resize_labels",
     "signal_weight",
     "square_root_affinity",
 ]

@@ -484,8 +484,8 @@ class RefinementReport(Metric):
     Raises:
         ImportError: torchmetrics is not installed: ``pip install torchmetrics``.
         TypeError, ValueError: a wrong option; from ``update``, tensors of a wrong dtype, shape or
-            device, and on a CPU a label below 0 that is not ``ignore_index``: elsewhere such a
-            label is a class.
+            device, and on a CPU a label below 0 that is not ``ignore_index``: elsewhere such
+            pixels are left out.
 
     Example:
         >>> import torch
@@ -529,7 +529,8 @@ class RefinementReport(Metric):
         checks.check_label_values(target, None, self.ignore_index)
         was_right, is_right = before == target, after == target
         stayed_wrong = ~was_right & ~is_right & (before != after)
-        counted = target.to(torch.int64) != checks.label_to_ignore(self.ignore_index)
+        ignored = checks.label_to_ignore(self.ignore_index)
+        counted = (target >= 0) & (target.to(torch.int64) != ignored)
         kinds = torch.stack((counted, ~was_right & is_right, was_right & ~is_right, stayed_wrong))
         near = self._near_boundary(target, counted)
         # Pixels within each distance, and all pixels; the differences are the bins.

@@ -27,6 +27,8 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         loss_weight: factor of the loss, at least 0.
         loss_name: name of the loss in the log; the head trains with the loss if the name begins
             with ``loss_``.
+        use_sigmoid: the option ``activation="sigmoid"`` by MMSegmentation's name: for a head of
+            ``out_channels=1`` with ``num_classes=1`` here.
 
     Shapes:
         ``forward(cls_score, label, ...)`` with cls_score (N, C, H, W), label (N, H, W) gives a
@@ -52,8 +54,11 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         num_classes: int,
         loss_weight: float = 1.0,
         loss_name: str = "loss_aaf",
+        use_sigmoid: bool = False,
         **options: Any,
     ) -> None:
+        if checks.check_bool("use_sigmoid", use_sigmoid):
+            options["activation"] = "sigmoid"
         super().__init__(num_classes, **options)
         self.loss_weight = checks.check_number("loss_weight", loss_weight, at_least=0)
         self.loss_name = loss_name

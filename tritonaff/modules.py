@@ -10,6 +10,9 @@ from tritonaff.api.affinity_propagation import (
 from tritonaff.api.affinity_regression import (
     AffinityRegressionLoss,
 )
+from tritonaff.api.deep_supervision import (
+    DeepSupervision,
+)
 from tritonaff.api.dilated_affinity import (
     DilatedAffinityHead,
     DilatedAffinityLoss,
@@ -23,6 +26,7 @@ __all__ = [
     "AffinityFieldLoss",
     "AffinityPropagation",
     "AffinityRegressionLoss",
+    "DeepSupervision",
     "DilatedAffinityHead",
     "DilatedAffinityLoss",
     "InstanceAffinityLoss",

@@ -13,8 +13,10 @@ from tritonaff import checks
 Variant = Literal["paper", "authors"]
 Weighting = Literal["sqrt", "neighbor", "signal", "none"]
 Activation = Literal["softmax", "sigmoid"]
+Reduction = Literal["mean", "sum", "none"]
 ACTIVATIONS: tuple[Activation, ...] = ("softmax", "sigmoid")
 VARIANTS: tuple[Variant, ...] = ("paper", "authors")
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 WEIGHTINGS: tuple[Weighting, ...] = ("sqrt", "neighbor", "signal", "none")
 Rates = Sequence["int | tuple[int, int]"]
 
@@ -25,12 +27,16 @@ class AffinityFieldOptions(NamedTuple):
     kernel_sizes: tuple[int, ...]
     edge_lambda: float
     non_edge_lambda: float
+    affinity_lambda: float
     margin: float
     eps: float
     ignore_index: int | None
     variant: Variant
     cross_entropy: bool
     activation: Activation
+    label_smoothing: float
+    include_background: bool
+    reduction: Reduction
 
 
 def affinity_field_options(
@@ -38,29 +44,56 @@ def affinity_field_options(
     *,
     edge_lambda: Any = 1.0,
     non_edge_lambda: Any = 1.0,
+    affinity_lambda: Any = 1.0,
     margin: Any = 3.0,
     eps: Any = 1e-4,
     ignore_index: Any = 255,
     variant: Any = "paper",
     cross_entropy: Any = False,
     activation: Any = "softmax",
+    label_smoothing: Any = 0.0,
+    include_background: Any = True,
+    reduction: Any = "mean",
 ) -> AffinityFieldOptions:
     if variant == "authors" and activation == "sigmoid":
         raise ValueError(
             "variant 'authors' has no activation 'sigmoid': its rows are the labels of pixels, "
             "which have one label each; pass variant='paper'"
         )
+    label_smoothing = checks.check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)
+    if label_smoothing and not cross_entropy:
+        raise ValueError("label_smoothing needs cross_entropy=True: pairs have none")
+    if label_smoothing and activation == "sigmoid":
+        raise ValueError(
+            "label_smoothing needs activation='softmax', got 'sigmoid': torch's binary "
+            "cross-entropy has none"
+        )
     return AffinityFieldOptions(
         checks.check_kernel_sizes(kernel_sizes),
         checks.check_number("edge_lambda", edge_lambda, at_least=0),
         checks.check_number("non_edge_lambda", non_edge_lambda, at_least=0),
+        checks.check_number("affinity_lambda", affinity_lambda, at_least=0),
         checks.check_number("margin", margin, at_least=0),
         checks.check_number("eps", eps, above=0, below=0.5),
         checks.check_ignore_index(ignore_index),
         checks.check_option("variant", variant, VARIANTS),
         checks.check_bool("cross_entropy", cross_entropy),
         checks.check_option("activation", activation, ACTIVATIONS),
+        label_smoothing,
+        checks.check_bool("include_background", include_background),
+        _reduction_of_pairs(reduction),
     )
+
+
+def _reduction_of_pairs(reduction: Any) -> Reduction:
+    reduction = checks.check_option("reduction", reduction, REDUCTIONS)
+    if reduction == "sum":
+        raise ValueError(
+            "reduction must be 'mean' or 'none', got 'sum': the loss adds up several means, each "
+            "over its own pairs, and a sum over all pairs would lose their balance; add up the "
+            "images' losses of reduction='none'"
+        )
+    return reduction
 
 
 class AffinityRegressionOptions(NamedTuple):
@@ -69,15 +102,21 @@ class AffinityRegressionOptions(NamedTuple):
     grid_sizes: tuple[int, ...] | None
     ignore_index: int | None
     activation: Activation
+    reduction: Reduction
 
 
 def affinity_regression_options(
-    grid_sizes: Any, *, ignore_index: Any = 255, activation: Any = "softmax"
+    grid_sizes: Any,
+    *,
+    ignore_index: Any = 255,
+    activation: Any = "softmax",
+    reduction: Any = "mean",
 ) -> AffinityRegressionOptions:
     return AffinityRegressionOptions(
         checks.check_grid_sizes(grid_sizes),
         checks.check_ignore_index(ignore_index),
         checks.check_option("activation", activation, ACTIVATIONS),
+        checks.check_option("reduction", reduction, REDUCTIONS),
     )
 
 
@@ -89,6 +128,7 @@ class DilatedAffinityOptions(NamedTuple):
     gamma: float
     beta: float
     ignore_index: int | None
+    reduction: Reduction
 
 
 def dilated_affinity_options(
@@ -98,6 +138,7 @@ def dilated_affinity_options(
     gamma: Any = 2.0,
     beta: Any = 1.0,
     ignore_index: Any = 255,
+    reduction: Any = "mean",
 ) -> DilatedAffinityOptions:
     return DilatedAffinityOptions(
         checks.check_rates(rates),
@@ -105,6 +146,7 @@ def dilated_affinity_options(
         checks.check_number("gamma", gamma, at_least=0),
         checks.check_number("beta", beta, at_least=0),
         checks.check_ignore_index(ignore_index),
+        _reduction_of_pairs(reduction),
     )
 
 
@@ -138,11 +180,9 @@ def affinity_propagation_options(
 Anchor = Literal["source", "destination"]
 Balance = Literal["none", "inverse", "clipped", "positive"]
 Channels = Literal["mean", "sum", "pooled"]
-Reduction = Literal["mean", "none"]
 ANCHORS: tuple[Anchor, ...] = ("source", "destination")
 BALANCES: tuple[Balance, ...] = ("none", "inverse", "clipped", "positive")
 CHANNELS: tuple[Channels, ...] = ("mean", "sum", "pooled")
-REDUCTIONS: tuple[Reduction, ...] = ("mean", "none")
 INSTANCE_LOSSES = ("bce", "dice", "mse", "focal")
 Offsets = Sequence[Sequence[int]]
 
@@ -216,5 +256,5 @@ def instance_affinity_options(
         checks.check_option("balance", balance, BALANCES),
         checks.check_option("channels", channels, CHANNELS),
         checks.check_number("gamma", gamma, at_least=0),
-        checks.check_option("reduction", reduction, REDUCTIONS),
+        _reduction_of_pairs(reduction),
     )

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from tritonaff import checks
 
-MODES = ("binary", "multiclass")
+# What each mode asks of the loss.
+ACTIVATIONS = {
+    "multiclass": ("softmax",),
+    "binary": ("sigmoid", "softmax"),
+    "multilabel": ("sigmoid",),
+}
 
 
 class SegmentationModelsLoss(nn.Module):
@@ -17,17 +22,18 @@ class SegmentationModelsLoss(nn.Module):
         loss: :class:`tritonaff.AffinityFieldLoss`, :class:`tritonaff.AdaptiveAffinityFieldLoss` or
             :class:`tritonaff.AffinityRegressionLoss`. Its own ignore_index may be any label but a
             class.
-        mode: ``"multiclass"``, or ``"binary"``: the single channel is the logit of class 1, and the
-            loss sees two classes, where class 0 has the logit 0. The mode "multilabel" has no
-            counterpart: affinity compares two pixels that have a single label each.
+        mode: ``"multiclass"`` with a loss of the activation "softmax"; ``"multilabel"``, a channel
+            for each label, with "sigmoid"; ``"binary"``, one channel, with "sigmoid", or with
+            "softmax" for the same loss over two classes, where class 0 has the logit 0.
         from_logits: True: ``y_pred`` holds logits. False: ``y_pred`` holds probabilities.
         ignore_index: label of the pixels to leave out. None, the default here as there: all pixels
             count.
 
     Shapes:
-        ``forward(y_pred, y_true)`` with y_pred (N, C, H, W), y_true (N, H, W) gives a scalar.
-        Binary: y_pred (N, 1, H, W), y_true (N, H, W) or (N, 1, H, W) of any dtype that holds 0, 1
-        and ignore_index; an adaptive loss has num_classes=2.
+        ``forward(y_pred, y_true)`` with y_pred (N, C, H, W), y_true (N, H, W) or (N, 1, H, W) gives
+        a scalar. Binary: C = 1, y_true of any dtype that holds 0, 1 and ignore_index; an adaptive
+        loss has num_classes=1, with "softmax" num_classes=2. Multilabel: y_true (N, C, H, W)
+        likewise.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -37,7 +43,8 @@ class SegmentationModelsLoss(nn.Module):
     Example:
         >>> import torch, tritonaff
         >>> from tritonaff.smp import SegmentationModelsLoss
-        >>> loss_fn = SegmentationModelsLoss(tritonaff.AffinityFieldLoss(), mode="binary")
+        >>> field = tritonaff.AffinityFieldLoss(activation="sigmoid", cross_entropy=True)
+        >>> loss_fn = SegmentationModelsLoss(field, mode="binary")
         >>> y_pred = torch.randn(2, 1, 16, 16, requires_grad=True)
         >>> y_true = torch.randint(0, 2, (2, 1, 16, 16)).float()
         >>> loss_fn(y_pred, y_true).backward()
@@ -53,9 +60,15 @@ class SegmentationModelsLoss(nn.Module):
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, got {type(loss).__name__}")
-        if not hasattr(loss, "ignore_index"):
-            raise TypeError(f"loss must have an ignore_index, got {type(loss).__name__}")
-        checks.check_option("mode", mode, MODES)
+        for name in ("ignore_index", "activation"):
+            if not hasattr(loss, name):
+                raise TypeError(f"loss must have an {name}, got {type(loss).__name__}")
+        activations = ACTIVATIONS[checks.check_option("mode", mode, tuple(ACTIVATIONS))]
+        if loss.activation not in activations:
+            raise ValueError(
+                f"loss must have the activation {activations[0]!r} with mode {mode!r}, got "
+                f"{loss.activation!r}: make the loss with activation={activations[0]!r}"
+            )
         self.loss = loss
         self.mode = mode
         self.from_logits = checks.check_bool("from_logits", from_logits)
@@ -64,22 +77,25 @@ class SegmentationModelsLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        by_channel = self.loss.activation == "sigmoid"
         if self.mode == "binary":
             shape = "N", 1, "H", "W"
             y_pred = checks.check_tensor("y_pred", y_pred, checks.LOGITS_DTYPES, shape)
         else:
-            y_pred = checks.check_logits(y_pred, "y_pred")
-        y_true = checks.check_target(y_true, "y_true")
+            y_pred = checks.check_logits(y_pred, "y_pred", "sigmoid" if by_channel else "softmax")
+        if by_channel:
+            y_true = checks.check_target_by_channel(y_true, y_pred, "y_true")
+        else:
+            y_true = checks.check_target(y_true, "y_true")
         if not self.from_logits:
             # Half precision would lose 1 - p, and the logarithms of small p.
-            y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))
-        if self.mode == "binary":
-            # With probabilities, log(1 - p) and log p are the logits of the two classes.
-            other = torch.zeros_like(y_pred) if self.from_logits else 1 - y_pred
-            y_pred = torch.cat((other, y_pred), dim=1)
-        if not self.from_logits:
-            y_pred = y_pred.clamp_min(torch.finfo(y_pred.dtype).tiny).log()
-        loss: Tensor = self.loss(y_pred, self._labels_of_the_loss(y_true, y_pred.shape[1]))
+            probs = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))
+            y_pred = _log(probs) if self.mode == "multiclass" else _log(probs) - _log(1 - probs)
+        if self.mode == "binary" and not by_channel:
+            y_pred = torch.cat((torch.zeros_like(y_pred), y_pred), dim=1)
+        loss: Tensor = self.loss(
+            y_pred, self._labels_of_the_loss(y_true, 2 if by_channel else y_pred.shape[1])
+        )
         return loss
 
     def _labels_of_the_loss(self, y_true: Tensor, num_classes: int) -> Tensor:
@@ -112,3 +128,7 @@ class SegmentationModelsLoss(nn.Module):
     def extra_repr(self) -> str:
         options = f"mode={self.mode!r}, from_logits={self.from_logits}"
         return f"{options}, ignore_index={self.ignore_index}"
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()

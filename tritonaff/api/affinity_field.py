@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from tritonaff import checks
-from tritonaff.api.module import Loss
+from tritonaff.api.module import Loss, LossAndTerms, by_image
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import affinity_field as ops
-from tritonaff.options import Activation, AffinityFieldOptions, Variant, affinity_field_options
-from tritonaff.portable.blocks import precision
+from tritonaff.options import (
+    Activation,
+    AffinityFieldOptions,
+    Reduction,
+    Variant,
+    affinity_field_options,
+)
+from tritonaff.portable.blocks import at_least_float32, counted_labels, precision
 
 
 class AffinityFieldTerms(NamedTuple):
@@ -125,11 +132,14 @@ def affinity_field_loss(
     non_edge_weight: Tensor | None = None,
     edge_lambda: float = 1.0,
     non_edge_lambda: float = 1.0,
+    affinity_lambda: float = 1.0,
     margin: float = 3.0,
     eps: float = 1e-4,
     ignore_index: int | None = 255,
     variant: Variant = "paper",
     activation: Activation = "softmax",
+    include_background: bool = True,
+    reduction: Reduction = "mean",
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -137,8 +147,9 @@ def affinity_field_loss(
 
     .. math::
 
-        L = \sum_k \lambda_e \frac{\sum_c w^e_{ck} \, edge\_sum_{ck}}{\sum_c edge\_count_{ck}}
-            + \lambda_n \frac{\sum_c w^n_{ck} \, non\_edge\_sum_{ck}}{\sum_c non\_edge\_count_{ck}}
+        L = \lambda \sum_k \lambda_e
+            \frac{\sum_c w^e_{ck} \, edge\_sum_{ck}}{\sum_c edge\_count_{ck}} + \lambda_n
+            \frac{\sum_c w^n_{ck} \, non\_edge\_sum_{ck}}{\sum_c non\_edge\_count_{ck}}
 
     with the tables of :func:`affinity_field_terms`. A size without edges (or without non-edges)
     contributes 0 with a zero gradient.
@@ -153,7 +164,13 @@ def affinity_field_loss(
         non_edge_weight: (C, K), likewise for the non-edge term.
         edge_lambda: factor of the edge term, at least 0.
         non_edge_lambda: factor of the non-edge term, at least 0.
+        affinity_lambda: factor of both terms, at least 0.
         margin, eps, ignore_index, variant, activation: see :func:`affinity_field_terms`.
+        include_background: False leaves row 0 out of the tables, in sums and in counts: the channel
+            of class 0. The other channels still have edges towards class 0.
+        reduction: ``"mean"``: all images are one batch of pairs. ``"none"``: the loss of each image
+            as a batch of its own, with as many launches as there are images. No ``"sum"``: edges
+            and non-edges are means over numbers of their own.
         normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to divide
             by, in place of the batch's own; :meth:`AffinityFieldLoss.normalizer` counts them. If
             every part of a batch is divided by the numbers of the full batch, the losses of the
@@ -165,11 +182,11 @@ def affinity_field_loss(
             DistributedDataParallel and FSDP cancels.
 
     Returns:
-        A scalar: float32, float64 for float64 logits. In nats.
+        A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits. In nats.
 
     Raises:
         TypeError, ValueError: as :func:`affinity_field_terms`; weights or a normalizer of a wrong
-            type, dtype, shape or device; a wrong process_group.
+            type, dtype, shape or device; a wrong process_group; both with ``reduction="none"``.
 
     Paper: Ke et al., ECCV 2018, Eq. 7 with given weights; lambda is 1 there, added to
     cross-entropy. :class:`AdaptiveAffinityFieldLoss` learns the weights. The authors' code gives
@@ -187,13 +204,16 @@ def affinity_field_loss(
         kernel_sizes,
         edge_lambda=edge_lambda,
         non_edge_lambda=non_edge_lambda,
+        affinity_lambda=affinity_lambda,
         margin=margin,
         eps=eps,
         ignore_index=ignore_index,
         variant=variant,
         activation=activation,
+        include_background=include_background,
+        reduction=reduction,
     )
-    return _loss(
+    loss, _ = _loss(
         logits,
         target,
         options,
@@ -202,6 +222,7 @@ def affinity_field_loss(
         normalizer=normalizer,
         process_group=process_group,
     )
+    return loss
 
 
 def affinity_field_cross_entropy(
@@ -214,12 +235,16 @@ def affinity_field_cross_entropy(
     non_edge_weight: Tensor | None = None,
     edge_lambda: float = 1.0,
     non_edge_lambda: float = 1.0,
+    affinity_lambda: float = 1.0,
     margin: float = 3.0,
     eps: float = 1e-4,
     ignore_index: int | None = 255,
     variant: Variant = "paper",
     activation: Activation = "softmax",
     pos_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    include_background: bool = True,
+    reduction: Reduction = "mean",
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Cross-entropy plus the affinity field loss, in one operation that reads the logits one time
@@ -231,6 +256,11 @@ def affinity_field_cross_entropy(
     unclamped; the second term is :func:`affinity_field_loss`. If every pixel is ignored, the loss
     is 0 with a zero gradient, where :func:`torch.nn.functional.cross_entropy` gives NaN.
 
+    With label_smoothing s the first term is, as :func:`torch.nn.functional.cross_entropy` has it,
+
+    .. math:: \frac{(1 - s) \sum_i w_{y_i} \, (-\log p_i(y_i))
+        + \frac{s}{C} \sum_{ic} w_c \, (-\log p_i(c))}{\sum_i w_{y_i}}
+
     With ``activation="sigmoid"`` the first term is binary cross-entropy, a mean over the entries
     (pixel, channel) that are not ignored, in which entries of label 1 have the weight pos_weight.
 
@@ -238,20 +268,25 @@ def affinity_field_cross_entropy(
         logits, target, kernel_sizes: see :func:`affinity_field_terms`.
         weight: (C,) floating, the weight w of each class in cross-entropy. Default 1. With
             softmax alone.
-        edge_weight, non_edge_weight, edge_lambda, non_edge_lambda: see
-            :func:`affinity_field_loss`.
+        edge_weight, non_edge_weight, edge_lambda, non_edge_lambda, affinity_lambda,
+            include_background: see :func:`affinity_field_loss`. Cross-entropy keeps class 0.
         margin, eps, ignore_index, variant, activation: see :func:`affinity_field_terms`.
         pos_weight: (C,) floating, the weight of label 1 in each channel's binary cross-entropy, as
             :func:`torch.nn.functional.binary_cross_entropy_with_logits` has it. Default 1. With
             sigmoid alone.
+        label_smoothing: in [0, 1], as :func:`torch.nn.functional.cross_entropy` has it. With
+            softmax alone. A part of its term is plain torch, which docs/affinity_field.md counts.
+        reduction: see :func:`affinity_field_loss`. ``"none"`` is the loss of each image, (N,),
+            where torch's cross-entropy has a number for each pixel.
         process_group: see :func:`affinity_field_loss`; both terms are means over all processes.
 
     Returns:
-        A scalar: float32, float64 for float64 logits. In nats.
+        A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits. In nats.
 
     Raises:
         TypeError, ValueError: as :func:`affinity_field_loss`; ``weight`` of a wrong type, dtype,
-            shape or device.
+            shape or device: weights of pixels, as those of hard example mining, are refused, since
+            pairs have none. To leave pixels out, ``target.masked_fill(~mask, ignore_index)``.
 
     Paper: Ke et al., ECCV 2018, Eq. 7 added to cross-entropy with lambda 1.
 
@@ -270,14 +305,18 @@ def affinity_field_cross_entropy(
         kernel_sizes,
         edge_lambda=edge_lambda,
         non_edge_lambda=non_edge_lambda,
+        affinity_lambda=affinity_lambda,
         margin=margin,
         eps=eps,
         ignore_index=ignore_index,
         variant=variant,
         cross_entropy=True,
         activation=activation,
+        label_smoothing=label_smoothing,
+        include_background=include_background,
+        reduction=reduction,
     )
-    return _loss(
+    loss, _ = _loss(
         logits,
         target,
         options,
@@ -287,6 +326,7 @@ def affinity_field_cross_entropy(
         non_edge_weight=non_edge_weight,
         process_group=process_group,
     )
+    return loss
 
 
 class AffinityFieldLoss(Loss):
@@ -294,23 +334,30 @@ class AffinityFieldLoss(Loss):
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, activation, process_group:
-            see :func:`tritonaff.affinity_field_loss`.
+        edge_lambda, non_edge_lambda, affinity_lambda, margin, eps, ignore_index, variant,
+            activation, include_background, reduction, process_group: see
+            :func:`tritonaff.affinity_field_loss`.
         cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
         weight: (C,) floating, or a sequence of C numbers: the weight of each class in
             cross-entropy. Default 1. (``class_weight`` is its deprecated name.) With softmax alone.
         pos_weight: (C,) floating, or a sequence of C numbers: the weight of label 1 in binary
             cross-entropy. Default 1. With sigmoid alone.
+        label_smoothing: in cross-entropy, see :func:`tritonaff.affinity_field_cross_entropy`.
 
     Shapes:
-        ``forward(logits, target, progress=None, normalizer=None)`` with logits (N, C, H, W) and
-        target (N, H, W) gives a scalar. ``progress`` in [0, 1], the fraction of training done,
-        multiplies the affinity field loss by 10 ** -progress as the authors do, but not
-        cross-entropy. (The range of a tensor is checked where labels are: on a CPU, in eager mode.)
-        Under torch.compile pass a 0-d tensor: a Python float that changes compiles a second time.
-        In a CUDA graph the tensor must be on the logits' device: a tensor elsewhere is read once,
-        at capture. ``normalizer``, (2, K): see :func:`tritonaff.affinity_field_loss`;
-        cross-entropy, which divides by another number, must then be computed beside the loss.
+        ``forward(logits, target, progress=None, normalizer=None, return_terms=False)`` with logits
+        (N, C, H, W) and target (N, H, W) gives a scalar, or (N,) with ``reduction="none"``.
+        ``progress`` in [0, 1], the fraction of training done, multiplies the affinity field loss by
+        10 ** -progress as the authors do, but not cross-entropy. (The range of a tensor is checked
+        where labels are: on a CPU, in eager mode.) Under torch.compile pass a 0-d tensor: a Python
+        float that changes compiles a second time. In a CUDA graph the tensor must be on the logits'
+        device: a tensor elsewhere is read once, at capture. Where another library calls
+        ``loss(logits, target)``, :meth:`set_progress` tells the module. ``normalizer``, (2, K): see
+        :func:`tritonaff.affinity_field_loss`; cross-entropy, which divides by another number, must
+        then be computed beside the loss.
+
+        ``return_terms=True`` gives ``(loss, terms)``, for logs: a dict of the detached terms
+        ``"edge"``, ``"non_edge"`` and ``"cross_entropy"`` (if asked for), which add up to the loss.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -322,6 +369,9 @@ class AffinityFieldLoss(Loss):
         >>> logits = torch.randn(1, 3, 8, 8, requires_grad=True)
         >>> target = torch.randint(0, 3, (1, 8, 8))
         >>> loss_fn(logits, target, progress=0.5).backward()
+        >>> loss, terms = loss_fn(logits, target, return_terms=True)
+        >>> torch.allclose(loss, terms["edge"] + terms["non_edge"])
+        True
     """
 
     def __init__(
@@ -330,6 +380,7 @@ class AffinityFieldLoss(Loss):
         *,
         edge_lambda: float = 1.0,
         non_edge_lambda: float = 1.0,
+        affinity_lambda: float = 1.0,
         margin: float = 3.0,
         eps: float = 1e-4,
         ignore_index: int | None = 255,
@@ -338,6 +389,9 @@ class AffinityFieldLoss(Loss):
         weight: Tensor | Sequence[float] | None = None,
         activation: Activation = "softmax",
         pos_weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        include_background: bool = True,
+        reduction: Reduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         class_weight: Tensor | Sequence[float] | None = None,
     ) -> None:
@@ -346,14 +400,20 @@ class AffinityFieldLoss(Loss):
             kernel_sizes,
             edge_lambda=edge_lambda,
             non_edge_lambda=non_edge_lambda,
+            affinity_lambda=affinity_lambda,
             margin=margin,
             eps=eps,
             ignore_index=ignore_index,
             variant=variant,
             cross_entropy=cross_entropy,
             activation=activation,
+            label_smoothing=label_smoothing,
+            include_background=include_background,
+            reduction=reduction,
         )
         super().__init__(options, process_group)
+        self.progress: Tensor | None
+        self.register_buffer("progress", None, persistent=False)
         self.weight: Tensor | None
         self.pos_weight: Tensor | None
         for name, value in (("weight", weight), ("pos_weight", pos_weight)):
@@ -370,8 +430,19 @@ class AffinityFieldLoss(Loss):
         target: Tensor,
         progress: float | Tensor | None = None,
         normalizer: Tensor | None = None,
-    ) -> Tensor:
-        return self._loss(logits, target, progress, normalizer)
+        return_terms: bool = False,
+    ) -> Any:
+        return self._loss(logits, target, progress, normalizer, return_terms)
+
+    def set_progress(self, progress: float | Tensor | None) -> None:
+        """The fraction of training done for the calls of ``forward`` that name none: for trainers
+        that call the loss themselves. A number is kept in a buffer, which compiled calls read.
+        """
+        progress = checks.check_progress(progress)
+        if progress is None or self.progress is None:
+            self.progress = None if progress is None else torch.as_tensor(progress).clone()
+        else:
+            self.progress.fill_(progress)
 
     def normalizer(self, target: Tensor, num_classes: int) -> Tensor:
         """Numbers of edge and non-edge entries, (2, K) int64, in a target of C classes.
@@ -388,8 +459,7 @@ class AffinityFieldLoss(Loss):
         n, (height, width) = len(target), target.shape[-2:]
         blank = torch.zeros((), device=target.device).expand(n, num_classes, height, width)
         blank, target = checks.check_logits_and_target(blank, target, activation)
-        totals: Tensor = _count(blank, target, self.options).totals
-        return totals
+        return _totals(_count(blank, target, self.options), self.options)
 
     def _loss(
         self,
@@ -397,24 +467,27 @@ class AffinityFieldLoss(Loss):
         target: Tensor,
         progress: float | Tensor | None,
         normalizer: Tensor | None,
+        return_terms: bool,
         **weights: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | LossAndTerms:
         if self.cross_entropy and normalizer is not None:
             raise ValueError(
                 "normalizer must be None with cross_entropy=True, which divides by another number: "
                 "compute cross-entropy beside the loss"
             )
-        return _loss(
+        loss, terms = _loss(
             logits,
             target,
             self.options,
-            progress=progress,
+            progress=self.progress if progress is None else progress,
             weight=self.weight,
             pos_weight=self.pos_weight,
             normalizer=normalizer,
             process_group=self.process_group,
+            with_terms=checks.check_bool("return_terms", return_terms),
             **weights,
         )
+        return (loss, terms) if return_terms else loss
 
 
 class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
@@ -433,13 +506,14 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     Args:
         num_classes: C, at least 2; with sigmoid the number of channels, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
-        edge_lambda, non_edge_lambda, margin, eps, ignore_index, variant, activation, process_group:
-            see :func:`tritonaff.affinity_field_loss`.
-        cross_entropy, weight, pos_weight: see :class:`AffinityFieldLoss`.
+        edge_lambda, non_edge_lambda, affinity_lambda, margin, eps, ignore_index, variant,
+            activation, include_background, reduction, process_group: see
+            :func:`tritonaff.affinity_field_loss`.
+        cross_entropy, weight, pos_weight, label_smoothing: see :class:`AffinityFieldLoss`.
 
     Shapes:
-        ``forward(logits, target, progress=None, normalizer=None)`` as :class:`AffinityFieldLoss`;
-        logits must have C classes.
+        ``forward(logits, target, progress=None, normalizer=None, return_terms=False)`` as
+        :class:`AffinityFieldLoss`; logits must have C classes.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -467,6 +541,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         *,
         edge_lambda: float = 1.0,
         non_edge_lambda: float = 1.0,
+        affinity_lambda: float = 1.0,
         margin: float = 3.0,
         eps: float = 1e-4,
         ignore_index: int | None = 255,
@@ -475,6 +550,9 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         weight: Tensor | Sequence[float] | None = None,
         activation: Activation = "softmax",
         pos_weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        include_background: bool = True,
+        reduction: Reduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         class_weight: Tensor | Sequence[float] | None = None,
     ) -> None:
@@ -482,6 +560,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             kernel_sizes,
             edge_lambda=edge_lambda,
             non_edge_lambda=non_edge_lambda,
+            affinity_lambda=affinity_lambda,
             margin=margin,
             eps=eps,
             ignore_index=ignore_index,
@@ -490,6 +569,9 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             weight=weight,
             activation=activation,
             pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            include_background=include_background,
+            reduction=reduction,
             process_group=process_group,
             class_weight=class_weight,
         )
@@ -538,7 +620,8 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         target: Tensor,
         progress: float | Tensor | None = None,
         normalizer: Tensor | None = None,
-    ) -> Tensor:
+        return_terms: bool = False,
+    ) -> Any:
         if isinstance(logits, Tensor) and logits.dim() == 4 and logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits must have num_classes = {self.num_classes} classes, got {logits.shape[1]}"
@@ -548,6 +631,7 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
             target,
             progress,
             normalizer,
+            return_terms,
             edge_weight=_adversarial_softmax(self.edge_scores),
             non_edge_weight=_adversarial_softmax(self.non_edge_scores),
         )
@@ -594,8 +678,11 @@ def _loss(
     non_edge_weight: Tensor | None = None,
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The affinity field loss, decayed by progress, plus cross-entropy if options ask for it."""
+    with_terms: bool = False,
+) -> LossAndTerms:
+    """The affinity field loss, decayed by progress, plus cross-entropy if options ask for it; and
+    its terms, if asked for.
+    """
     # Everything is checked before the first collective: a process that raised an error later would
     # leave the others waiting.
     logits, target = checks.check_logits_and_target(logits, target, options.activation)
@@ -613,30 +700,61 @@ def _loss(
     if normalizer is not None:
         normalizer = checks.check_normalizer(normalizer, (2, k), "logits", logits)
     checks.check_process_group(process_group)
-    counted = _count(logits, target, options)
-    totals = counted.totals if normalizer is None else normalizer
-    totals, pixel_count = all_reduce((totals, counted.pixel_count), process_group)
+    checks.check_together(options.reduction, normalizer, process_group)
+    if c == 1 and not options.include_background:
+        raise ValueError("include_background=False needs at least two channels, got 1")
 
-    coefficients = _coefficients(weights, options, totals, logits)
-    if progress is not None:
-        coefficients = coefficients * _decay(progress, coefficients)
-    coefficients = counted.differentiable_once(coefficients)
-    log_loss_coefficients = None
-    if options.cross_entropy:
-        if options.activation == "softmax":
-            log_loss_coefficients = _log_loss_coefficients(weight, pixel_count, logits)
-        else:
+    def of_batch(logits: Tensor, target: Tensor) -> LossAndTerms:
+        counted = _count(logits, target, options)
+        totals = _totals(counted, options) if normalizer is None else normalizer
+        totals, pixel_count = all_reduce((totals, counted.pixel_count), process_group)
+        coefficients = _coefficients(weights, options, totals, logits)
+        if progress is not None:
+            coefficients = coefficients * _decay(progress, coefficients)
+        coefficients = counted.differentiable_once(coefficients)
+        log_loss_coefficients, smoothing = None, None
+        if options.cross_entropy and options.activation == "sigmoid":
             log_loss_coefficients = _binary_log_loss_coefficients(pos_weight, pixel_count, logits)
-        log_loss_coefficients = counted.differentiable_once(log_loss_coefficients)
-    sums, log_loss, zero = counted.sums_with_gradient(coefficients, log_loss_coefficients)
-    sums, log_loss = all_reduce((sums, log_loss), process_group)
-    loss = (coefficients * sums).sum()
-    if log_loss_coefficients is not None:
-        loss = loss + (log_loss_coefficients * log_loss).sum()
-    if zero is not None:
-        # The zero stays out of the collective, for which all processes must have the same tables.
-        loss = loss + (zero if process_group is None else process_group.size() * zero)
-    return loss
+        elif options.cross_entropy:
+            log_loss_coefficients = _log_loss_coefficients(weight, pixel_count, logits)
+            if options.label_smoothing:
+                log_loss_coefficients, smoothing = _smoothed(log_loss_coefficients, options)
+        if log_loss_coefficients is not None:
+            log_loss_coefficients = counted.differentiable_once(log_loss_coefficients)
+        sums, log_loss, zero = counted.sums_with_gradient(coefficients, log_loss_coefficients)
+        tables = [sums, log_loss]
+        if smoothing is not None:
+            tables.append(_margins(logits, target, options))
+        sums, log_loss, *margins = all_reduce(tables, process_group)
+        loss = (coefficients * sums).sum()
+        cross_entropy = None
+        if log_loss_coefficients is not None:
+            cross_entropy = (log_loss_coefficients * log_loss).sum()
+            if smoothing is not None:
+                cross_entropy = cross_entropy + (smoothing * margins[0]).sum()
+            loss = loss + cross_entropy
+        if zero is not None:
+            # The zero stays out of the collective, for which all processes must have the same
+            # tables.
+            loss = loss + (zero if process_group is None else process_group.size() * zero)
+        if not with_terms:
+            return loss, {}
+        edge, non_edge = (coefficients * sums).detach().sum(dim=(1, 2)).unbind()
+        terms = {"edge": edge, "non_edge": non_edge}
+        if cross_entropy is not None:
+            terms["cross_entropy"] = cross_entropy.detach()
+        return loss, terms
+
+    if options.reduction == "none":
+        return by_image(of_batch, logits, target)
+    return of_batch(logits, target)
+
+
+def _totals(counted: ops.Counted, options: AffinityFieldOptions) -> Tensor:
+    """Numbers of edge and non-edge entries of each size, (2, K)."""
+    if options.include_background:
+        return counted.totals
+    return torch.stack(counted.entry_counts())[:, 1:].sum(dim=1)
 
 
 def _decay(progress: float | Tensor, coefficients: Tensor) -> float | Tensor:
@@ -658,6 +776,25 @@ def _log_loss_coefficients(weight: Tensor | None, pixel_count: Tensor, logits: T
     weight = weight.to(dtype)
     total = (pixel_count * weight).sum()
     return weight * torch.where(total != 0, total.reciprocal(), 0)
+
+
+def _smoothed(mean: Tensor, options: AffinityFieldOptions) -> tuple[Tensor, Tensor]:
+    """Coefficients (C,) of the log losses and of the margins in smoothed cross-entropy, from the
+    coefficients of the log losses in the weighted mean: docs/affinity_field.md derives them.
+    """
+    smoothing = mean * (options.label_smoothing / len(mean))
+    return mean * (1 - options.label_smoothing) + smoothing.sum(), smoothing
+
+
+def _margins(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> Tensor:
+    """How far the logit of a pixel's own class lies above the logit of each class, summed over the
+    pixels that count: (C,).
+    """
+    ignore_index = checks.label_to_ignore(options.ignore_index)
+    label = counted_labels(target, logits.shape[1], ignore_index)
+    logits = at_least_float32(logits)
+    above = logits.gather(1, label.clamp(min=0)) - logits
+    return above.where(label >= 0, 0).sum(dim=(0, 2, 3))
 
 
 def _binary_log_loss_coefficients(
@@ -691,7 +828,9 @@ def _coefficients(
     """Coefficients (2, C, K) of the table entries in the loss: lambda * weight / the size's total;
     0 where nothing counts.
     """
-    lambdas = options.edge_lambda, options.non_edge_lambda
+    lambdas = tuple(
+        options.affinity_lambda * x for x in (options.edge_lambda, options.non_edge_lambda)
+    )
     dtype, shape = precision(logits), (logits.shape[1], totals.shape[1])
     # The coefficient of an empty size is 0, not 1: the other sizes' coefficients are about 1 /
     # millions, and rounding beside a 1 would drown them.
@@ -702,9 +841,13 @@ def _coefficients(
         is_edge = torch.arange(2, device=totals.device)[:, None, None] == 0
         scale_by_size = torch.where(is_edge, lambdas[0] * scale_by_size, lambdas[1] * scale_by_size)
     if weights[0] is None and weights[1] is None:
-        return (scale_by_size / shape[1]).expand(2, *shape).contiguous()
-    tables = [
-        scale_by_size.new_full(shape, 1 / shape[1]) if weight is None else weight.to(dtype)
-        for weight in weights
-    ]
-    return torch.stack(tables) * scale_by_size
+        coefficients = (scale_by_size / shape[1]).expand(2, *shape).contiguous()
+    else:
+        tables = [
+            scale_by_size.new_full(shape, 1 / shape[1]) if weight is None else weight.to(dtype)
+            for weight in weights
+        ]
+        coefficients = torch.stack(tables) * scale_by_size
+    if not options.include_background:
+        coefficients = F.pad(coefficients[:, 1:], (0, 0, 1, 0))
+    return coefficients

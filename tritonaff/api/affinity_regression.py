@@ -14,7 +14,12 @@ from tritonaff.api.module import Loss
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import affinity_regression as ops
 from tritonaff.ops.backend import current_backend
-from tritonaff.options import Activation, AffinityRegressionOptions, affinity_regression_options
+from tritonaff.options import (
+    Activation,
+    AffinityRegressionOptions,
+    Reduction,
+    affinity_regression_options,
+)
 
 
 class AffinityRegressionTerms(NamedTuple):
@@ -99,6 +104,7 @@ def affinity_regression_loss(
     *,
     ignore_index: int | None = 255,
     activation: Activation = "softmax",
+    reduction: Reduction = "mean",
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -111,6 +117,9 @@ def affinity_regression_loss(
 
     Args:
         logits, target, grid_sizes, ignore_index, activation: see :func:`affinity_regression_terms`.
+        reduction: ``"mean"``; ``"sum"`` over the images; or ``"none"``, the mean square of each
+            image, (N,), with sigmoid of each image and channel, (N, C): 0 without any point that
+            counts.
         normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
             batch's own (with sigmoid images times channels);
             :meth:`AffinityRegressionLoss.normalizer` counts them.
@@ -118,11 +127,12 @@ def affinity_regression_loss(
             processes.
 
     Returns:
-        A scalar in [0, 1]: float32, float64 for float64 logits.
+        A scalar in [0, 1], see reduction: float32, float64 for float64 logits.
 
     Raises:
         TypeError, ValueError: as :func:`affinity_regression_terms`; a normalizer of a wrong type,
-            dtype, shape or device; a wrong process_group.
+            dtype, shape or device; a wrong process_group; a normalizer with another reduction than
+            "mean", a process_group with "none".
 
     Paper: Cao, Eq. 6. The paper adds the loss to cross-entropy with the weight 0.1 (Eq. 7) when
     training with cross-entropy alone has reached its peak.
@@ -136,7 +146,7 @@ def affinity_regression_loss(
         >>> loss.backward()
     """
     options = affinity_regression_options(
-        grid_sizes, ignore_index=ignore_index, activation=activation
+        grid_sizes, ignore_index=ignore_index, activation=activation, reduction=reduction
     )
     return _loss(logits, target, options, normalizer, process_group)
 
@@ -148,12 +158,13 @@ class AffinityRegressionLoss(Loss):
     with cross-entropy alone has reached its peak.
 
     Args:
-        grid_sizes, ignore_index, activation, process_group: see
+        grid_sizes, ignore_index, activation, reduction, process_group: see
             :func:`tritonaff.affinity_regression_loss`.
 
     Shapes:
         ``forward(logits, target, normalizer=None)`` with logits (N, C, H, W) and target (N, H, W)
-        gives a scalar.
+        gives a scalar, or with ``reduction="none"`` a value for each image. The loss has one term,
+        and no ``return_terms``.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -174,9 +185,10 @@ class AffinityRegressionLoss(Loss):
         process_group: dist.ProcessGroup | None = None,
         *,
         activation: Activation = "softmax",
+        reduction: Reduction = "mean",
     ) -> None:
         options = affinity_regression_options(
-            grid_sizes, ignore_index=ignore_index, activation=activation
+            grid_sizes, ignore_index=ignore_index, activation=activation, reduction=reduction
         )
         super().__init__(options, process_group)
 
@@ -191,7 +203,7 @@ class AffinityRegressionLoss(Loss):
         if self.activation == "sigmoid" and isinstance(target, Tensor) and target.dim() == 4:
             target = target.flatten(0, 1)
         target = checks.check_target(target)
-        grid_sizes, ignore_index, _ = self.options
+        grid_sizes, ignore_index = self.options.grid_sizes, self.options.ignore_index
         void = (target.to(torch.int64) == ignore_index).to(torch.int64)
         n, height, width = void.shape
         blank = torch.zeros((), device=target.device).expand(n, 2, height, width)
@@ -298,9 +310,12 @@ def _loss(
     if normalizer is not None:
         normalizer = checks.check_normalizer(normalizer, (), "logits", logits)
     checks.check_process_group(process_group)
+    checks.check_together(options.reduction, normalizer, process_group)
     squared_error, pair_count = _terms(logits, target, options)
     counted = pair_count > 0
     mean_square = squared_error * counted / pair_count.clamp(min=1)
+    if options.reduction == "none":
+        return mean_square
     images = counted.sum() if normalizer is None else normalizer
     total, images = all_reduce((mean_square.sum(), images), process_group)
-    return total / images.clamp(min=1)
+    return total if options.reduction == "sum" else total / images.clamp(min=1)

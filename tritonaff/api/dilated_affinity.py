@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from tritonaff import checks
-from tritonaff.api.module import Loss
+from tritonaff.api.module import Loss, LossAndTerms, by_image
 from tritonaff.api.neighbors import NeighborStatistics, neighbor_counts, signal_weight
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import dilated_affinity as ops
-from tritonaff.options import DilatedAffinityOptions, Rates, Weighting, dilated_affinity_options
+from tritonaff.options import (
+    DilatedAffinityOptions,
+    Rates,
+    Reduction,
+    Weighting,
+    dilated_affinity_options,
+)
 from tritonaff.rates import DIRECTIONS
 
 
@@ -100,6 +106,7 @@ def dilated_affinity_loss(
     gamma: float = 2.0,
     beta: float = 1.0,
     ignore_index: int | None = 255,
+    reduction: Reduction = "mean",
     normalizer: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -130,17 +137,20 @@ def dilated_affinity_loss(
             neighbor, 1.3 for signal, 1.1 for none (with gamma 0). The best depends on the
             normaliser, which the paper leaves open: with ours, try 0.1 first.
         ignore_index: label of the pixels to leave out; None if there is no such label.
+        reduction: ``"mean"``: all images are one batch. ``"none"``: the loss of each image as a
+            batch of its own, with as many launches as there are images. No ``"sum"``: each rate is
+            a mean over a number of its own.
         normalizer: (R, 9, 3) of int32 or int64, counts (pixels, different signals, same signals) to
             use in place of the batch's own; :meth:`DilatedAffinityLoss.normalizer` counts them.
         process_group: see :func:`affinity_field_loss`.
 
     Returns:
-        A scalar: float32, float64 for float64 logits. In nats.
+        A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits. In nats.
 
     Raises:
         TypeError, ValueError: as :func:`dilated_affinity_terms`; an unknown weighting; statistics
             or a normalizer of a wrong type, dtype, shape (of other rates, for example) or device; a
-            wrong process_group.
+            wrong process_group; a normalizer or a process_group with ``reduction="none"``.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 5. The paper leaves the
     normaliser open: ours is the number of the batch's pixels that count at the rate. The printed
@@ -154,23 +164,27 @@ def dilated_affinity_loss(
         >>> loss.backward()
     """
     options = dilated_affinity_options(
-        rates, weighting=weighting, gamma=gamma, beta=beta, ignore_index=ignore_index
-    )
+        rates, weighting=weighting, gamma=gamma, beta=beta, ignore_index=ignore_index,
+        reduction=reduction,
+    )  # fmt: skip
     given = checks.check_statistics(statistics, options.rates, options.ignore_index)
-    return _loss(affinity_logits, target, options, given, normalizer, process_group)
+    loss, _ = _loss(affinity_logits, target, options, given, normalizer, process_group)
+    return loss
 
 
 class DilatedAffinityLoss(Loss):
     """:func:`tritonaff.dilated_affinity_loss` with fixed options.
 
     Args:
-        rates, weighting, statistics, gamma, beta, ignore_index, process_group: see
+        rates, weighting, statistics, gamma, beta, ignore_index, reduction, process_group: see
             :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
             buffers, which move with the module.
 
     Shapes:
-        ``forward(affinity_logits, target, normalizer=None)`` with affinity_logits (N, 8 R, H, W)
-        and target (N, H, W) gives a scalar.
+        ``forward(affinity_logits, target, normalizer=None, return_terms=False)`` with
+        affinity_logits (N, 8 R, H, W) and target (N, H, W) gives a scalar, or (N,) with
+        ``reduction="none"``. ``return_terms=True`` gives ``(loss, terms)``, for logs: a dict of the
+        detached terms by rate, ``"rate 8 x 8"``, which add up to the loss.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -197,23 +211,33 @@ class DilatedAffinityLoss(Loss):
         gamma: float = 2.0,
         beta: float = 1.0,
         ignore_index: int | None = 255,
+        reduction: Reduction = "mean",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         options = dilated_affinity_options(
-            rates, weighting=weighting, gamma=gamma, beta=beta, ignore_index=ignore_index
-        )
+            rates, weighting=weighting, gamma=gamma, beta=beta, ignore_index=ignore_index,
+            reduction=reduction,
+        )  # fmt: skip
         super().__init__(options, process_group)
         given = checks.check_statistics(statistics, options.rates, options.ignore_index)
         for name, count in zip(("pixel_count", "signal_count"), given or (None, None), strict=True):
             self.register_buffer(name, None if count is None else count.detach().clone())
 
     def forward(
-        self, affinity_logits: Tensor, target: Tensor, normalizer: Tensor | None = None
-    ) -> Tensor:
+        self,
+        affinity_logits: Tensor,
+        target: Tensor,
+        normalizer: Tensor | None = None,
+        return_terms: bool = False,
+    ) -> Any:
+        checks.check_bool("return_terms", return_terms)
         given = None
         if self.pixel_count is not None and self.signal_count is not None:
             given = self.pixel_count, self.signal_count
-        return _loss(affinity_logits, target, self.options, given, normalizer, self.process_group)
+        loss, terms = _loss(
+            affinity_logits, target, self.options, given, normalizer, self.process_group
+        )
+        return (loss, terms) if return_terms else loss
 
     def normalizer(self, target: Tensor) -> Tensor:
         """Counts (pixels, different signals, same signals) of labels (N, H, W): (R, 9, 3) int64.
@@ -342,7 +366,8 @@ def _loss(
     statistics: tuple[Tensor, Tensor] | None,
     normalizer: Tensor | None,
     process_group: dist.ProcessGroup | None,
-) -> Tensor:
+) -> LossAndTerms:
+    """The loss, and its terms by rate."""
     affinity_logits, target = _checked(affinity_logits, target, options)
     for count in statistics or ():
         checks.check_one_device("statistics", count, "affinity_logits", affinity_logits)
@@ -350,15 +375,24 @@ def _loss(
         shape = len(options.rates), 9, 3
         normalizer = checks.check_normalizer(normalizer, shape, "affinity_logits", affinity_logits)
     checks.check_process_group(process_group)
-    loss_sum, signal_count, _, pixel_count = _terms(affinity_logits, target, options)
-    if normalizer is not None:
-        pixel_count, signal_count = normalizer[..., 0], normalizer[..., 1:]
-    tables = loss_sum, signal_count, pixel_count
-    loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
-    counts = statistics or (pixel_count, signal_count)
-    weight = signal_weight(options.weighting, *(count.to(loss_sum.dtype) for count in counts))
-    total = (loss_sum * weight).sum(dim=(1, 2))
-    counted = pixel_count.sum(dim=1)
-    # The coefficient of a rate at which nothing counts is 0, not 1: the other rates' coefficients
-    # are about 1 / millions, and rounding beside a 1 would drown them.
-    return options.beta * (total * (counted > 0) / counted.clamp(min=1)).sum()
+    checks.check_together(options.reduction, normalizer, process_group)
+
+    def of_batch(affinity_logits: Tensor, target: Tensor) -> LossAndTerms:
+        loss_sum, signal_count, _, pixel_count = _terms(affinity_logits, target, options)
+        if normalizer is not None:
+            pixel_count, signal_count = normalizer[..., 0], normalizer[..., 1:]
+        tables = loss_sum, signal_count, pixel_count
+        loss_sum, signal_count, pixel_count = all_reduce(tables, process_group)
+        counts = statistics or (pixel_count, signal_count)
+        weight = signal_weight(options.weighting, *(count.to(loss_sum.dtype) for count in counts))
+        total = (loss_sum * weight).sum(dim=(1, 2))
+        counted = pixel_count.sum(dim=1)
+        # The coefficient of a rate at which nothing counts is 0, not 1: the other rates'
+        # coefficients are about 1 / millions, and rounding beside a 1 would drown them.
+        by_rate = options.beta * (total * (counted > 0) / counted.clamp(min=1))
+        names = (f"rate {down} x {across}" for down, across in options.rates)
+        return by_rate.sum(), dict(zip(names, by_rate.detach().unbind(), strict=True))
+
+    if options.reduction == "none":
+        return by_image(of_batch, affinity_logits, target)
+    return of_batch(affinity_logits, target)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from tritonaff import checks
-from tritonaff.api.module import Loss
+from tritonaff.api.module import Loss, LossAndTerms
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import instance_affinity as ops
 from tritonaff.options import (
@@ -216,7 +216,7 @@ def instance_affinity_loss(
         invert: the channels say 1 for "different", as torch-em's do.
         gamma: the focusing parameter of ``"focal"``.
         reduction: ``"mean"``: all images are one batch of pairs. ``"none"``: the loss of every
-            image for itself.
+            image for itself. No ``"sum"``: each channel is a mean over a number of its own.
         normalizer: (K, 2) of int32 or int64, counts (different, same) to use in place of the
             batch's own; :meth:`InstanceAffinityLoss.normalizer` counts them. Not for Dice, which is
             no sum over images.
@@ -245,7 +245,8 @@ def instance_affinity_loss(
         offsets, loss=loss, balance=balance, channels=channels, gamma=gamma, reduction=reduction,
         background=background, ignore_index=ignore_index, anchor=anchor, invert=invert,
     )  # fmt: skip
-    return _loss(logits, ids, options, normalizer, process_group)
+    loss_of_all, _ = _loss(logits, ids, options, normalizer, process_group)
+    return loss_of_all
 
 
 class InstanceAffinityLoss(Loss):
@@ -257,8 +258,10 @@ class InstanceAffinityLoss(Loss):
         loss, balance, channels, gamma, reduction, process_group: the loss of the pairs, see there.
 
     Shapes:
-        ``forward(logits, ids, normalizer=None)`` with logits (N, K, H, W) and ids (N, H, W), or
-        (N, K, D, H, W) and (N, D, H, W), gives a scalar, or (N,) with ``reduction="none"``.
+        ``forward(logits, ids, normalizer=None, return_terms=False)`` with logits (N, K, H, W) and
+        ids (N, H, W), or (N, K, D, H, W) and (N, D, H, W), gives a scalar, or (N,) with
+        ``reduction="none"``. ``return_terms=True`` gives ``(loss, terms)``, for logs: a dict of the
+        detached terms by the names of the losses, which add up to the loss.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -295,8 +298,16 @@ class InstanceAffinityLoss(Loss):
         )  # fmt: skip
         super().__init__(options, process_group)
 
-    def forward(self, logits: Tensor, ids: Tensor, normalizer: Tensor | None = None) -> Tensor:
-        return _loss(logits, ids, self.options, normalizer, self.process_group)
+    def forward(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        normalizer: Tensor | None = None,
+        return_terms: bool = False,
+    ) -> Any:
+        checks.check_bool("return_terms", return_terms)
+        loss, terms = _loss(logits, ids, self.options, normalizer, self.process_group)
+        return (loss, terms) if return_terms else loss
 
     def normalizer(self, ids: Tensor) -> Tensor:
         """Counts (different, same) of ids (N, H, W) or (N, D, H, W): (K, 2) int64. Add up the
@@ -326,10 +337,13 @@ def _loss(
     options: InstanceAffinityOptions,
     normalizer: Tensor | None,
     process_group: dist.ProcessGroup | None,
-) -> Tensor:
+) -> LossAndTerms:
+    """The loss, and its terms by the names of the losses."""
     logits, ids = checks.check_logits_and_ids(logits, ids, options.offsets)
     checks.check_process_group(process_group)
-    _check_together(options, normalizer, process_group)
+    checks.check_together(options.reduction, normalizer, process_group)
+    if normalizer is not None and options.uses("dice"):
+        raise ValueError("a normalizer must be of a sum over images, got the loss 'dice'")
     if normalizer is not None:
         shape = len(options.offsets), 2
         normalizer = checks.check_normalizer(normalizer, shape, "logits", logits)
@@ -349,12 +363,13 @@ def _loss(
         tables = _Tables(*(table[None] for table in totals))
     if options.channels == "pooled":
         tables = _Tables(*(table.sum(dim=1, keepdim=True) for table in tables))
-    total = torch.zeros((), dtype=log_loss.dtype, device=logits.device)
+    terms = {}
     for name, factor in options.loss:
         value = _loss_of_channels(name, tables, options)
         value = value.mean(dim=1) if options.channels == "mean" else value.sum(dim=1)
-        total = total + factor * value
-    return total if options.reduction == "none" else total.squeeze(0)
+        terms[name] = factor * (value if options.reduction == "none" else value.squeeze(0))
+    total = sum(terms.values(), torch.zeros((), dtype=log_loss.dtype, device=logits.device))
+    return total, {name: term.detach() for name, term in terms.items()}
 
 
 def _loss_of_channels(name: str, tables: _Tables, options: InstanceAffinityOptions) -> Tensor:
@@ -419,15 +434,3 @@ def _weight_of_images(
     counts = count.sum(dim=1, keepdim=True).to(dtype)
     fraction = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return 0.5 / fraction.clamp(LEAST_FRACTION, LARGEST_FRACTION)
-
-
-def _check_together(
-    options: InstanceAffinityOptions,
-    normalizer: Tensor | None,
-    process_group: dist.ProcessGroup | None,
-) -> None:
-    if normalizer is not None and options.uses("dice"):
-        raise ValueError("a normalizer must be of a sum over images, got the loss 'dice'")
-    for name, value in (("normalizer", normalizer), ("process_group", process_group)):
-        if value is not None and options.reduction == "none":
-            raise ValueError(f"{name} must be None with the reduction 'none'")

@@ -1,14 +1,18 @@
-"""The bases of the public modules."""
+"""The bases of the public modules, and losses by image."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from tritonaff import checks
+
+LossAndTerms = tuple[Tensor, dict[str, Tensor]]
 
 
 class OptionsModule(nn.Module):
@@ -45,3 +49,12 @@ class Loss(OptionsModule):
         state = copy.deepcopy(self.__getstate__(), memo)  # type: ignore[no-untyped-call]
         copied.__setstate__(state)  # type: ignore[no-untyped-call]
         return copied
+
+
+def by_image(loss_of_batch: Callable[..., LossAndTerms], *tensors: Tensor) -> LossAndTerms:
+    """The loss and the terms of each image as a batch of its own, (N,) each."""
+    images = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+    losses, terms = zip(*(loss_of_batch(*image) for image in images), strict=True)
+    n = len(tensors[0])  # a batch of no images splits into one of no images
+    stacked = {name: torch.stack([of_image[name] for of_image in terms])[:n] for name in terms[0]}
+    return torch.stack(losses)[:n], stacked

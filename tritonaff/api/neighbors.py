@@ -38,7 +38,8 @@ def dilated_affinity_target(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape or range. A label below 0 other than ignore_index raises in eager
-            mode on the CPU; elsewhere such a label is a class.
+            mode on the CPU; elsewhere such pixels are ignored, unless TRITONAFF_CHECK=1 asserts
+            labels on the device.
 
     Paper: "Improving Semantic Segmentation via Dilated Affinity", Eq. 1 to 3.
 

@@ -45,7 +45,7 @@ ROW_FUNCTION int64_t label_row(
     int64_t beyond = 0;
     for (int64_t w = 0; w < n; w++) {
         int64_t k = label[w * stride];
-        int64_t ignored = k == ignore_index ? -1 : 0;
+        int64_t ignored = (k < 0) | (k == ignore_index) ? -1 : 0;
         id[w] = int32_t(k | ignored);
         beyond |= k & ~ignored & ~int64_t(INT32_MAX);
     }
@@ -103,7 +103,7 @@ private:
         return label_row(label, stride, ignore_index, id, width_);
     }
 
-    // Labels below 0 or beyond int32 are replaced by their ranks among the labels of the image.
+    // Labels beyond int32 are replaced by their ranks among the labels of the image.
     void rank(const Target& x, int64_t n, int64_t ignore_index) {
         auto label_of = [&](int64_t h, int64_t w) -> int64_t {
             int64_t at = n * x.stride_n + h * x.stride_h + w * x.stride_w;
@@ -123,7 +123,8 @@ private:
             for (int64_t w = 0; w < width_; w++) {
                 int64_t label = label_of(h, w);
                 auto place = std::lower_bound(labels.begin(), labels.end(), label);
-                if (label != ignore_index) row(n, h)[w] = int32_t(place - labels.begin());
+                if (label < 0 || label == ignore_index) continue;
+                row(n, h)[w] = int32_t(place - labels.begin());
             }
         }
     }

@@ -175,7 +175,7 @@ def label_affinity(
     the points that count.
     """
     label = sampled(target.to(torch.int64), grid_sizes)
-    valid = label != ignore_index
+    valid = (label >= 0) & (label != ignore_index)
     same = torch.eq(label[:, :, None], label[:, None, :])
     return same.logical_and_(valid[:, :, None]).to(torch.float32), valid
 

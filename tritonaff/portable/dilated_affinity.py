@@ -142,7 +142,8 @@ def signals(
     in_image = {(dy, dx) for dy, dx in steps if abs(dy) < height and abs(dx) < width}
     pad_h, pad_w = (max(map(abs, step), default=0) for step in zip(*in_image, (0, 0), strict=True))
     padding = pad_w, pad_w, pad_h, pad_h
-    counted = F.pad((target.to(torch.int64) != ignore_index).to(dtype), padding)
+    counted = (target >= 0) & (target.to(torch.int64) != ignore_index)
+    counted = F.pad(counted.to(dtype), padding)
     label = F.pad(comparable(target), padding)
 
     buffer: Tensor | None = None

@@ -43,7 +43,7 @@ def label_affinity(
     points that count.
     """
     label = sampled(target.long(), grid_sizes)
-    valid = label != ignore_index
+    valid = (label >= 0) & (label != ignore_index)
     same = (label[:, :, None] == label[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     return same.float(), valid
 

@@ -22,7 +22,8 @@ def dilated_affinity_target(
     target: Tensor, rates: Sequence[tuple[int, int]], *, ignore_index: int
 ) -> Tensor:
     """Eq. 1 for the pairs of Eq. 3: (N, 8 R, H, W) of 1, 0 and 255, rate by rate."""
-    label, counted = target.long(), (target.long() != ignore_index).long()
+    label = target.long()
+    counted = ((label >= 0) & (label != ignore_index)).long()
     signals = []
     for r1, r2 in rates:
         for dy, dx in DIRECTIONS:

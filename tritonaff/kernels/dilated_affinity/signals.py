@@ -76,8 +76,9 @@ def signals(
             *offset_of(rate, s, OFFSETS),
         )  # fmt: skip
         different |= tl.where(label_j != label, 1 << (7 - s), 0)
-        valid |= tl.where(there & (label_j != ignore_index), 1 << (7 - s), 0)
-    valid = tl.where(inside & (label != ignore_index), valid, 0)
+        counted = there & (label_j >= 0) & (label_j != ignore_index)
+        valid |= tl.where(counted, 1 << (7 - s), 0)
+    valid = tl.where(inside & (label >= 0) & (label != ignore_index), valid, 0)
     return different & valid, valid & ~different
 
 
