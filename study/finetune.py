@@ -320,7 +320,7 @@ class Score:
     def compute(self) -> dict[str, Any]:
         scores: dict[str, Any] = {"confusion": self.confusion.tolist()}
         for tolerance, boundary in zip(TOLERANCES, self.boundary, strict=True):
-            _, recall, f = boundary.compute()
+            _, recall, f = boundary.by_class()
             scores[f"boundary_recall_{tolerance}"] = rounded(recall)
             scores[f"boundary_f_{tolerance}"] = rounded(f)
         if self.thin is not None:
@@ -353,7 +353,7 @@ def score(run: Run, network: Network, data: Dataset) -> dict[str, Any]:
         for iterations in done[1:]:
             result[f"{split}_{iterations}"] = scores[iterations].compute()
     if accuracy is not None:
-        result["affinity_accuracy"] = rounded(accuracy.compute().by_category)
+        result["affinity_accuracy"] = rounded(accuracy.by_category())
     return result
 
 

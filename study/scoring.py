@@ -49,10 +49,10 @@ class Score:
         self.instance.update(prediction, target, torch.from_numpy(ids))
 
     def compute(self) -> dict[str, Any]:
-        boundary = self.boundary.compute()
+        boundary = self.boundary.by_class()
         return {
             "confusion": self.confusion.tolist(),
-            "instance_iou": rounded(self.instance.compute().by_class),
+            "instance_iou": rounded(self.instance.by_class()),
             "boundary_precision": rounded(boundary.precision),
             "boundary_recall": rounded(boundary.recall),
             "boundary_f": rounded(boundary.f),
@@ -158,6 +158,6 @@ def propagation(network: Network, data: Data, device: torch.device, whole: bool)
                 last.update(prediction, items)
     result = {
         "propagated": last.compute(),
-        "affinity_accuracy": rounded(accuracy.compute().by_category),
+        "affinity_accuracy": rounded(accuracy.by_category()),
     }
     return result | ({"propagation": rounded(mean_iou(tables))} if whole else {})
