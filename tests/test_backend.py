@@ -227,7 +227,7 @@ def test_ignored_pixels_may_hold_no_numbers(any_backend, device, loss, bad):
     shape = 2, 32 if loss == "dilated_affinity" else 5, 13, 17
     logits, target = case.make_inputs(smaller_if_interpreted(shape, any_backend, device))
     target[torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) < 0.2] = 255
-    ignored = (target == 255)[:, None].to(device)
+    ignored = (target == 255).view(2, -1, *target.shape[-2:]).to(device)
     logits, target = logits.to(device), target.to(device)
     results = evaluate(case, any_backend, logits.masked_fill(ignored, bad), target)
     expected = evaluate(case, any_backend, logits.masked_fill(ignored, 0), target)

@@ -152,7 +152,8 @@ DTYPES = (
 )
 
 
-OF_CLASSES = [name for name in CASES if name not in ("affinity_propagation", "instance_affinity")]
+OTHERS = ("affinity_field_sigmoid", "affinity_propagation", "instance_affinity")
+OF_CLASSES = [name for name in CASES if name not in OTHERS]
 
 
 @pytest.mark.usefixtures("portable")

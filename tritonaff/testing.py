@@ -76,6 +76,23 @@ def make_inputs(
     return logits.to(device, dtype), target.to(device)
 
 
+def make_sigmoid_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C, H, W) and a target of 0, 1 and 255, of the same shape: in every channel patches
+    as in :func:`make_inputs`, half of them 1.
+    """
+    n, c, height, width = shape
+    logits, target = make_inputs((n * c, 2, height, width), confidence=confidence, seed=seed)
+    logits, target = logits[:, 1] - logits[:, 0], target.view(shape)
+    return logits.view(shape).to(device, dtype), target.to(device)
+
+
 def make_propagation_inputs(
     shape: Shape,
     dtype: torch.dtype = torch.float32,
@@ -227,6 +244,14 @@ def instance_tables(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     return instance_affinity_terms(logits, ids, INSTANCE_OFFSETS[ids.dim() - 1], ignore_index=255)
 
 
+def binary_yardstick(
+    logits: Tensor, target: Tensor
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Binary cross-entropy, whose target is floating point and which cannot ignore an entry."""
+    labels = (target == 1).to(logits.dtype)
+    return lambda logits: F.binary_cross_entropy_with_logits(logits, labels), (logits,)
+
+
 def instance_yardstick(
     logits: Tensor, ids: Tensor
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -254,6 +279,20 @@ CASES = {
         ),
         tables=lambda logits, target: affinity_field_terms(logits, target, AFFINITY_FIELD_SIZES),
         largest_term=9.2,
+    ),
+    "affinity_field_sigmoid": Case(
+        name="affinity_field_sigmoid",
+        shapes=((8, 1, 512, 512), (4, 8, 512, 512)),
+        quick_shapes=((1, 2, 32, 32),),
+        loss=lambda logits, target: affinity_field_loss(
+            logits, target, AFFINITY_FIELD_SIZES, activation="sigmoid"
+        ),
+        tables=lambda logits, target: affinity_field_terms(
+            logits, target, AFFINITY_FIELD_SIZES, activation="sigmoid"
+        ),
+        largest_term=9.2,
+        make_inputs=make_sigmoid_inputs,
+        yardstick=binary_yardstick,
     ),
     "affinity_regression": Case(
         name="affinity_regression",

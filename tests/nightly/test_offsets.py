@@ -14,6 +14,8 @@ from tritonaff import affinity_propagation
 from tritonaff.testing import AFFINITY_RATES, CASES, differentiable
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
+# Channels of sigmoid are the tiles of two classes.
+OPS = [name for name in CASES if name != "affinity_field_sigmoid"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def results():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reserves address space as Linux does")
 @pytest.mark.parametrize("far", ["strides", "pixels"])
-@pytest.mark.parametrize("op", [*CASES, "affinity_regression_many_classes", "square_root_affinity"])
+@pytest.mark.parametrize("op", [*OPS, "affinity_regression_many_classes", "square_root_affinity"])
 def test_the_tiles_interpreted(results, op, far):
     """Elements 2^31 apart, and the last programs of 2^31 pixels."""
     if (op, far) == ("affinity_regression", "pixels"):
@@ -74,7 +76,7 @@ def gradient_with_tables(logits, target):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", OPS)
 def test_more_elements_than_2_to_the_31(op):
     """The last image of a large batch has the same gradients as alone."""
     case = CASES[op]
