@@ -7,7 +7,21 @@ BIN := $(VENV)/bin
 # Tests of the tiles as a GPU runs them, on a machine without a GPU.
 TILE_TESTS := backend affinity_field affinity_propagation affinity_regression dilated_affinity instance_affinity compile
 
-.PHONY: demo test test-version test-ptx test-nightly bench lint format wheel clean
+.PHONY: help demo test test-version test-ptx test-nightly bench docs lint format wheel clean
+
+help:
+	@echo "make demo          trains with two losses: a table, pictures; DATA=folder"
+	@echo "make test          the tests, about eight minutes on two cores"
+	@echo "make bench         time and memory on this machine"
+	@echo "make docs          the site, in build/site"
+	@echo "make test-ptx      without a GPU: the tiles, compiled for one and emulated"
+	@echo "make test-nightly  deliberate faults, tools, demo and study, random examples"
+	@echo "make lint          style and types; make format mends style"
+	@echo "make wheel         the package, in dist"
+	@echo "make clean         removes .venv and what was built"
+	@echo
+	@echo "ARGS adds arguments: make test ARGS=\"-k opcheck\", make demo ARGS=--help."
+	@echo "PYTHON=python3.12 chooses the interpreter of .venv."
 
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/train.py $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -35,6 +49,10 @@ test-nightly: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m tritonaff.bench run $(ARGS)
+
+# A warning is an error.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going --builder html docs build/site $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

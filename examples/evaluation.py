@@ -25,7 +25,7 @@ def score(network: nn.Module, pairs: list[Pair], classes: int, ignore: int) -> t
         prediction = predict(network, image)
         boundary.update(prediction[None], torch.from_numpy(labels)[None])
         table += confusion(prediction, labels, classes, ignore)
-    return mean_iou(table).item(), boundary.compute().f.nanmean().item()
+    return mean_iou(table).item(), boundary.compute()["boundary_f"].item()
 
 
 @torch.inference_mode()

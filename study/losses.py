@@ -23,6 +23,7 @@ from tritonaff import (
     NeighborStatistics,
     expand_rates,
 )
+from tritonaff.options import Activation
 
 
 class Output(NamedTuple):
@@ -39,10 +40,14 @@ class Batch(NamedTuple):
 class Facts(NamedTuple):
     """Facts about a data set that losses need."""
 
-    num_classes: int
+    channels: int  # of the logits: one for each class; one alone is label 1 against label 0
     ignore_index: int
     stride: int  # pixels of the image for one of the target
     targets: Sequence[np.ndarray]  # training labels at the compared resolution
+
+    @property
+    def activation(self) -> Activation:
+        return "sigmoid" if self.channels == 1 else "softmax"
 
 
 class CrossEntropy(nn.Module):
@@ -56,11 +61,21 @@ class CrossEntropy(nn.Module):
         self.register_buffer("weight", torch.tensor(weight))
 
     def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
-        return F.cross_entropy(output.logits, batch.target, ignore_index=self.ignore_index)
+        loss = log_loss(output.logits, batch.target, self.ignore_index)
+        return loss.sum() / (batch.target != self.ignore_index).sum().clamp(min=1)
 
     def optimizer_groups(self, lr: float) -> list[dict]:
         """Groups of the parameters that the loss itself learns."""
         return []
+
+
+def log_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Minus the log-probability of each pixel's label (N, H, W); 0 where the label is ignored."""
+    if logits.shape[1] > 1:
+        return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+    yes = (target == 1).to(logits.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits[:, 0], yes, reduction="none")
+    return loss * (target != ignore_index)
 
 
 class Affinity(CrossEntropy):
@@ -68,7 +83,9 @@ class Affinity(CrossEntropy):
 
     def __init__(self, facts: Facts, weight: float, kernel_sizes: Sequence[int] = (3,)) -> None:
         super().__init__(facts, weight)
-        self.field = AffinityFieldLoss(kernel_sizes, ignore_index=facts.ignore_index)
+        self.field = AffinityFieldLoss(
+            kernel_sizes, ignore_index=facts.ignore_index, activation=facts.activation
+        )
 
     def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
         field = self.field(output.logits, batch.target, progress)
@@ -83,7 +100,10 @@ class AdaptiveAffinity(Affinity):
     ) -> None:
         super().__init__(facts, weight)
         self.field = AdaptiveAffinityFieldLoss(
-            facts.num_classes, kernel_sizes, ignore_index=facts.ignore_index
+            facts.channels,
+            kernel_sizes,
+            ignore_index=facts.ignore_index,
+            activation=facts.activation,
         )
 
     def optimizer_groups(self, lr: float) -> list[dict]:
@@ -101,7 +121,9 @@ class AffinityRegression(CrossEntropy):
 
     def __init__(self, facts: Facts, weight: float) -> None:
         super().__init__(facts, weight)
-        self.regression = AffinityRegressionLoss(ignore_index=facts.ignore_index)
+        self.regression = AffinityRegressionLoss(
+            ignore_index=facts.ignore_index, activation=facts.activation
+        )
 
     def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
         # A weight of 0, not an "if": that would read the progress back and compile twice.
@@ -172,6 +194,68 @@ def contrastive_loss(
     return sums[0] / sums[1].clamp(min=1) + sums[2] / sums[3].clamp(min=1)
 
 
+class Dice(CrossEntropy):
+    """Cross-entropy and soft Dice, 1 - 2 sum p y / (sum p + sum y), sums over the batch: the mean
+    over the classes that occur in the labels; of one channel, label 1 alone.
+    """
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        dice = dice_loss(output.logits, batch.target, self.ignore_index)
+        return super().forward(output, batch, progress) + self.weight * dice
+
+
+def dice_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    counted, channels = target != ignore_index, logits.shape[1]
+    if channels == 1:
+        probs, true = logits.sigmoid(), (target == 1)[:, None]
+    else:
+        probs = logits.softmax(dim=1)
+        true = F.one_hot(target * counted, channels).movedim(-1, 1) == 1
+    probs, true = probs * counted[:, None], true & counted[:, None]
+    hits, predicted, labelled = (x.sum(dim=(0, 2, 3)) for x in (probs * true, probs, true))
+    occurs = labelled > 0
+    loss = 1 - 2 * hits / (predicted + labelled).clamp(min=1e-6)
+    return (loss * occurs).sum() / occurs.sum().clamp(min=1)
+
+
+class Adversarial(CrossEntropy):
+    """Cross-entropy and a discriminator D that tells patches of labels y from patches of predicted
+    probabilities; AAF paper, Eq. 8. D maximises log D(y) + log(1 - D(p)), both means over patches;
+    the network minimises weight * log(1 - D(p)). As for AAF's sizes, one step does both: the
+    gradient is reversed between D and the network.
+
+    The paper says nothing of D's layers. Here D sees patches of 15 of the logits.
+    """
+
+    def __init__(self, facts: Facts, weight: float) -> None:
+        super().__init__(facts, weight)
+        with torch.random.fork_rng(devices=[]):  # the network starts as with any other loss
+            torch.manual_seed(0)
+            self.discriminator = nn.Sequential(
+                nn.Conv2d(facts.channels, 32, kernel_size=3, stride=2, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(32, 64, kernel_size=3, stride=2, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(64, 1, kernel_size=3, padding=1),
+            )
+
+    def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
+        target, channels = batch.target, output.logits.shape[1]
+        counted = target != self.ignore_index
+        true = F.one_hot(target * counted, channels).movedim(-1, 1).to(output.logits.dtype)
+        probs = output.logits.softmax(dim=1)
+        # The value is the value of probs; the gradient, -weight times the gradient.
+        reversed_probs = (1 + self.weight) * probs.detach() - self.weight * probs
+        real, fake = (
+            self.discriminator(maps * counted[:, None]) for maps in (true, reversed_probs)
+        )
+        discriminator = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()
+        return super().forward(output, batch, progress) + discriminator
+
+    def optimizer_groups(self, lr: float) -> list[dict]:
+        return [{"params": self.discriminator.parameters(), "lr": lr / 10}]
+
+
 BOUNDARY_SIGMA = 5.0  # pixels of the image, as in U-Net
 
 
@@ -191,9 +275,7 @@ class BoundaryWeights(CrossEntropy):
         self.sigma = BOUNDARY_SIGMA / facts.stride
 
     def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
-        loss = F.cross_entropy(
-            output.logits, batch.target, ignore_index=self.ignore_index, reduction="none"
-        )
+        loss = log_loss(output.logits, batch.target, self.ignore_index)
         weight = 1 + self.weight * torch.exp(-0.5 * (batch.distance / self.sigma) ** 2)
         weight = weight * (batch.target != self.ignore_index)
         return (weight * loss).sum() / weight.sum().clamp(min=1)
@@ -218,6 +300,8 @@ LOSSES: dict[str, type[CrossEntropy]] = {
     "ce+ar": AffinityRegression,
     "ce+dilated": Dilated,
     "ce+contrastive": Contrastive,
+    "ce+gan": Adversarial,
+    "ce+dice": Dice,
     "unet": BoundaryWeights,
 }
 
@@ -228,5 +312,7 @@ TITLES = {
     "ce+ar": "+ affinity regression",
     "ce+dilated": "+ dilated affinity",
     "ce+contrastive": "+ contrastive",
+    "ce+gan": "+ GAN",
+    "ce+dice": "+ Dice",
     "unet": "weighted at boundaries",
 }

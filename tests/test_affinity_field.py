@@ -297,7 +297,7 @@ def test_tiles_do_not_depend_on_their_blocks(device, width, aligned):
     pytest.importorskip("triton", minversion="3.6")
     strips = {"rows": 3, "strip_classes": 2, "lanes": 8, "unroll": 2}  # an odd number of steps
     patches = {"patch": (8, 8), "part": (4, 4), "count_programs": 2}  # several patches each
-    pixels = {"pixels": 64, "pixel_classes": 2, "sums": 2}
+    pixels = {"pixels": 64, "pixel_classes": 2, "partial_sums": 2}
     logits, target = make_inputs((2, 3, 5, width), device=device)
     if not aligned:  # the first pixel is not at a multiple of 16 bytes
         logits = torch.cat((logits.new_empty(1), logits.flatten()))[1:].view(logits.shape)

@@ -36,7 +36,9 @@ def make(shape, rates=RATES, dtype=torch.float32, device="cpu", seed=0):
 # --- The reference against the definition, pixel by pixel --------------------------------------
 
 
-def propagation_by_definition(probs, affinity, rates, iterations, self_weight, mu, from_logits):
+def propagation_by_definition(
+    probs, affinity, rates, iterations, self_weight, mu, from_logits, normalize, border
+):
     """The equations as loops over images, pixels, classes and neighbours."""
     n, c, height, width = probs.shape
     p = probs.clone()
@@ -52,26 +54,37 @@ def propagation_by_definition(probs, affinity, rates, iterations, self_weight, m
                             continue
                         a = float(affinity[b, channel, y, x])
                         a = mu**a / (1 + mu**a) if from_logits else a
-                        if 0 <= y + dy < height and 0 <= x + dx < width:
-                            total += a * p[b, i, y + dy, x + dx]
+                        row, column = y + dy, x + dx
+                        if border == "replicate":
+                            row, column = (
+                                sorted((0, row, height - 1))[1],
+                                sorted((0, column, width - 1))[1],
+                            )
+                        if 0 <= row < height and 0 <= column < width:
+                            total += a * p[b, i, row, column]
                         channel += 1
                 refined[b, i, y, x] = total
-            refined[b, :, y, x] /= sum(refined[b, :, y, x])
+            if normalize == "sum":
+                refined[b, :, y, x] /= sum(refined[b, :, y, x])
         p = refined
     return p
 
 
+@pytest.mark.parametrize("border", ["valid", "replicate"])
+@pytest.mark.parametrize("normalize", ["sum", "none"])
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 1, 1), (1, 2, 1, 6), (1, 4, 7, 2)])
-def test_reference_is_the_definition(from_logits, shape):
+def test_reference_is_the_definition(from_logits, shape, normalize, border):
     torch.manual_seed(0)
     probs = torch.rand(shape, dtype=torch.float64)
     affinity = torch.rand(shape[0], 24, *shape[2:], dtype=torch.float64)
     if from_logits:
         affinity = 6 * affinity - 3
     rates = ((1, 1), (2, 3), (3, 1))
-    expected = propagation_by_definition(probs, affinity, rates, 2, 1.5, 5.0, from_logits)
-    options = {"iterations": 2, "self_weight": 1.5, "steepness": 5.0, "from_logits": from_logits}
+    options = 2, 1.5, 5.0, from_logits, normalize, border
+    expected = propagation_by_definition(probs, affinity, rates, *options)
+    names = "iterations", "self_weight", "steepness", "from_logits", "normalize", "border"
+    options = dict(zip(names, options, strict=True))
     result = propagate("reference", probs, affinity, rates, **options)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
@@ -106,7 +119,12 @@ def inputs(pick, dtypes, max_rates=3):
         "self_weight": pick([0.1, 1.0, 6.0]),
         "steepness": pick([1.5, 7.0]),
         "from_logits": pick([False, True]),
+        "normalize": pick(["sum", "none"]),
+        "border": pick(["valid", "replicate"]),
     }
+    if options["normalize"] == "none":
+        c = pick([1, c])
+        options["self_weight"] = pick([0.0, 1.0])
     torch.manual_seed(pick(range(2**16)))
     x = pick([0.1, 1.0, 15.0]) * torch.randn(n, c, height, width)
     affinity = pick([0.1, 1.0, 15.0]) * torch.randn(n, 8 * len(rates), height, width)
@@ -114,6 +132,8 @@ def inputs(pick, dtypes, max_rates=3):
         x = x.softmax(dim=1) if pick([False, True]) else torch.rand_like(x) + 0.05
     if not options["from_logits"]:
         affinity = affinity.sigmoid() if pick([False, True]) else (affinity > 0).to(x.dtype)
+    if options["normalize"] == "none":  # sums stay about 1
+        affinity = affinity / (4 * affinity.shape[1])
     x, affinity = (laid_out(t.to(pick(dtypes)), pick(LAYOUTS)) for t in (x, affinity))
     return case_with(**options), x, affinity
 
@@ -153,13 +173,18 @@ def test_many_classes(backend, device):
     check_parity(case_with(RATES, iterations=2), backend, *make((1, 150, 6, 7), device=device))
 
 
+BORDERS = [("sum", "valid"), ("sum", "replicate"), ("none", "valid"), ("none", "replicate")]
+
+
 @pytest.mark.parametrize("block", [1, 50, 200])
-def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
+@pytest.mark.parametrize(("normalize", "border"), BORDERS)
+def test_portable_does_not_depend_on_its_blocks(monkeypatch, block, normalize, border):
     """Blocks of one pixel, of parts of an image, and groups of images."""
     from tritonaff.portable import affinity_propagation as portable
 
     monkeypatch.setattr(portable, "CPU_BLOCK", block)
-    check_parity(case_with(RATES, iterations=2), "portable", *make((5, 3, 5, 6)))
+    options = {"iterations": 2, "normalize": normalize, "border": border}
+    check_parity(case_with(RATES, **options), "portable", *make((5, 3, 5, 6)))
 
 
 @pytest.mark.parametrize("classes", [2, 10, 11, 23])
@@ -168,18 +193,22 @@ def test_native_kernels_do_not_depend_on_their_passes(classes, rates):
     """Passes over the classes; sets of rows with and without neighbours; widths of vectors."""
     for width in (16, 37):
         inputs = make((2, classes, 9, width), rates)
-        check_parity(case_with(rates, iterations=3), available("native"), *inputs)
+        for border in ("valid", "replicate"):
+            case = case_with(rates, iterations=3, border=border)
+            check_parity(case, available("native"), *inputs)
 
 
 @pytest.mark.parametrize("rates", [(1, (2, 3)), (4, (8, 3))], ids=str)
-def test_native_kernels_do_not_depend_on_the_number_of_threads(rates):
+@pytest.mark.parametrize(("normalize", "border"), [BORDERS[0], BORDERS[3]])
+def test_native_kernels_do_not_depend_on_the_number_of_threads(rates, normalize, border):
     """Threads that share the rows of an image, and threads that have sets of their own."""
     values = make((1, 21, 33, 40), rates)
+    case = case_with(rates, iterations=3, normalize=normalize, border=border)
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(evaluate(case_with(rates, iterations=3), available("native"), *values))
+            results.append(evaluate(case, available("native"), *values))
     finally:
         torch.set_num_threads(1)
     for other in results[1:]:
@@ -215,9 +244,9 @@ def test_tiles_do_not_depend_on_their_blocks(device):
     pytest.importorskip("triton", minversion="3.6")
     pixels = {"pixels": 16, "elements": 128, "gate_pixels": 16}
     with override(affinity_propagation={**pixels, "classes": 2, "classes_of_many": 2}):
-        check_parity(
-            case_with([(1, 2)], iterations=2), "triton", *make((2, 5, 5, 9), [1], device=device)
-        )
+        for normalize, border in (BORDERS[0], BORDERS[3]):
+            case = case_with([(1, 2)], iterations=2, normalize=normalize, border=border)
+            check_parity(case, "triton", *make((2, 5, 5, 9), [1], device=device))
 
 
 def test_nothing_is_left_unwritten(backend, device, poisoned_memory):
@@ -260,10 +289,15 @@ def test_dtypes_may_differ(backend, device, dtype):
 # --- Derivatives --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("from_logits", [True, False])
-@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(
+    ("softmax", "from_logits", "normalize", "border"),
+    [
+        *((softmax, from_logits, *BORDERS[0]) for softmax in (0, 1) for from_logits in (0, 1)),
+        (False, False, *BORDERS[3]),
+    ],
+)
 @pytest.mark.parametrize("implementation", ["reference", "portable"])
-def test_gradcheck(implementation, softmax, from_logits):
+def test_gradcheck(implementation, softmax, from_logits, normalize, border):
     torch.manual_seed(0)
     x = torch.rand(1, 3, 3, 4, dtype=torch.float64, requires_grad=True)
     affinity = torch.rand(1, 16, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -271,8 +305,9 @@ def test_gradcheck(implementation, softmax, from_logits):
     def refine(x, affinity):
         probs = x.softmax(dim=1) if softmax else x
         return tritonaff.affinity_propagation(
-            probs, affinity, RATES, iterations=3, self_weight=2.0, from_logits=from_logits
-        )
+            probs, affinity, RATES, iterations=3, self_weight=2.0, from_logits=bool(from_logits),
+            normalize=normalize, border=border,
+        )  # fmt: skip
 
     with tritonaff.use_backend(implementation):
         assert torch.autograd.gradcheck(refine, (x, affinity))
@@ -326,12 +361,14 @@ def test_opcheck(backend, device, layout):
     shape = 2, 3, *image_size(backend)
     probs, affinity = (laid_out(x, layout) for x in make(shape, device=device))
     affinity = affinity[:, :8]
-    settings = [2, 3], 1, 6.0, 7.0, True, backend
-    opcheck(
-        torch.ops.tritonaff.affinity_propagation.default,
-        (probs.clone().requires_grad_(), affinity.clone().requires_grad_(), *settings),
-        backend,
-    )
+    settings = [2, 3], 1, 6.0, 7.0, True, "sum", "valid", backend
+    as_they_are = [2, 3], 1, 0.0, 7.0, False, "none", "replicate", backend
+    for options in (settings, as_they_are)[: 2 if layout == "contiguous" else 1]:
+        opcheck(
+            torch.ops.tritonaff.affinity_propagation.default,
+            (probs.clone().requires_grad_(), affinity.clone().requires_grad_(), *options),
+            backend,
+        )
     for needs in ((True, True), (True, False), (False, True)):
         opcheck(
             torch.ops.tritonaff.affinity_propagation_backward.default,
@@ -413,6 +450,16 @@ def test_one_distribution_everywhere_stays(shape, seed):
     torch.testing.assert_close(tritonaff.affinity_propagation(probs, affinity, RATES), probs)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_weights_that_sum_to_1_keep_what_is_constant(any_backend, device, classes):
+    """Any number, of any sign, in images smaller than the rate as well."""
+    options = {"from_logits": False, "self_weight": 0, "normalize": "none", "border": "replicate"}
+    probs = torch.tensor([-3.0, 0.5, 7.0], device=device)[:classes, None, None].expand(2, -1, 3, 4)
+    weights = torch.randn(2, 16, 3, 4, device=device).softmax(dim=1)
+    result = propagate(any_backend, probs, weights, [1, 9], **options)
+    torch.testing.assert_close(result, probs.contiguous(), rtol=1e-5, atol=1e-6)
+
+
 def test_without_affinity_every_pixel_stays(backend, device):
     probs, affinity = make((2, 3, 5, 6), device=device)
     none = {"affinity": torch.zeros_like(affinity), "from_logits": False}
@@ -473,7 +520,7 @@ def test_the_module_is_the_function():
     assert torch.equal(module(*values), tritonaff.affinity_propagation(*values, RATES, **options))
     assert repr(module) == (
         f"AffinityPropagation(rates={check_rates(RATES)}, iterations=2, self_weight=3.0, "
-        "steepness=2.0, from_logits=False)"
+        "steepness=2.0, from_logits=False, normalize='sum', border='valid')"
     )
     assert not list(module.parameters())
 
@@ -485,3 +532,15 @@ def test_gigantic_rates_have_no_neighbors(any_backend, device, rate):
     with tritonaff.use_backend(any_backend):
         result = tritonaff.affinity_propagation(probs, affinity, [rate], iterations=1)
     torch.testing.assert_close(result, probs / probs.sum(dim=1, keepdim=True))
+    weights = torch.full_like(affinity, 1 / 8)
+    options = {"from_logits": False, "self_weight": 0, "normalize": "none", "border": "replicate"}
+    with tritonaff.use_backend(any_backend):
+        result = tritonaff.affinity_propagation(probs, weights, [rate], iterations=1, **options)
+    # The neighbours: corners, and the ends of the pixel's own row and column.
+    ends = [
+        probs[:, :, rows, columns]
+        for rows in (slice(0, 1), slice(None), slice(-1, None))
+        for columns in (slice(0, 1), slice(None), slice(-1, None))
+    ]
+    expected = sum(x.expand_as(probs) for x in ends) - probs
+    torch.testing.assert_close(result, expected / 8)

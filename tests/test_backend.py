@@ -142,7 +142,7 @@ def test_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.version, "hip", None)
     backends._too_old.cache_clear()
-    obstacle = backends._no_triton_on(torch.device("cuda", 0))
+    obstacle = backends.triton_obstacle(torch.device("cuda", 0))
     backends._too_old.cache_clear()
     assert obstacle == "the tiles need a GPU of compute capability 7.0, got 6.1"
 

@@ -309,11 +309,13 @@ BAD_PROPAGATION_OPTIONS = {
     "rates twice": ({"rates": [(2, 2), 2]}, ValueError, "rates must be at least 1 and distinct"),
     "iterations": ({"iterations": -1}, ValueError, "iterations must be at least 0, got -1"),
     "iterations type": ({"iterations": 1.0}, TypeError, "iterations must be an int, got float"),
-    "self_weight": ({"self_weight": 0}, ValueError, r"self_weight must be in \(0, inf\), got 0"),
+    "self_weight": ({"self_weight": -1}, ValueError, r"self_weight must be in \[0, inf\), got -1"),
     "self_weight type": ({"self_weight": "6"}, TypeError, "self_weight must be a number, got str"),
     "steepness": ({"steepness": 1.0}, ValueError, r"steepness must be in \(1, inf\), got 1.0"),
     "steepness infinite": ({"steepness": float("inf")}, ValueError, "steepness must be in"),
     "from_logits": ({"from_logits": 1}, TypeError, "from_logits must be a bool, got int"),
+    "normalize": ({"normalize": None}, ValueError, "normalize must be one of .* got None"),
+    "border": ({"border": "reflect"}, ValueError, "border must be one of .* got 'reflect'"),
 }
 
 

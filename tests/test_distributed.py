@@ -301,8 +301,10 @@ def counts_of(*tensors):
     if dist.is_initialized():
         statistics.all_reduce()
     counts = statistics.pixel_count, statistics.signal_count
-    scores = *boundary.compute(), *instances.compute()
-    return [*counts, *accuracy.compute(), *report.compute()[1:], *scores]
+    metrics = accuracy, report, boundary, instances
+    scalars = [value for metric in metrics for value in metric.compute().values()]
+    by_class = *boundary.by_class(), instances.by_class()
+    return [*counts, *scalars, accuracy.by_category(), *report.report()[1:], *by_class]
 
 
 @pytest.fixture

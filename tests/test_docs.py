@@ -14,6 +14,8 @@ from vision import import_torchvision
 
 import tritonaff
 
+import tritonaff
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -126,3 +128,14 @@ def test_native_kernels_are_shown_once_they_are_measured():
     assert (shown["shape"], shown["ours"]["impl"]) == ((1, 2, 4, 4), "native")
     (shown,) = readme.rows_of_speed({"rows": [r for r in rows if r["impl"] != "native"]})
     assert shown["ours"]["ms"] == 16
+
+
+def test_the_site_has_every_public_name():
+    """The pages of docs/api name what the docstrings are taken from."""
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    shown = set(re.findall(r"auto(?:function|class):: (?:tritonaff\.)?(\w+)$", pages, re.MULTILINE))
+    assert set(tritonaff.__all__) - {"__version__"} <= shown
+    index = (ROOT / "docs/index.md").read_text()
+    pages = {*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/api").glob("*.md")}
+    names = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in pages}
+    assert names - {"index"} <= set(re.findall(r"^(\S+)$", index, re.MULTILINE))

@@ -124,8 +124,8 @@ def test_a_tolerance_forgives_noise():
     strict, lenient = BoundaryScore(4, tolerance=0), BoundaryScore(4, tolerance=1)
     for score in (strict, lenient):
         score.update(prediction, target)
-    assert strict.compute().f.mean().item() == pytest.approx(0.25, abs=0.01)
-    assert lenient.compute().f.mean().item() == pytest.approx(0.92, abs=0.01)
+    assert strict.by_class().f.mean().item() == pytest.approx(0.25, abs=0.01)
+    assert lenient.by_class().f.mean().item() == pytest.approx(0.92, abs=0.01)
 
 
 def two_halves(column):
@@ -137,7 +137,7 @@ def two_halves(column):
 def test_perfect_prediction():
     score = BoundaryScore(2, tolerance=0)
     score.update(two_halves(8), two_halves(8))
-    for values in score.compute():
+    for values in score.by_class():
         assert values.tolist() == [1.0, 1.0]
 
 
@@ -145,7 +145,7 @@ def test_perfect_prediction():
 def test_a_boundary_that_is_three_pixels_off(tolerance, expected):
     score = BoundaryScore(2, tolerance)
     score.update(two_halves(8), two_halves(11))
-    assert score.compute().f.tolist() == [expected, expected]
+    assert score.by_class().f.tolist() == [expected, expected]
 
 
 def test_half_a_boundary_has_half_the_recall():
@@ -154,15 +154,14 @@ def test_half_a_boundary_has_half_the_recall():
     score = BoundaryScore(2, tolerance=1)
     score.update(prediction, two_halves(8))
     # Rows 0 to 4 are found, row 5 is within the tolerance of row 4.
-    assert score.compute().recall[1] == 0.6
+    assert score.by_class().recall[1] == 0.6
 
 
 def test_classes_without_a_boundary_are_nan_and_leave_the_mean_alone():
     score = BoundaryScore(4, tolerance=1)
     score.update(two_halves(8), two_halves(8))
-    result = score.compute()
-    assert result.f.isnan().tolist() == [False, False, True, True]
-    assert result.f.nanmean() == 1
+    assert score.by_class().f.isnan().tolist() == [False, False, True, True]
+    assert score.compute()["boundary_f"] == 1
 
 
 def test_a_class_missed_or_invented_scores_zero():
@@ -173,7 +172,7 @@ def test_a_class_missed_or_invented_scores_zero():
     ):
         score = BoundaryScore(2)
         score.update(prediction, truth)
-        assert score.compute().f.tolist() == [0.0, 0.0]
+        assert score.by_class().f.tolist() == [0.0, 0.0]
 
 
 def test_ignored_pixels_make_no_boundary():
@@ -181,7 +180,7 @@ def test_ignored_pixels_make_no_boundary():
     target[:, :, 6:10] = 255
     score = BoundaryScore(2)
     score.update(two_halves(8), target)
-    assert score.compute().f.isnan().all()
+    assert score.by_class().f.isnan().all()
 
 
 def test_batches_add_up_and_reset_forgets():
@@ -299,14 +298,13 @@ def test_instance_mean_iou_is_that_of_the_definition(
     metric = InstanceMeanIoU(num_classes, ignore_index, variant)
     metric.update(prediction[:1], target[:1], ids[:1])
     metric.update(prediction[1:], target[1:], ids[1:])
-    result = metric.compute()
+    result, found_mean = metric.by_class(), metric.compute()["instance_miou"]
     by_class, mean = instance_mean_iou_by_definition(
         prediction, target, ids, num_classes, ignore_index, variant
     )
-    assert result.by_class.dtype == result.mean.dtype == torch.float64
-    found = result.by_class.reshape(num_classes).tolist()  # torchmetrics squeezes a single class
-    assert found == pytest.approx(by_class, abs=1e-14, nan_ok=True)
-    assert result.mean.item() == pytest.approx(mean, abs=1e-14, nan_ok=True)
+    assert result.dtype == found_mean.dtype == torch.float64
+    assert result.tolist() == pytest.approx(by_class, abs=1e-14, nan_ok=True)
+    assert found_mean.item() == pytest.approx(mean, abs=1e-14, nan_ok=True)
 
 
 @pytest.mark.parametrize("num_ids", [255, 256, 300])
@@ -342,7 +340,7 @@ def test_in_the_authors_variant_the_class_after_the_last_is_a_false_positive_of_
     metric = InstanceMeanIoU(2, variant="authors")
     metric.update(prediction, target, target)
     # 1 found; 2 missed; 2 invented, one of which lies on a missed instance.
-    assert metric.compute().by_class.tolist() == pytest.approx([0, 1 / 5], abs=1e-12)
+    assert metric.by_class().tolist() == pytest.approx([0, 1 / 5], abs=1e-12)
 
 
 def test_an_instance_counts_as_one_whatever_its_size():
@@ -356,10 +354,10 @@ def test_an_instance_counts_as_one_whatever_its_size():
     prediction[1, 0, :4] = 1
     metric = InstanceMeanIoU(3)
     metric.update(prediction, target, ids)
-    result = metric.compute()
+    result = metric.by_class()
     expected = [(5 / 7 + 6 / 10) / 2, 3 / 5]
-    assert result.by_class.tolist() == pytest.approx([*expected, math.nan], nan_ok=True)
-    assert result.mean.item() == pytest.approx(sum(expected) / 2)
+    assert result.tolist() == pytest.approx([*expected, math.nan], nan_ok=True)
+    assert metric.compute()["instance_miou"].item() == pytest.approx(sum(expected) / 2)
 
 
 def test_without_instances():
@@ -368,10 +366,10 @@ def test_without_instances():
     paper, authors = InstanceMeanIoU(2), InstanceMeanIoU(2, variant="authors")
     for metric in (paper, authors):
         metric.update(nothing, nothing, nothing)
-    assert paper.compute().by_class.isnan().all()
-    assert paper.compute().mean.isnan()
-    assert authors.compute().by_class.tolist() == [0, 0]
-    assert authors.compute().mean == 0
+    assert paper.by_class().isnan().all()
+    assert paper.compute()["instance_miou"].isnan()
+    assert authors.by_class().tolist() == [0, 0]
+    assert authors.compute()["instance_miou"] == 0
 
 
 @pytest.mark.parametrize("label", [11, -100])
@@ -386,8 +384,9 @@ def test_where_labels_are_not_looked_at_those_of_no_class_are_left_out(make, lab
     for metric, void in ((ignored, 255), (wrong, label)):
         target[:, 3:5] = void
         metric.update(prediction, target, *ids)
-    for expected, found in zip(ignored.compute(), wrong.compute(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(wrong.compute(), ignored.compute(), **exactly)
+    torch.testing.assert_close(wrong.by_class(), ignored.by_class(), **exactly)
 
 
 def test_states_are_exact_without_float64():
@@ -403,9 +402,9 @@ def test_states_are_exact_without_float64():
     for state in (metric.weighted_iou, metric.instance_count):
         state *= 2**30
     metric.update(target, target, target)
-    result = metric.compute()
+    result = metric.by_class()
     expected = (2**30 * (Fraction(1, 4) + Fraction(1, 3)) + 1) / (2**31 + 1)
-    assert result.by_class.tolist() == pytest.approx([float(expected), 1 / (2**31 + 1)], rel=4e-16)
+    assert result.tolist() == pytest.approx([float(expected), 1 / (2**31 + 1)], rel=4e-16)
 
 
 # Affinity accuracy
@@ -445,13 +444,17 @@ def test_accuracy_by_rate_and_category(device):
     logits[:, 8:] *= -1
     accuracy = AffinityAccuracy(rates).to(device)
     accuracy.update(logits, target)
-    result = accuracy.compute()
+    result = accuracy.by_category()
     counts = tritonaff.functional.neighbor_counts(target, rates)
     exists = counts.signal_count.sum(dim=-1).cpu() > 0
-    assert result.by_category[exists].tolist() == [1.0] * exists[0].sum() + [0.0] * exists[1].sum()
-    assert result.by_category[~exists].isnan().all()
+    assert result[exists].tolist() == [1.0] * exists[0].sum() + [0.0] * exists[1].sum()
+    assert result[~exists].isnan().all()
     signals = counts.signal_count.sum(dim=(1, 2)).double()
-    assert result.overall.item() == pytest.approx((signals[0] / signals.sum()).item())
+    scalars = accuracy.compute()
+    expected = (signals[0] / signals.sum()).item()
+    assert scalars["affinity_accuracy"].item() == pytest.approx(expected)
+    mean = scalars["affinity_accuracy_by_category"]
+    assert mean.item() == pytest.approx(result[exists].mean().item())
 
 
 def test_accuracy_adds_up_and_resets():
@@ -463,11 +466,11 @@ def test_accuracy_adds_up_and_resets():
     for i in range(3):
         apart.update(logits[i : i + 1], target[i : i + 1])
     assert torch.equal(together.correct_count, apart.correct_count)
-    assert together.compute().overall == apart.compute().overall
+    assert together.compute() == apart.compute()
     apart.reset()
     apart.update(logits, torch.full_like(target, 255))
-    assert apart.compute().by_category.isnan().all()
-    assert apart.compute().overall.isnan()
+    assert apart.by_category().isnan().all()
+    assert all(value.isnan() for value in apart.compute().values())
 
 
 @pytest.mark.parametrize(
@@ -613,7 +616,7 @@ def test_refinement_is_that_of_the_definition(shape, distances, dtype, ignore_in
     report.update(before, after, target)
     expected = refinement_by_definition(before, after, target, distances, ignore_index)
     assert torch.equal(report.counts, expected)
-    result = report.compute()
+    result = report.report()
     assert torch.equal(torch.stack(result[1:]), expected)
     assert torch.equal(result.changed, expected[1:].sum(dim=0))
 
@@ -624,7 +627,7 @@ def test_an_ignored_band_does_not_hide_a_boundary():
     report = RefinementReport((4, 5))
     report.update(target, target, target)
     # 1, 5 and 5 columns aside: columns 5 and 10 are 5 apart.
-    assert report.compute().pixel_count.tolist() == [0, 20, 140]
+    assert report.report().pixel_count.tolist() == [0, 20, 140]
 
 
 def test_fractions_and_table():
@@ -636,7 +639,9 @@ def test_fractions_and_table():
     before[0, 4, 0] = after[0, 4, 0] = 1  # wrong, but not changed
     report = RefinementReport((1, 2))
     report.update(before, after, target)
-    result = report.compute()
+    result = report.report()
+    scalars = [value.item() for value in report.compute().values()]
+    assert scalars == pytest.approx([2 / 200, 1 / 200, 1 / 200])
     assert result.changed.tolist() == [3, 0, 1]
     assert result.changed_fraction.tolist() == [3 / 20, 0, 1 / 160]
     assert result.fractions[:, 0].tolist() == [1 / 3] * 3
@@ -664,14 +669,69 @@ def test_they_move_collect_and_pickle(device):
     for metric in collection.values():
         for name in metric.metric_state:
             assert getattr(metric, name).device.type == device.type
-    again = pickle.loads(pickle.dumps(collection)).compute()
-    assert again["AffinityAccuracy"].overall == 1
-    assert again["BoundaryScore"].f.tolist() == [1, 1]
-    assert again["InstanceMeanIoU"].mean == 1
-    assert again["RefinementReport"].pixel_count.sum() == 200
+    computed = collection.compute()
+    assert computed == {
+        "affinity_accuracy": 1,
+        "affinity_accuracy_by_category": 1,
+        "boundary_f": 1,
+        "boundary_precision": 1,
+        "boundary_recall": 1,
+        "instance_miou": 1,
+        "became_right": 0,
+        "became_wrong": 0,
+        "stayed_wrong": 0,
+    }
+    assert all(value.dim() == 0 for value in computed.values())
+    again = pickle.loads(pickle.dumps(collection))
+    assert again.compute() == computed
+    assert again["BoundaryScore"].by_class().f.tolist() == [1, 1]
+    assert again["RefinementReport"].report().pixel_count.sum() == 200
     report = RefinementReport().to(device)
-    forward = report(target, target, target)
-    assert torch.equal(forward.pixel_count, report.compute().pixel_count)
+    assert report(target, target, target) == report.compute()
+
+
+def test_lightning_logs_them(tmp_path):
+    """``log_dict`` in every step, and the means of the epoch at its end."""
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Network(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.boundary = BoundaryScore(2, tolerance=0)
+            self.accuracy = AffinityAccuracy([1])
+            self.scores = torchmetrics.MetricCollection(
+                {"boundary": BoundaryScore(2), "instances": InstanceMeanIoU(2)},
+                prefix="val_",
+                compute_groups=False,
+            )
+
+        def validation_step(self, batch, index):
+            prediction, target = batch
+            self.boundary.update(prediction, target)
+            self.accuracy.update(perfect_logits(target, [1]), target)
+            inputs = {"prediction": prediction, "target": target, "instance_ids": target}
+            self.log_dict(self.scores(**inputs), on_step=False, on_epoch=True)
+
+        def on_validation_epoch_end(self):
+            self.log_dict(self.boundary.compute())
+            self.log("accuracy", self.accuracy.compute()["affinity_accuracy"])
+
+    data = [(two_halves(8 + k)[0], two_halves(8)[0]) for k in range(2)]
+    loader = torch.utils.data.DataLoader(data, batch_size=1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        logger=False,
+        enable_model_summary=False,
+    )
+    (logged,) = trainer.validate(Network(), loader, verbose=False)
+    # Of two images one boundary is right and one is a pixel off.
+    assert logged["boundary_f"] == pytest.approx(0.5)
+    assert logged["accuracy"] == 1
+    assert logged["val_boundary_f"] == 1
+    ious = [8 / 9, 11 / 12]  # of the second image
+    assert logged["val_instance_miou"] == pytest.approx((1 + sum(ious) / 2) / 2)
 
 
 @pytest.mark.parametrize(
@@ -683,14 +743,14 @@ def test_an_ignore_index_that_the_target_cannot_hold_ignores_nothing(dtype, labe
     target[..., 3:] = 3
     score = BoundaryScore(200, tolerance=0, ignore_index=ignore_index)
     score.update(target, target)
-    assert score.compute().recall[[label, 3]].tolist() == [1, 1]
+    assert score.by_class().recall[[label, 3]].tolist() == [1, 1]
     report = RefinementReport((1,), ignore_index=ignore_index)
     report.update(target, target, target)
-    assert report.compute().pixel_count.tolist() == [4, 8]
+    assert report.report().pixel_count.tolist() == [4, 8]
 
 
 def test_boundaries_between_labels_that_float32_does_not_tell_apart():
     target = torch.tensor([[[2**24, 2**24, 2**24, 2**24 + 1, 2**24 + 1]]])
     report = RefinementReport((1, 2**40))
     report.update(target, target, target)
-    assert report.compute().pixel_count.tolist() == [2, 3, 0]
+    assert report.report().pixel_count.tolist() == [2, 3, 0]

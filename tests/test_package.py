@@ -116,6 +116,7 @@ OPS_OF_VARIANTS = {
     "affinity_field_cross_entropy_bfloat16": "affinity_field",
     "affinity_field_backward": "affinity_field",
     "affinity_field_unaligned": "affinity_field",
+    "affinity_field_scale": "affinity_field",
     "affinity_regression_every_pixel": "affinity_regression",
     "affinity_regression_150_classes": "affinity_regression",
     "square_root_affinity": "affinity_regression",

@@ -206,6 +206,8 @@ def test_the_command_counts_a_folder(folder, capsys):
 
     output = capsys.readouterr().out
     assert "written: neighbors.json, neighbors.png" in output
+    ignored = sum((image == 255).sum().item() for image in (target[0], target[1], target[2, :5]))
+    assert f"labels 0 to 2; 255 is ignored, {ignored} pixels\n" in output
     assert all(len(line) <= 80 for line in output.splitlines())
     row = next(line.split() for line in output.splitlines() if line.startswith("2,3"))
     shown = [*expected.frequencies()[1], expected.positive_frequency()[1]]
@@ -215,8 +217,8 @@ def test_the_command_counts_a_folder(folder, capsys):
 def test_options_of_the_command(folder):
     options = ["--rates", "1", "--ignore-index", "0", "--workers", "1"]
     files = ["--json", "new/folder/counts.json", "--plot", "labels/plot.png"]
-    for _ in range(2):  # the second time the command's own plot is among the labels
-        assert statistics_cli.main(["labels", *options, *files]) == 0
+    for force in ([], ["--force"]):  # the second time the command's own plot is among the labels
+        assert statistics_cli.main(["labels", *options, *files, *force]) == 0
     content = json.loads((folder.parent / "new/folder/counts.json").read_text())
     assert (content["ignore_index"], content["images"]) == (0, 3)
     assert not (folder.parent / "neighbors.json").exists()
@@ -228,10 +230,53 @@ def test_options_of_the_command(folder):
     assert content["pixel_count"] == expected.pixel_count.tolist()
 
 
+def test_classes_are_counted_and_weighted(folder, capsys):
+    """Label 2 in one image of 16 pixels, label 0 in both, of 32 pixels, label 7 never counts."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    first = np.uint8([[0, 0, 0, 0], [0, 0, 0, 0], [2, 2, 0, 0], [7, 7, 7, 7]])
+    Image.fromarray(first).save(folder / "first.png")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "second.png")
+    command = ["labels", "--rates", "1", "--workers", "1"]
+    assert statistics_cli.main([*command, "--ignore-index", "7"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert "2 images, 28 pixels; labels 0, 2; 7 is ignored, 4 pixels" in output.out
+    assert "    0                26    92.86        2     0.5385     0.5897\n" in output.out
+    content = json.loads(Path("neighbors.json").read_text())
+    assert content["classes"] == {"pixels": [26, 0, 2], "images": [2, 0, 1]}
+    weights = content["class_weights"]
+    assert weights["inverse_frequency"] == pytest.approx([28 / (2 * 26), 0, 28 / (2 * 2)])
+    # Frequencies 26 / 28 and 2 / 12, their median 23 / 42.
+    assert weights["median_frequency"] == pytest.approx([23 / 42 * 28 / 26, 0, 23 / 42 * 6])
+
+
+def test_an_ignored_label_that_never_occurs_is_a_warning(folder, capsys):
+    command = ["labels", "--rates", "1", "--workers", "1", "--ignore-index", "9"]
+    assert statistics_cli.main(command) == 0
+    output = capsys.readouterr()
+    assert "labels 0 to 2, 255; none is ignored\n" in output.out
+    assert "warning: no pixel has the label 9, which is to be ignored" in output.err
+
+
+@pytest.mark.parametrize("name", ["json", "plot"])
+def test_files_are_replaced_only_by_force(folder, capsys, name):
+    file = Path("results")
+    file.write_text("mine")
+    command = ["labels", "--rates", "1", "--workers", "1", f"--{name}", "results"]
+    assert statistics_cli.main(command) == 1
+    assert f"results exists: --force replaces it, --{name} names another" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    assert statistics_cli.main([*command, "--force"]) == 0
+    assert file.read_bytes() != b"mine"
+
+
 def test_any_number_of_workers_writes_the_same(folder):
     written = []
     for workers in ("1", "2"):
-        assert statistics_cli.main(["labels", "--rates", "1", "2", "--workers", workers]) == 0
+        command = ["labels", "--rates", "1", "2", "--workers", workers, "--force"]
+        assert statistics_cli.main(command) == 0
         written.append((folder.parent / "neighbors.json").read_bytes())
     assert written[0] == written[1]
 
@@ -263,7 +308,7 @@ def test_what_is_no_label_image_is_named_and_skipped(folder, capsys):
     (folder / "notes.txt").write_text("not looked at")
     capsys.readouterr()
 
-    assert statistics_cli.main(["labels", "--rates", "1", "--workers", "1"]) == 1
+    assert statistics_cli.main(["labels", "--rates", "1", "--workers", "1", "--force"]) == 1
     errors = capsys.readouterr().err.splitlines()
     names = ["below/torn.png", "colour.png", "deep.png", "empty.png"]
     names += ["jpeg.png", "nibbles.png", "text.png"]
@@ -331,7 +376,7 @@ def test_errors_take_one_line_and_write_nothing(folder, arguments, message, caps
 
 
 def test_links_are_followed_and_nothing_is_read_twice(folder, tmp_path_factory, capsys):
-    command = ["labels", "--rates", "1", "--workers", "1"]
+    command = ["labels", "--rates", "1", "--workers", "1", "--force"]
     assert statistics_cli.main(command) == 0
     expected = json.loads((folder.parent / "neighbors.json").read_text())
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -368,18 +413,18 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(folder, monkeypatch, cap
     assert errors == "tritonaff-stats: [Errno 13] Permission denied: 'labels/below'\n"
 
 
-@pytest.mark.parametrize("size", [1000, 10_000])  # the statistics are larger; the picture alone is
+@pytest.mark.parametrize("size", [1000, 20_000])  # the statistics are larger; the picture alone is
 def test_a_full_disk_leaves_what_was_there(folder, capsys, size):
-    command = ["labels", "--rates", "1", "2", "--workers", "1"]
+    command = ["labels", "--rates", "1", "2", "--workers", "1", "--force"]
     assert statistics_cli.main(command) == 0
     before = {path.name: path.read_bytes() for path in folder.parent.iterdir() if path.is_file()}
     assert set(before) == {"neighbors.json", "neighbors.png"}
-    assert len(before["neighbors.json"]) < 10_000 < len(before["neighbors.png"])
+    assert len(before["neighbors.json"]) < 20_000 < len(before["neighbors.png"])
     capsys.readouterr()
     with full_disk(size):
         assert statistics_cli.main([*command, "--ignore-index", "0"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    name = {1000: "neighbors.json", 10_000: "neighbors.png"}[size]
+    name = {1000: "neighbors.json", 20_000: "neighbors.png"}[size]
     assert errors == [f"tritonaff-stats: [Errno 27] File too large: '{name}'"]
     after = {path.name: path.read_bytes() for path in folder.parent.iterdir() if path.is_file()}
     assert after == before

@@ -39,7 +39,7 @@ def _run(*command: str) -> str:
 
 def count_instructions(assembly: str, *trips: float) -> dict[str, float]:
     """Instructions that a thread executes, by kind. ``trips`` are the trips of loops, the
-    outermost first.
+    outermost first; a 1 stands for a loop that the compiler has unrolled, and is left out.
 
     Code that the entry does not reach is left out: padding, and subroutines for operands that do
     not occur. The path for a warp with diverged lanes is left out too.

@@ -13,16 +13,19 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import torch
-from interpreted import BLOCKS
 
 import tritonaff
 from tritonaff import checks
 from tritonaff.kernels.blocks import override
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from interpreted import BLOCKS
+
 # Whole tables in one program of the last kernel, and every patch in a program of its own.
-LAST_PROGRAM = {"sums": 1 << 20, "patches_in_a_program": 1, "count_programs": 1 << 30}
+LAST_PROGRAM = {"partial_sums": 1 << 20, "patches_in_a_program": 1, "count_programs": 1 << 30}
 # Twice this is beyond 32 bits.
 FAR = (1 << 30) + 8
 

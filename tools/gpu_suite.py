@@ -3,7 +3,7 @@
     python tools/gpu_suite.py           # on a machine with a GPU; --device cpu --quick tries it
     python tools/gpu_suite.py report    # writes docs/performance.md from docs/results/
 
-Correctness comes first (the tests), then every row of :data:`ROWS` with its rivals in the same run,
+Correctness comes first (the tests), then every row of gpu_rows.py with its rivals in the same run,
 then profilers and sanitizers. Every finished row is saved, with its commit, to
 docs/results/DEVICE.json, and is not measured again: after an interrupt, or after ``--minutes``, the
 next run resumes. A failed row is recorded as failed, and is tried again with ``--retry``. The

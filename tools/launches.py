@@ -51,6 +51,7 @@ def launches_of(call: Callable[[], object], target: str) -> list[Launch]:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
         launches.append(Launch(kernel, math.prod(grid), arguments))
 
+    # Meta tensors have no device module: this one says that their device is the current one.
     here = SimpleNamespace(current_device=lambda: None)
     hip = "6.0" if TARGETS[target].backend == "hip" else None
     with (

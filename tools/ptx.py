@@ -707,6 +707,6 @@ def emulated() -> Iterator[None]:
     with (
         driver_of("sm_90"),
         mock.patch.object(JITFunction, "run", launch),
-        mock.patch.object(backend, "_no_triton_on", return_value=None),
+        mock.patch.object(backend, "triton_obstacle", return_value=None),
     ):
         yield

@@ -1,5 +1,5 @@
-"""Registers and instructions of every tile, compiled for three GPUs without a GPU: exact,
-repeatable counts, and the time that they imply.
+"""Registers and instructions of every kernel, compiled for three GPUs without a GPU: exact,
+repeatable counts, and the time that they imply for two.
 
     python tools/static_counts.py
     python tools/static_counts.py --json docs/results/static.json
@@ -103,11 +103,11 @@ class Operation(NamedTuple):
     name: str
     call: Callable[[tuple[int, int, int]], object]
     costs: dict[str, Callable[[Launch], Cost]]
-    in_step: bool = True
-    """Part of a training step, and of the implied times."""
+    in_implied_times: bool = True
+    """Part of a training step with 19 classes."""
 
 
-class Tile(NamedTuple):
+class Measured(NamedTuple):
     """A kernel as an operation launches it."""
 
     operation: Operation
@@ -116,9 +116,9 @@ class Tile(NamedTuple):
     """Launches in one forward and backward pass of a loss."""
 
 
-def tiles(target: str, images: tuple[int, int, int] = IMAGES) -> Iterator[Tile]:
-    """All kernels of all operations. The launches of a kernel are alike but for a first or last
-    one: the commonest counts.
+def measured(target: str, images: tuple[int, int, int] = IMAGES) -> Iterator[Measured]:
+    """All kernels with a cost, by operation. The launches of a kernel are alike but for a first or
+    last one: the commonest counts.
     """
     for operation in OPERATIONS:
         launches = launches_of(partial(operation.call, images), target)
@@ -128,7 +128,7 @@ def tiles(target: str, images: tuple[int, int, int] = IMAGES) -> Iterator[Tile]:
                 kinds = Counter(str(launch.constants()) for launch in same)
                 kind, _ = kinds.most_common(1)[0]
                 launch = next(each for each in same if str(each.constants()) == kind)
-                yield Tile(operation, launch, len(same) * operation.in_step)
+                yield Measured(operation, launch, len(same) * operation.in_implied_times)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,7 +153,8 @@ MANY_LOGIT = LOGIT + (8 + 4 * 4) / MANY_CLASSES
 # gradient, to all neighbours.
 EDGE_PATCHES, EDGE_LABELS = 0.32, 1.61
 EDGE_STEPS, EDGE_STEPS_OF_TABLES, EDGE_STEPS_TO_REPLACE = 3.33, 2.55, 8
-# Counts: sizes where there are edges, 0.96; labels, 1.1 on average.
+# Trips of the inner loops of counts_kernel in these images: of the loop over sizes 0.96, of the
+# loop over labels 1.1. The larger number stands for both.
 COUNT_STEPS = 1.1
 
 
@@ -288,7 +289,7 @@ def matrix_cost(launch: Launch) -> Cost:
 def propagation(images: tuple[int, int, int]) -> None:
     n, height, width = images
     probs, affinity = meta(n, CLASSES, height, width), meta(n, NEIGHBORS, height, width)
-    options = RATES, ITERATIONS, 6.0, 7.0, True
+    options = RATES, ITERATIONS, 6.0, 7.0, True, "sum", "valid"
     affinity_propagation.forward(probs, affinity, *options)
     affinity_propagation.backward(probs, probs, affinity, True, True, *options)
 
@@ -321,20 +322,20 @@ OPERATIONS = (
         "affinity_field",
         partial(affinity_field_pass, statistics=False, gradient=False),
         {name: affinity_field_costs(False)[name] for name in ("dense_kernel", "edge_kernel")},
-        in_step=False,
+        in_implied_times=False,
     ),
     Operation(
         "affinity_field_backward",
         partial(affinity_field_pass, statistics=False, tables=False),
         {name: affinity_field_costs(False)[name] for name in ("dense_kernel", "edge_kernel")},
-        in_step=False,
+        in_implied_times=False,
     ),
     # Rows that are not aligned.
     Operation(
         "affinity_field_unaligned",
         lambda images: affinity_field_pass((*images[:2], images[2] + 1), statistics=False),
         {"dense_kernel": affinity_field_costs(False)["dense_kernel"]},
-        in_step=False,
+        in_implied_times=False,
     ),
     # If nothing multiplies the loss, its gradient is 1 and this kernel does nothing.
     Operation("affinity_field_scale", scale, {"scale_kernel": lambda _: Cost(2 * GRAD)}, False),
@@ -363,10 +364,13 @@ OPERATIONS = (
                 MANY_LOGIT + GRAD, (-(-MANY_CLASSES // launch.arguments["BLOCK_D"]),), MANY_CLASSES
             ),
         },
-        in_step=False,
+        in_implied_times=False,
     ),
     Operation(
-        "square_root_affinity", square_root_affinity, {"matrix_kernel": matrix_cost}, in_step=False
+        "square_root_affinity",
+        square_root_affinity,
+        {"matrix_kernel": matrix_cost},
+        in_implied_times=False,
     ),
     Operation(
         "affinity_propagation",
@@ -407,10 +411,10 @@ OPERATIONS = (
 )
 
 
-def analyse(tile: Tile, target: str) -> dict[str, Any]:
+def analyse(kernel: Measured, target: str) -> dict[str, Any]:
     """One row of the static table."""
-    launch = tile.launch
-    cost = tile.operation.costs[launch.name](launch)
+    launch = kernel.launch
+    cost = kernel.operation.costs[launch.name](launch)
     pixels = IMAGES[0] * IMAGES[1] * IMAGES[2]
     elements = cost.elements or pixels * cost.per_pixel / launch.programs
     compiled = compile_launch(launch, target)
@@ -421,7 +425,7 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
     per_element = {kind: round(counts[kind] * threads / elements, 1) for kind in KINDS}
     return {
         "kernel": launch.name,
-        "op": tile.operation.name,
+        "op": kernel.operation.name,
         "target": target,
         "registers": registers,
         "spills": spills,
@@ -430,7 +434,7 @@ def analyse(tile: Tile, target: str) -> dict[str, Any]:
         "instructions_per_thread": round(sum(counts.values())),
         "bytes_per_element": round(cost.moved, 2),
         "elements_per_pixel": round(cost.per_pixel, 4),
-        "launches": tile.count,
+        "launches": kernel.count,
     }
 
 
@@ -481,7 +485,7 @@ SHORT_KINDS = ("mem", "shfl", "spec", "arith", "ctrl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compile every tile for three GPUs, without one.")
+    parser = argparse.ArgumentParser(description="Compile all kernels for three GPUs, without one.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
     return run_command("static_counts.py", print_counts, parser.parse_args(argv))
 
@@ -489,13 +493,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_counts(args: argparse.Namespace) -> int:
     if triton.knobs.runtime.interpret:
         raise ValueError("the counts need the compiler: unset TRITON_INTERPRET")
-    of_targets = zip(*(tiles(target) for target in TARGETS), strict=True)
-    work = [each for tile in of_targets for each in zip(TARGETS, tile, strict=True)]
+    of_targets = zip(*(measured(target) for target in TARGETS), strict=True)
+    work = [each for same in of_targets for each in zip(TARGETS, same, strict=True)]
     kernels = []
     with progress(len(work)) as step:
-        for target, tile in work:
-            step(f"{tile.launch.name} {target}")
-            kernels.append(analyse(tile, target))
+        for target, kernel in work:
+            step(f"{kernel.launch.name} {target}")
+            kernels.append(analyse(kernel, target))
     print(f"instructions per element (class of a pixel), triton {versions()['triton']}")
     columns = ["kernel", "target", "regs", "spill", "shared", *SHORT_KINDS, "all"]
     for op in dict.fromkeys(row["op"] for row in kernels):

@@ -32,6 +32,11 @@ from tritonaff.api.dilated_affinity import (
     dilated_affinity_loss,
     dilated_affinity_terms,
 )
+from tritonaff.api.image_affinity import (
+    PAMR,
+    PAR,
+    image_affinity,
+)
 from tritonaff.api.instance_affinity import (
     InstanceAffinityLoss,
     InstanceAffinityTerms,
@@ -53,6 +58,8 @@ from tritonaff.rates import expand_rates
 from tritonaff.version import __version__
 
 __all__ = [
+    "PAMR",
+    "PAR",
     "AdaptiveAffinityFieldLoss",
     "AffinityFieldLoss",
     "AffinityFieldTerms",
@@ -77,6 +84,7 @@ __all__ = [
     "dilated_affinity_target",
     "dilated_affinity_terms",
     "expand_rates",
+    "image_affinity",
     "instance_affinity_loss",
     "instance_affinity_target",
     "instance_affinity_terms",

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 Option = TypeVar("Option", bound=str)
 # Labels in these dtypes are read as they are; other labels are converted first.
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
-# Dtypes of labels, each with the dtype that holds all its values, or the nearest one that does.
+# Dtypes of labels, each with the dtype that it is read as.
 TARGET_DTYPES = {
     **{dtype: dtype for dtype in LABEL_DTYPES},
     torch.bool: torch.uint8,
@@ -36,7 +36,7 @@ TARGET_DTYPES = {
     torch.float32: torch.int64,
     torch.float64: torch.int64,
 }
-# The label to ignore where none is: no image holds it.
+# Stands for ignore_index=None: no image holds this label.
 NO_LABEL = -(2**63)
 COUNT_DTYPES = (torch.int32, torch.int64)
 # Labels that are compared alone.
@@ -151,12 +151,35 @@ def check_target_by_channel(value: Any, logits: Tensor, name: str = "target") ->
     return target
 
 
-def check_probs_and_affinity(probs: Any, affinity: Any, num_rates: int) -> tuple[Tensor, Tensor]:
-    probs = check_logits(probs, "probs")
+def check_probs_and_affinity(
+    probs: Any, affinity: Any, num_rates: int, normalize: str
+) -> tuple[Tensor, Tensor]:
+    # A single class is 1 after normalisation, and any number without it.
+    probs = check_logits(probs, "probs", "softmax" if normalize == "sum" else "sigmoid")
     affinity = check_tensor("affinity", affinity, LOGITS_DTYPES, ("N", "8 R", "H", "W"))
     check_one_device("probs", probs, "affinity", affinity)
     _check_affinity_shape("affinity", affinity, num_rates, "probs", probs)
     return probs, affinity
+
+
+def check_images(value: Any, name: str = "images") -> Tensor:
+    """Images (N, C, H, W), floating; bytes become float32."""
+    images = check_tensor(name, value, (torch.uint8, *LOGITS_DTYPES), ("N", "C", "H", "W"))
+    if any(size < 1 for size in images.shape[1:]):
+        raise ValueError(
+            f"{name} must have at least one channel, row and column, got shape "
+            f"{tuple(images.shape)}"
+        )
+    return images.to(torch.float32) if images.dtype == torch.uint8 else images
+
+
+def check_images_and_masks(images: Any, masks: Any) -> tuple[Tensor, Tensor]:
+    images = check_images(images)
+    masks = check_logits(masks, "masks", "sigmoid")
+    check_one_device("images", images, "masks", masks)
+    if len(masks) != len(images):
+        raise ValueError(f"masks must be of {len(images)} images, got {len(masks)}")
+    return images, masks
 
 
 def check_affinity_logits_and_target(
@@ -372,6 +395,13 @@ def check_distances(distances: Any) -> tuple[int, ...]:
         raise ValueError(
             f"distances must be ascending and distinct, at least one of them, got {distances}"
         )
+    return values
+
+
+def check_dilations(dilations: Any) -> tuple[int, ...]:
+    values = _integers("dilations", dilations, at_least=1)
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"dilations must be distinct, at least one of them, got {dilations}")
     return values
 
 

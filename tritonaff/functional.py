@@ -21,6 +21,9 @@ from tritonaff.api.dilated_affinity import (
     dilated_affinity_loss,
     dilated_affinity_terms,
 )
+from tritonaff.api.image_affinity import (
+    image_affinity,
+)
 from tritonaff.api.instance_affinity import (
     InstanceAffinityTerms,
     instance_affinity_loss,
@@ -56,6 +59,7 @@ __all__ = [
     "dilated_affinity_loss",
     "dilated_affinity_target",
     "dilated_affinity_terms",
+    "image_affinity",
     "instance_affinity_loss",
     "instance_affinity_target",
     "instance_affinity_terms",

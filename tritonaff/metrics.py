@@ -19,6 +19,10 @@ Mean IoU and pixel accuracy are torchmetrics' own:
     >>> {name: value.tolist() for name, value in metrics(prediction, target).items()}
     {'IoU': [0.5, 0.5, 0.0, 0.0], 'mIoU': 0.5, 'pixel accuracy': 0.6666666865348816}
 
+``compute()`` of this module's metrics gives a dict of scalars, which Lightning's ``log_dict`` and a
+``MetricCollection`` take. Values by class, category or distance are beside: ``by_class()``,
+``by_category()``, ``report()``.
+
 docs/metrics.md explains torchmetrics' metrics and the scope of each metric here. A collection of
 this module's metrics needs the option ``compute_groups=False``: torchmetrics would merge two
 metrics whose counts agree on the first batch.
@@ -47,13 +51,14 @@ except ImportError:
 
 
 class BoundaryScores(NamedTuple):
-    """Scores by class, each (C,) float64 on the CPU; NaN for a class without any boundary. If C is
-    1, torchmetrics makes them scalars.
-    """
+    """Scores by class, each (C,) float64 on the CPU; NaN for a class without any boundary."""
 
     precision: Tensor
     recall: Tensor
     f: Tensor
+
+
+MEANS = ("f", "precision", "recall")
 
 
 class BoundaryScore(Metric):
@@ -94,13 +99,16 @@ class BoundaryScore(Metric):
         >>> prediction[:, :2] = 0
         >>> score = BoundaryScore(num_classes=2, tolerance=1)
         >>> score.update(prediction, truth)
-        >>> score.compute().recall.tolist()
+        >>> score.by_class().recall.tolist()
         [0.875, 0.875]
+        >>> {name: round(value.item(), 3) for name, value in score.compute().items()}
+        {'boundary_f': 0.782, 'boundary_precision': 0.708, 'boundary_recall': 0.875}
     """
 
     full_state_update = False
     higher_is_better = True
     counts: Tensor
+    _by_class: BoundaryScores
 
     def __init__(
         self, num_classes: int, tolerance: int = 1, ignore_index: int | None = 255, **kwargs: Any
@@ -129,8 +137,22 @@ class BoundaryScore(Metric):
         counts = [mask.count_nonzero() for row in rows for mask in row.unbind(dim=1)]
         self.counts += torch.stack(counts).view_as(self.counts)
 
-    def compute(self) -> BoundaryScores:
-        """The scores of all batches since the start or the last ``reset``."""
+    def compute(self) -> dict[str, Tensor]:
+        """Means over the classes that have a boundary, of all batches since the start or the last
+        ``reset``: ``boundary_f``, ``boundary_precision``, ``boundary_recall``, float64 scalars on
+        the CPU.
+        """
+        scores = self._by_class = self._scores()
+        return {f"boundary_{name}": getattr(scores, name).nanmean() for name in MEANS}
+
+    def by_class(self) -> BoundaryScores:
+        """The scores of each class. In a distributed run all processes must call this method, as
+        ``compute``.
+        """
+        self.compute()
+        return self._by_class
+
+    def _scores(self) -> BoundaryScores:
         predicted, predicted_matched, true, true_matched = self.counts.cpu().double()
         nothing = (predicted + true) == 0
         precision = (predicted_matched / predicted.clamp(min=1)).masked_fill(nothing, torch.nan)
@@ -149,19 +171,6 @@ class BoundaryScore(Metric):
             differs.narrow(dim, 1, size).logical_or_(step)
         classes = torch.arange(self.num_classes, device=label.device)[:, None, None]
         return (label[:, None] == classes) & differs[:, None]
-
-
-class InstanceIoUs(NamedTuple):
-    """Instance-wise IoU, float64 on the CPU."""
-
-    by_class: Tensor
-    """U_c: (C,), or a scalar if C is 1, as torchmetrics makes it. A class without instances has
-    NaN; with the variant "authors", 0.
-    """
-    mean: Tensor
-    """Mean over the classes with instances, a scalar, NaN if no class has any; with the variant
-    "authors", mean over all C classes.
-    """
 
 
 class InstanceMeanIoU(Metric):
@@ -210,7 +219,7 @@ class InstanceMeanIoU(Metric):
         >>> prediction = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]])
         >>> metric = InstanceMeanIoU(num_classes=2)
         >>> metric.update(prediction, target, instance_ids)
-        >>> metric.compute().by_class.tolist()  # (1 + 3 / 4) / 2 and (2 * 1 + 1 * 0) / 3
+        >>> metric.by_class().tolist()  # (1 + 3 / 4) / 2 and (2 * 1 + 1 * 0) / 3
         [0.875, 0.6666666666666666]
     """
 
@@ -218,6 +227,7 @@ class InstanceMeanIoU(Metric):
     higher_is_better = True
     weighted_iou: Tensor
     instance_count: Tensor
+    _by_class: Tensor
 
     def __init__(
         self,
@@ -253,14 +263,26 @@ class InstanceMeanIoU(Metric):
             self.weighted_iou += _digits(count.cpu() * iou).to(count.device)
             self.instance_count += count
 
-    def compute(self) -> InstanceIoUs:
-        """The values of all batches since the start or the last ``reset``."""
+    def compute(self) -> dict[str, Tensor]:
+        """``instance_miou``, the mean over the classes with instances (with the variant "authors",
+        over all classes) of all batches since the start or the last ``reset``: a float64 scalar on
+        the CPU, NaN if no class has an instance.
+        """
+        by_class = self._by_class = self._ious()
+        return {"instance_miou": by_class.nanmean()}
+
+    def by_class(self) -> Tensor:
+        """U_c, (C,) float64 on the CPU. A class without instances has NaN; with the variant
+        "authors", 0. In a distributed run all processes must call this method, as ``compute``.
+        """
+        self.compute()
+        return self._by_class
+
+    def _ious(self) -> Tensor:
         weighted_iou, count = _number(self.weighted_iou.cpu()), self.instance_count.cpu().double()
         if self.variant == "authors":
-            by_class = weighted_iou / (count + 1e-12)
-            return InstanceIoUs(by_class, by_class.mean())
-        by_class = weighted_iou / count
-        return InstanceIoUs(by_class, by_class.nanmean())
+            return weighted_iou / (count + 1e-12)
+        return weighted_iou / count
 
     def _iou(self, predicted: Tensor, true: Tensor) -> Tensor:
         """IoU over the pixels that count in one image: (C,) float64 on the CPU; 0 for a class
@@ -309,25 +331,14 @@ def _number(digits: Tensor) -> Tensor:
     return first + (second + third / 2**31) / 2**31
 
 
-class AffinityAccuracies(NamedTuple):
-    """Fractions of the signals that are predicted right, float64 on the CPU; NaN where there is no
-    signal.
-    """
-
-    by_category: Tensor
-    """(R, 9), by rate and category n0 ... n8 of the pixel."""
-    overall: Tensor
-    """Fraction of all signals, a scalar."""
-
-
 class AffinityAccuracy(Metric):
     """Accuracy of dilated affinity by rate and by category of the pixel, as a torchmetric: the
     fraction of signals that are predicted right.
 
     A signal, a pixel and one of its 8 neighbours at a rate, is predicted as "same label" if its
     logit is above 0. :func:`tritonaff.neighbor_categories` defines the category n0 ... n8 of a
-    pixel at a rate. Most pixels are n8: :attr:`AffinityAccuracies.overall` is high even for a head
-    that always says "same".
+    pixel at a rate. Most pixels are n8: ``affinity_accuracy``, the fraction of all signals, is high
+    even for a head that always says "same".
 
     Args:
         rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
@@ -348,15 +359,17 @@ class AffinityAccuracy(Metric):
         >>> accuracy = AffinityAccuracy(rates=[1])
         >>> target = torch.tensor([[[0, 0, 1]]])
         >>> accuracy.update(torch.ones(1, 8, 1, 3), target)  # "same" everywhere
-        >>> result = accuracy.compute()
-        >>> result.by_category[0, 7:].tolist(), result.overall.item()  # of n7 and n8
-        ([0.3333333333333333, 1.0], 0.5)
+        >>> accuracy.by_category()[0, 7:].tolist()  # of n7 and n8
+        [0.3333333333333333, 1.0]
+        >>> {name: round(value.item(), 3) for name, value in accuracy.compute().items()}
+        {'affinity_accuracy': 0.5, 'affinity_accuracy_by_category': 0.667}
     """
 
     full_state_update = False
     higher_is_better = True
     signal_count: Tensor
     correct_count: Tensor
+    _by_category: Tensor
 
     def __init__(
         self, rates: Sequence[int | tuple[int, int]], ignore_index: int | None = 255, **kwargs: Any
@@ -377,11 +390,27 @@ class AffinityAccuracy(Metric):
         self.signal_count += terms.signal_count
         self.correct_count += terms.correct_count
 
-    def compute(self) -> AffinityAccuracies:
-        """The accuracies of all batches since the start or the last ``reset``."""
-        correct = self.correct_count.cpu().double().sum(dim=-1)
-        signals = self.signal_count.cpu().double().sum(dim=-1)
-        return AffinityAccuracies(correct / signals, correct.sum() / signals.sum())
+    def compute(self) -> dict[str, Tensor]:
+        """``affinity_accuracy``, the fraction of all signals that are right, and
+        ``affinity_accuracy_by_category``, the mean over rates and categories, of all batches since
+        the start or the last ``reset``: float64 scalars on the CPU, NaN if there is no signal.
+        """
+        correct, signals = (
+            count.cpu().double().sum(dim=-1) for count in (self.correct_count, self.signal_count)
+        )
+        by_category = self._by_category = correct / signals
+        return {
+            "affinity_accuracy": correct.sum() / signals.sum(),
+            "affinity_accuracy_by_category": by_category.nanmean(),
+        }
+
+    def by_category(self) -> Tensor:
+        """Accuracies by rate and category n0 ... n8 of the pixel, (R, 9) float64 on the CPU; NaN
+        where there is no signal. In a distributed run all processes must call this method, as
+        ``compute``.
+        """
+        self.compute()
+        return self._by_category
 
 
 class Refinement(NamedTuple):
@@ -466,13 +495,16 @@ class RefinementReport(Metric):
         >>> after = torch.tensor([[[0, 0, 0, 1, 0]]])
         >>> report = RefinementReport(distances=(1,))
         >>> report.update(before, after, target)
-        >>> result = report.compute()
+        >>> result = report.report()
         >>> result.became_right.tolist(), result.became_wrong.tolist()
         ([1, 1], [0, 1])
+        >>> {name: round(value.item(), 3) for name, value in report.compute().items()}
+        {'became_right': 0.4, 'became_wrong': 0.2, 'stayed_wrong': 0.0}
     """
 
     full_state_update = False
     counts: Tensor
+    _report: Refinement
 
     def __init__(
         self,
@@ -505,9 +537,23 @@ class RefinementReport(Metric):
         within = torch.stack([(kinds & n).sum(dim=(1, 2, 3)) for n in (*near, counted)], dim=1)
         self.counts += torch.diff(within, dim=1, prepend=torch.zeros_like(within[:, :1]))
 
-    def compute(self) -> Refinement:
-        """The counts of all batches since the start or the last ``reset``."""
-        return Refinement(self.distances, *self.counts.cpu().unbind())
+    def compute(self) -> dict[str, Tensor]:
+        """``became_right``, ``became_wrong`` and ``stayed_wrong`` as fractions of the pixels that
+        count, at any distance, of all batches since the start or the last ``reset``: float64
+        scalars on the CPU, NaN if no pixel counts.
+        """
+        counts = self.counts.cpu()
+        self._report = Refinement(self.distances, *counts.unbind())
+        pixels, *changes = counts.sum(dim=1).double()
+        names = ("became_right", "became_wrong", "stayed_wrong")
+        return {name: change / pixels for name, change in zip(names, changes, strict=True)}
+
+    def report(self) -> Refinement:
+        """The counts by distance. In a distributed run all processes must call this method, as
+        ``compute``.
+        """
+        self.compute()
+        return self._report
 
     def _near_boundary(self, target: Tensor, counted: Tensor) -> Iterator[Tensor]:
         """For each distance, a mask (N, H, W) of the pixels that count and have another label

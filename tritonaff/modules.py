@@ -17,11 +17,17 @@ from tritonaff.api.dilated_affinity import (
     DilatedAffinityHead,
     DilatedAffinityLoss,
 )
+from tritonaff.api.image_affinity import (
+    PAMR,
+    PAR,
+)
 from tritonaff.api.instance_affinity import (
     InstanceAffinityLoss,
 )
 
 __all__ = [
+    "PAMR",
+    "PAR",
     "AdaptiveAffinityFieldLoss",
     "AffinityFieldLoss",
     "AffinityPropagation",

@@ -150,6 +150,12 @@ def dilated_affinity_options(
     )
 
 
+Normalize = Literal["sum", "none"]
+Border = Literal["valid", "replicate"]
+NORMALIZATIONS: tuple[Normalize, ...] = ("sum", "none")
+BORDERS: tuple[Border, ...] = ("valid", "replicate")
+
+
 class AffinityPropagationOptions(NamedTuple):
     """See :func:`tritonaff.affinity_propagation`."""
 
@@ -158,6 +164,8 @@ class AffinityPropagationOptions(NamedTuple):
     self_weight: float
     steepness: float
     from_logits: bool
+    normalize: Normalize
+    border: Border
 
 
 def affinity_propagation_options(
@@ -167,13 +175,33 @@ def affinity_propagation_options(
     self_weight: Any = 6.0,
     steepness: Any = 7.0,
     from_logits: Any = True,
+    normalize: Any = "sum",
+    border: Any = "valid",
 ) -> AffinityPropagationOptions:
     return AffinityPropagationOptions(
         checks.check_rates(rates),
         checks.check_int("iterations", iterations, at_least=0),
-        checks.check_number("self_weight", self_weight, above=0),
+        checks.check_number("self_weight", self_weight, at_least=0),
         checks.check_number("steepness", steepness, above=1),
         checks.check_bool("from_logits", from_logits),
+        checks.check_option("normalize", normalize, NORMALIZATIONS),
+        checks.check_option("border", border, BORDERS),
+    )
+
+
+ImageAffinityMode = Literal["pamr", "par"]
+
+
+class RefinementOptions(NamedTuple):
+    """See :class:`tritonaff.PAMR` and :class:`tritonaff.PAR`."""
+
+    num_iter: int
+    dilations: tuple[int, ...]
+
+
+def refinement_options(num_iter: Any, dilations: Any) -> RefinementOptions:
+    return RefinementOptions(
+        checks.check_int("num_iter", num_iter, at_least=0), checks.check_dilations(dilations)
     )
 
 

@@ -137,7 +137,7 @@ def make_instance_affinity_inputs(
     n, _, *depth, height, width = shape
     _, ids = make_inputs((n, 21, height, width), confidence=confidence, seed=seed)
     if depth:
-        # Another slice of every third volume's worth of planes: boxes three planes deep.
+        # Ids change every three planes: boxes are three planes deep.
         planes = torch.arange(depth[0]) // 3
         ids = torch.where(ids[:, None] == 255, 255, (ids[:, None] + planes.view(-1, 1, 1)) % 21)
     target = instance_affinity_target(ids, INSTANCE_OFFSETS[len(shape) - 2], ignore_index=255)
@@ -347,8 +347,9 @@ def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> None:
     """Raises ParityError unless an implementation is about as close to the float64 reference as
-    eager mode is. ``implementation`` is the name of a backend, "portable" or "triton", or a copy of
-    the case with another ``loss`` and ``tables``. ``inputs`` have any strides, on any device.
+    eager mode is. ``implementation`` is the name of a backend, "portable", "native" or "triton", or
+    a copy of the case with another ``loss`` and ``tables``. ``inputs`` have any strides, on any
+    device.
 
     Counts must be equal. Any other result, as a whole tensor so that borders count, may be off by
     twice the sum of
@@ -359,7 +360,7 @@ def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> Non
 
     plus a few roundings of the result's own dtype, plus the rounding of one term per counted entry
     of a sum, which may come from a subtraction and is then off by its terms' rounding even where it
-    is 0. The loss is a mean over entries, and its gradient that much smaller per logit (or pixel).
+    is 0. The loss is a mean over entries: its gradient is that much smaller per logit (or pixel).
 
     The loss is a weighted sum of tables whose terms are not negative: relative to its value it may
     also be off by as much as the reference's tables are, for eager mode's errors may cancel in it

@@ -2,10 +2,11 @@
 
     python tests/nightly/mutants.py [--seconds N] [WORD ...]
 
-breaks the kernels and the portable implementations in every way listed here, or in the ways whose
-file or name contains one of the words, in a copy of the repository, and says which faults survive.
-Files take turns, and no fault is begun after N seconds. A fault whose results are the same is none,
-and has no place here: a mask that another one repeats, a shortcut that is not taken.
+breaks kernels, native kernels and portable implementations in every way listed here, or in the
+ways whose file or name contains one of the words, in a copy of the repository, and says which
+faults survive. Files take turns, and no fault is begun after N seconds. A fault whose results are
+the same is none, and has no place here: a mask that another one repeats, a shortcut that is not
+taken.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def fail(tests: Iterable[str], sources: dict[str, str]) -> bool:
 
 
 def of(file: str, tests: str, *faults: tuple[str, str, str]) -> Iterator[Mutant]:
-    """The tests are one test file and the ends of node ids. A file without an ending is Python."""
+    """The first word of ``tests`` is a test file, the others are tests in it. A file without an
+    ending is Python.
+    """
     test_file, *names = tests.split()
     file = file if file.endswith(".cpp") else f"{file}.py"
     for name, text, replacement in faults:
@@ -224,8 +227,8 @@ MUTANTS = [
         ("a row below the image", "(h < H)\n    column = h", "(h <= H)\n    column = h"),
         (
             "counts of other columns",
-            "there.to(tl.uint32) << 8 * i",
-            "there.to(tl.uint32) << 8 * (i ^ 1)",
+            "counted.to(tl.uint32) << 8 * i",
+            "counted.to(tl.uint32) << 8 * (i ^ 1)",
         ),
         ("the last lane twice", "owned = (lane > 0) & (lane < LANES - 1)", "owned = lane > 0"),
         ("strips that share nothing", "(4 * LANES - 2 * HALO)", "(4 * LANES - HALO)"),
@@ -268,8 +271,8 @@ MUTANTS = [
     *of(
         FIELD + "dense",
         FIELD_TESTS + "ignore_index_may_be_a_class[triton]",
-        ("l of pixels that do not count", "tl.where(there, log_odds, 0.0)", "log_odds"),
-        ("u of pixels that do not count", "tl.where(there, u, 0.0)", "u"),
+        ("l of pixels that do not count", "tl.where(counted, log_odds, 0.0)", "log_odds"),
+        ("u of pixels that do not count", "tl.where(counted, u, 0.0)", "u"),
     ),
     *of(
         FIELD + "dense",
@@ -330,7 +333,7 @@ MUTANTS = [
         FIELD + "counts",
         FIELD_TESTS + "several_passes_through_one_graph[triton]",
         ("edges in one direction", "edge_count = 2 * tl.sum", "edge_count = tl.sum"),
-        ("pixels of every pass", "    if PIXELS:", "    if True:"),
+        ("pixels of every pass", "    if COUNT_PIXELS:", "    if True:"),
     ),
     *of(
         FIELD + "counts",
@@ -357,7 +360,7 @@ MUTANTS = [
         ),
         ("p of the wrong centre", "margin + p_b * l_step", "margin + p * l_step"),
         ("p of the wrong neighbour", "margin - p * l_step", "margin - p_b * l_step"),
-        ("products of edges added", "product -= tl.where(counted", "product += tl.where(counted"),
+        ("products of edges added", "product -= tl.where(own_edge", "product += tl.where(own_edge"),
         (
             "sign of an edge's l",
             "pair_d_u -= coef_dense * l_step",
@@ -396,7 +399,7 @@ MUTANTS = [
     *of(
         FIELD + "edges",
         FIELD_TESTS + "tables_and_gradient_together_and_apart[triton-kernel_sizes0-dtype0]",
-        ("hinges of both channels", "tl.where(counted, both, 0.0)", "tl.where(edge, both, 0.0)"),
+        ("hinges of both channels", "tl.where(own_edge, both, 0.0)", "tl.where(edge, both, 0.0)"),
     ),
     *of(
         FIELD + "pixels",

@@ -49,12 +49,12 @@ def test_tables_of_many_programs():
     script = """
 import re
 from launches import compile_launch
-from static_counts import tiles
-for tile in tiles("sm_90"):
-    ir = compile_launch(tile.launch, "sm_90").asm["ttir"]
+from static_counts import measured
+for each in measured("sm_90"):
+    ir = compile_launch(each.launch, "sm_90").asm["ttir"]
     for name in re.findall(r"(%\\S+) = tt.get_(?:program_id|num_programs) x", ir):
         products = re.findall(rf"arith.muli .*{name}\\b.* : i32", ir)
-        assert not products, (tile.launch.name, products)
+        assert not products, (each.launch.name, products)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=TOOLS)

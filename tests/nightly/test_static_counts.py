@@ -1,4 +1,4 @@
-"""The static table: tiles compiled for three GPUs without one."""
+"""The static table: kernels compiled for three GPUs without one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run_python(*arguments):
 
 @pytest.fixture(scope="module")
 def static_table(tmp_path_factory):
-    """Every tile compiled for three GPUs, without one, in a process of its own: no interpreter."""
+    """Kernels compiled for three GPUs, without one, in a process of its own: no interpreter."""
     path = tmp_path_factory.mktemp("static") / "static.json"
     printed = run_python("static_counts.py", "--json", path)
     assert max(map(len, printed.splitlines())) <= 80
@@ -50,7 +50,7 @@ def test_static(static_table):
 
 def test_no_kernel_spills(static_table):
     """A word or two outside of the loops may spill: the assembler keeps to 128 registers, so that
-    more warps fit, at no cost, and every version does so somewhere. A tile that is too large spills
+    more warps fit, at no cost, and every version does so somewhere. Too large a block spills
     hundreds.
     """
     version = static_table["versions"]["triton"]
@@ -99,44 +99,44 @@ assert abs(static.cross_entropy_ms("H200") - 20 * 19 * pixels / 4.3e9) < 1e-6
     run_python("-c", script)
 
 
-def test_tiles_compile_for_sizes_of_1_and_multiply_in_full_precision():
+def test_kernels_compile_for_sizes_of_1_and_multiply_in_full_precision():
     """The interpreter hides two faults: Triton takes an argument of 1 for a constant, and products
     of float32 have 10 bits on tensor cores.
     """
     script = """
 from launches import compile_launch
-from static_counts import tiles
-for tile in tiles("sm_90"):
-    kernel, _, arguments = tile.launch
+from static_counts import measured
+for each in measured("sm_90"):
+    kernel, _, arguments = each.launch
     sizes = [
         name for name in kernel.arg_names
-        if type(arguments[name]) is int and name not in tile.launch.constants()
+        if type(arguments[name]) is int and name not in each.launch.constants()
     ]
     ones = arguments | dict.fromkeys(sizes, 1)
-    compile_launch(tile.launch._replace(arguments=ones), "sm_90")
-    assert "tf32" not in compile_launch(tile.launch, "sm_90").asm["ptx"], kernel
+    compile_launch(each.launch._replace(arguments=ones), "sm_90")
+    assert "tf32" not in compile_launch(each.launch, "sm_90").asm["ptx"], kernel
 """
     run_python("-c", script)
 
 
-def test_tiles_compile_for_sizes_that_no_strip_reaches():
+def test_kernels_compile_for_sizes_that_no_strip_reaches():
     """The other value of every switch of the affinity field's kernels."""
     script = """
 import itertools
 from assembly import nvidia_code
 from launches import compile_launch
-from static_counts import tiles
+from static_counts import measured
 from tritonaff.kernels.affinity_field import passes
 _, far = passes([3, 13, 65])
 assert far["RADII"] == (6, 32)
-for tile, aligned in itertools.product(tiles("sm_90"), (False, True)):
+for each, aligned in itertools.product(measured("sm_90"), (False, True)):
     switches = {**far, "REPLACE": True, "ADD": True, "CROSS_ENTROPY": False, "ALIGNED": aligned}
-    arguments = tile.launch.arguments
+    arguments = each.launch.arguments
     if "REACH" in arguments:
         other = {name: switches.get(name, value) for name, value in arguments.items()}
-        compiled = compile_launch(tile.launch._replace(arguments=other), "sm_90")
+        compiled = compile_launch(each.launch._replace(arguments=other), "sm_90")
         registers, spills, _ = nvidia_code(compiled.asm["cubin"])
-        assert spills == 0, (tile.launch.name, spills)
+        assert spills == 0, (each.launch.name, spills)
 """
     run_python("-c", script)
 

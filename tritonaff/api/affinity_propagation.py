@@ -7,7 +7,13 @@ from torch import Tensor
 from tritonaff import checks
 from tritonaff.api.module import OptionsModule
 from tritonaff.ops import affinity_propagation as ops
-from tritonaff.options import AffinityPropagationOptions, Rates, affinity_propagation_options
+from tritonaff.options import (
+    AffinityPropagationOptions,
+    Border,
+    Normalize,
+    Rates,
+    affinity_propagation_options,
+)
 
 
 def affinity_propagation(
@@ -19,6 +25,8 @@ def affinity_propagation(
     self_weight: float = 6.0,
     steepness: float = 7.0,
     from_logits: bool = True,
+    normalize: Normalize = "sum",
+    border: Border = "valid",
 ) -> Tensor:
     r"""Refines a segmentation: every pixel takes over probabilities from its affine neighbours.
 
@@ -44,17 +52,23 @@ def affinity_propagation(
             rate is too large for an image: pixels outside are no neighbours. The paper's bracket
             notation: :func:`expand_rates`.
         iterations: number of iterations; 0 gives a copy.
-        self_weight: lambda, above 0.
+        self_weight: lambda, at least 0.
         steepness: mu, above 1; e would be the ordinary sigmoid.
         from_logits: True: ``affinity`` holds the logits x. False: ``affinity`` holds a itself, in
             [0, 1] (not checked), and steepness has no effect.
+        normalize: ``"sum"`` is N. ``"none"`` leaves N out: with ``from_logits=False`` and
+            ``self_weight=0`` each pixel becomes the sum of its neighbours with the weights a as
+            they are, of any sign, and probs may be any numbers, of one class too.
+        border: ``"valid"``: there are no neighbours outside the image. ``"replicate"``: the border
+            pixels go on outside.
 
     Returns:
-        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes. A
-        pixel whose divisor is 0 (its probabilities are all 0, and its neighbours add nothing) is 0
-        in every class, with a zero gradient. Differentiable with respect to ``probs`` and
-        ``affinity``: once, in reverse mode. The backward pass computes the iterations again and
-        holds them all.
+        (N, C, H, W) in the dtype and memory format of ``probs``; sums to 1 over the classes, unless
+        ``normalize="none"``. A pixel whose divisor is 0 (its probabilities are all 0, and its
+        neighbours add nothing) is 0 in every class, with a zero gradient. Differentiable with
+        respect to ``probs`` and ``affinity``: once, in reverse mode. The backward pass computes the
+        iterations again and holds them all; with other than the default ``normalize`` and
+        ``border`` torch operations compute it, on every device.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -64,7 +78,8 @@ def affinity_propagation(
     that lost the exponent show Eq. 7 as mu x / (1 + mu x); only the power is the steeper sigmoid
     that the text describes. The paper leaves open the border and the derivative of max: we sum over
     the neighbours inside, and max passes its gradient to the first of the largest classes, as
-    ``torch.max(dim)`` does.
+    ``torch.max(dim)`` does. ``normalize`` and ``border`` are for weights that come from elsewhere:
+    :func:`image_affinity` has some.
 
     Example:
         >>> import torch, tritonaff
@@ -80,6 +95,8 @@ def affinity_propagation(
         self_weight=self_weight,
         steepness=steepness,
         from_logits=from_logits,
+        normalize=normalize,
+        border=border,
     )
     return _propagate(probs, affinity, options)
 
@@ -88,7 +105,7 @@ class AffinityPropagation(OptionsModule):
     """:func:`tritonaff.affinity_propagation` with fixed options.
 
     Args:
-        rates, iterations, self_weight, steepness, from_logits: see
+        rates, iterations, self_weight, steepness, from_logits, normalize, border: see
             :func:`tritonaff.affinity_propagation`.
 
     Shapes:
@@ -115,6 +132,8 @@ class AffinityPropagation(OptionsModule):
         self_weight: float = 6.0,
         steepness: float = 7.0,
         from_logits: bool = True,
+        normalize: Normalize = "sum",
+        border: Border = "valid",
     ) -> None:
         options = affinity_propagation_options(
             rates,
@@ -122,6 +141,8 @@ class AffinityPropagation(OptionsModule):
             self_weight=self_weight,
             steepness=steepness,
             from_logits=from_logits,
+            normalize=normalize,
+            border=border,
         )
         super().__init__(options)
 
@@ -130,5 +151,7 @@ class AffinityPropagation(OptionsModule):
 
 
 def _propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptions) -> Tensor:
-    probs, affinity = checks.check_probs_and_affinity(probs, affinity, len(options.rates))
+    probs, affinity = checks.check_probs_and_affinity(
+        probs, affinity, len(options.rates), options.normalize
+    )
     return ops.propagate(probs, affinity, options)

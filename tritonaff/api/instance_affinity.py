@@ -253,8 +253,9 @@ class InstanceAffinityLoss(Loss):
     """:func:`tritonaff.instance_affinity_loss` with fixed options.
 
     Args:
-        offsets, loss, balance, channels, background, ignore_index, anchor, invert, gamma,
-            reduction, process_group: see :func:`tritonaff.instance_affinity_loss`.
+        offsets, background, ignore_index, anchor, invert: pairs and targets, see
+            :func:`tritonaff.instance_affinity_loss`.
+        loss, balance, channels, gamma, reduction, process_group: the loss of the pairs, see there.
 
     Shapes:
         ``forward(logits, ids, normalizer=None, return_terms=False)`` with logits (N, K, H, W) and

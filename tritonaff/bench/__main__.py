@@ -23,8 +23,25 @@ from tritonaff.testing import (
     check_parity,
     obstacle,
 )
+from tritonaff.version import __version__
 
 IMPLS = ("reference", "compiled", "portable", "native", "triton")
+
+
+COLUMNS = """\
+columns:
+  shape        of the logits, N,C,H,W, and the dtype if it is not float32
+  mode         fwd: the loss; bwd: its gradient; fwd_bwd: both, as in training
+  impl         reference is eager mode, compiled is eager mode under
+               torch.compile; portable, native and triton are this library;
+               cross_entropy is F.cross_entropy on the same logits
+  ms           median of several calls
+  x eager, x compiled
+               how many times as fast as these
+  compile s    seconds of the first call under torch.compile
+  peak MB      memory beyond the inputs, at its peak
+  GB/s, % copy on a GPU: bytes that must move, over the time; in percent of the
+               bandwidth of a copy"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tritonaff-bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tritonaff-bench",
+        description="Measures time and memory of every operation on this machine, beside eager "
+        "mode, torch.compile and cross-entropy. No number is printed before all implementations "
+        "agree.",
+    )
+    parser.add_argument("--version", action="version", version=f"tritonaff {__version__}")
     commands = parser.add_subparsers(required=True)
 
-    run = commands.add_parser("run", help="check parity, then measure time and memory")
+    run = commands.add_parser(
+        "run", help="check parity, then measure time and memory", epilog=COLUMNS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     run.set_defaults(command=_run)
     run.add_argument(
         "--op", type=_names(tuple(CASES)), default=tuple(CASES),

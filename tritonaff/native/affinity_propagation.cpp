@@ -10,7 +10,9 @@
 // the threads share the rows of each iteration.
 //
 // A set lies in memory as planes [rows, C, pitch]. Rows have zeros on both sides, and gates are 0
-// where the neighbour is outside the image: surplus lanes of a vector add nothing.
+// where the neighbour is outside the image: surplus lanes of a vector add nothing. If the border
+// pixels go on outside the image, rows have margins of them on both sides, and the rows above and
+// below the image are its first and last row.
 #include "common.h"
 
 #include <array>
@@ -56,6 +58,7 @@ struct Options {
     float self_weight;
     bool from_logits;
     float slope;  // the logarithm of the steepness
+    bool normalizes, replicates;
     int64_t num_threads;
 };
 
@@ -65,11 +68,19 @@ struct Neighbor {
     int64_t channel, dy, dx;
 };
 
+inline int64_t within(int64_t step, int64_t most) {
+    return std::max(-most, std::min(most, step));
+}
+
 // The neighbours that some pixel of an image has.
 std::vector<Neighbor> neighbors_inside(const Options& options) {
     std::vector<Neighbor> inside;
     for (int64_t k = 0; k < options.num_neighbors; k++) {
         int64_t dy = options.offsets[2 * k], dx = options.offsets[2 * k + 1];
+        // Beyond the image, a pixel further away is the same border pixel.
+        if (options.replicates) {
+            dy = within(dy, options.height - 1), dx = within(dx, options.width - 1);
+        }
         bool some = std::abs(dy) < options.height && std::abs(dx) < options.width;
         if (some) inside.push_back({k, dy, dx});
     }
@@ -92,7 +103,8 @@ struct Segment {
 class Segments {
 public:
     // Backwards, pixels are the neighbours of their sources.
-    explicit Segments(bool backwards) : backwards_(backwards) {}
+    explicit Segments(bool backwards, bool replicates = false)
+        : backwards_(backwards), replicates_(replicates) {}
 
     void prepare(
         const std::vector<Neighbor>& neighbors, int64_t num_rows, int64_t row_step, int64_t width,
@@ -103,6 +115,7 @@ public:
         kind_of_row_.clear();
         std::vector<int64_t> cuts{0, divided_up(width, LANES)};
         for (const Neighbor& neighbor : neighbors) {
+            if (replicates_) break;
             for (int64_t dx : {neighbor.dx, -neighbor.dx}) {
                 cuts.push_back(std::max<int64_t>(0, -dx) / LANES);
                 cuts.push_back(divided_up(std::min(width, width - dx), LANES));
@@ -111,24 +124,26 @@ public:
         std::sort(cuts.begin(), cuts.end());
         cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
 
-        std::vector<int64_t> before;
+        // Neighbours of a row, and how many rows they are away.
+        std::vector<std::pair<int64_t, int64_t>> before;
         for (int64_t row = 0; row < num_rows; row++) {
-            std::vector<int64_t> here;
+            std::vector<std::pair<int64_t, int64_t>> here;
             for (size_t k = 0; k < neighbors.size(); k++) {
                 int64_t dy = (backwards_ ? -neighbors[k].dy : neighbors[k].dy) / row_step;
-                if (row + dy >= 0 && row + dy < num_rows) here.push_back(int64_t(k));
+                int64_t there = row + dy;
+                if (replicates_) there = std::max<int64_t>(0, std::min(num_rows - 1, there));
+                if (there >= 0 && there < num_rows) here.push_back({int64_t(k), there - row});
             }
             if (row == 0 || here != before) kinds_.emplace_back();
             kind_of_row_.push_back(kinds_.size() - 1);
             if (!kinds_.back().empty()) continue;
             for (size_t i = 0; i + 1 < cuts.size(); i++) {
                 Segment segment{cuts[i], cuts[i + 1], {}};
-                for (int64_t k : here) {
-                    int64_t dy = neighbors[k].dy / row_step, dx = neighbors[k].dx;
-                    if (backwards_) dy = -dy, dx = -dx;
+                for (auto [k, dy] : here) {
+                    int64_t dx = backwards_ ? -neighbors[k].dx : neighbors[k].dx;
                     int64_t first = std::max<int64_t>(0, -dx) / LANES;
                     int64_t last = divided_up(std::min(width, width - dx), LANES);
-                    if (segment.first >= first && segment.first < last) {
+                    if (replicates_ || (segment.first >= first && segment.first < last)) {
                         segment.sources.push_back({dy * plane + dx, k * LANES});
                     }
                 }
@@ -141,7 +156,7 @@ public:
     const std::vector<Segment>& of_row(int64_t row) const { return kinds_[kind_of_row_[row]]; }
 
 private:
-    bool backwards_;
+    bool backwards_, replicates_;
     std::vector<std::vector<Segment>> kinds_;
     std::vector<size_t> kind_of_row_;
 };
@@ -330,6 +345,7 @@ struct Layout {
     const Options& options;
     std::vector<Neighbor> neighbors;
     int64_t num_classes, num_neighbors, vectors, pitch;
+    int64_t margin;        // columns beside the image that hold its border pixels
     int64_t row_step;      // between rows of a set
     int64_t most_rows;     // of a set
     int64_t set_threads;   // threads that work on different sets
@@ -340,11 +356,16 @@ struct Layout {
         num_classes = options.num_classes;
         num_neighbors = int64_t(neighbors.size());
         vectors = divided_up(options.width, LANES);
-        // An odd number of cache lines: rows and classes begin in different sets of the cache.
-        pitch = (divided_up((vectors + 1) * LANES, CACHE_LINE) | 1) * CACHE_LINE;
-        int64_t divisor = 0;
-        for (const Neighbor& neighbor : neighbors) divisor = std::gcd(divisor, neighbor.dy);
+        int64_t divisor = 0, furthest = 0;
+        for (const Neighbor& neighbor : neighbors) {
+            divisor = std::gcd(divisor, neighbor.dy);
+            furthest = std::max(furthest, neighbor.dx);
+        }
         if (divisor == 0) divisor = options.height;
+        if (options.replicates) divisor = 1;  // border rows are neighbours of any rows
+        margin = options.replicates ? divided_up(furthest, CACHE_LINE) * CACHE_LINE : 0;
+        // An odd number of cache lines: rows and classes begin in different sets of the cache.
+        pitch = (divided_up((vectors + 1) * LANES + 2 * margin, CACHE_LINE) | 1) * CACHE_LINE;
 
         int64_t image = num_classes * options.height * options.width;
         int64_t products = image * num_neighbors * options.iterations * options.num_images;
@@ -377,19 +398,21 @@ private:
 class Planes {
 public:
     Planes(const Layout& layout, int64_t count)
-        : size_(layout.most_rows * layout.plane()), memory_(CACHE_LINE + count * size_) {
-        std::fill_n(memory_.get(), CACHE_LINE, 0.0f);
+        : size_(layout.most_rows * layout.plane()),
+          before_(CACHE_LINE + layout.margin),
+          memory_(before_ + count * size_) {
+        std::fill_n(memory_.get(), before_, 0.0f);
         int64_t written = layout.vectors * LANES;
         for (int64_t at = 0; at < count * size_; at += layout.pitch) {
-            float* row = memory_.get() + CACHE_LINE + at;
+            float* row = memory_.get() + before_ + at;
             std::fill(row + written, row + layout.pitch, 0.0f);
         }
     }
 
-    float* plane(int64_t i) { return memory_.get() + CACHE_LINE + i * size_; }
+    float* plane(int64_t i) { return memory_.get() + before_ + i * size_; }
 
 private:
-    int64_t size_;
+    int64_t size_, before_;
     Memory memory_;
 };
 
@@ -445,11 +468,15 @@ public:
         });
     }
 
-    // Zeros the columns that only fill the last vector: unwritten, or 0 times what is no number.
+    // Zeros the columns that only fill the last vector: unwritten, or 0 times what is no number. Or
+    // writes the border pixels into the margins.
     void clear_surplus(float* plane) const {
+        int64_t width = options_.width, margin = layout_.margin;
         for (int64_t c = 0; c < layout_.num_classes; c++) {
             float* line = plane + c * layout_.pitch;
-            std::fill(line + options_.width, line + layout_.vectors * LANES, 0.0f);
+            float surplus = options_.replicates ? line[width - 1] : 0.0f;
+            std::fill(line + width, line + layout_.vectors * LANES + margin, surplus);
+            std::fill(line - margin, line, line[0]);
         }
     }
 
@@ -463,7 +490,7 @@ public:
             for (int64_t k = 0; k < layout_.num_neighbors; k++) {
                 auto [channel, dy, dx] = layout_.neighbors[k];
                 int64_t there = row + dy / layout_.row_step;
-                if (there < 0 || there >= num_rows_) continue;
+                if (!options_.replicates && (there < 0 || there >= num_rows_)) continue;
                 auto [first, last] = inside(dx);
                 std::fill(line.begin(), line.end(), 0.0f);
                 load_gate(affinity, channel, row, first, last, gate);
@@ -513,6 +540,7 @@ private:
 
     // The columns [first, last) whose neighbour is inside the image.
     std::pair<int64_t, int64_t> inside(int64_t dx) const {
+        if (options_.replicates) return {0, options_.width};
         return {std::max<int64_t>(0, -dx), std::min(options_.width, options_.width - dx)};
     }
 
@@ -568,10 +596,17 @@ void iterate(
             to.p + row * plane, nullptr, pitch, layout.num_neighbors * LANES,
         };
         run(STENCIL, data, segments.of_row(row), layout.num_classes);
-        normalize_row(
-            to.p + row * plane, layout.options.self_weight, to.inverse + row * pitch,
-            to.factor + row * pitch, layout.num_classes, pitch, layout.vectors
-        );
+        if (layout.options.normalizes) {
+            normalize_row(
+                to.p + row * plane, layout.options.self_weight, to.inverse + row * pitch,
+                to.factor + row * pitch, layout.num_classes, pitch, layout.vectors
+            );
+        } else {
+            largest_row(
+                to.p + row * plane, layout.options.self_weight, to.factor + row * pitch,
+                layout.num_classes, pitch, layout.vectors
+            );
+        }
         set.clear_surplus(to.p + row * plane);
     });
 }
@@ -597,7 +632,7 @@ void forward(
         float* numbers = statistics.get() + 2 * i * rows * pitch;
         at[i] = {planes.plane(i), numbers, numbers + rows * pitch};
     }
-    Segments segments(false);
+    Segments segments(false, layout.options.replicates);
     for (int64_t task; tasks.next(task);) {
         Set set(layout, task);
         set.prepare(segments);
@@ -680,10 +715,11 @@ void backward(
 
 Options options_of(
     const int64_t* shape, const int64_t* offsets, int64_t iterations, double self_weight,
-    int64_t from_logits, double slope, int64_t num_threads
+    int64_t from_logits, double slope, int64_t normalizes, int64_t replicates, int64_t num_threads
 ) {
     return {shape[0], shape[1], shape[2], shape[3], shape[4], offsets, iterations,
-            float(self_weight), from_logits != 0, float(slope), num_threads};
+            float(self_weight), from_logits != 0, float(slope), normalizes != 0, replicates != 0,
+            num_threads};
 }
 
 }  // namespace
@@ -691,11 +727,12 @@ Options options_of(
 // Writes the refined probs. The shape is N, C, H, W and the number of neighbours.
 EXPORT void affinity_propagation_forward(
     const Images* probs, const Images* affinity, const int64_t* shape, const int64_t* offsets,
-    int64_t iterations, double self_weight, int64_t from_logits, double slope, int64_t num_threads,
-    const Images* out
+    int64_t iterations, double self_weight, int64_t from_logits, double slope, int64_t normalizes,
+    int64_t replicates, int64_t num_threads, const Images* out
 ) {
     Options options = options_of(
-        shape, offsets, iterations, self_weight, from_logits, slope, num_threads
+        shape, offsets, iterations, self_weight, from_logits, slope, normalizes, replicates,
+        num_threads
     );
     Layout layout(options);
     parallel(layout.num_sets(), layout.set_threads, [&](Tasks& tasks) {
@@ -708,10 +745,12 @@ EXPORT void affinity_propagation_forward(
 EXPORT void affinity_propagation_backward(
     const Images* grad, const Images* probs, const Images* affinity, const int64_t* shape,
     const int64_t* offsets, int64_t iterations, double self_weight, int64_t from_logits,
-    double slope, int64_t num_threads, const Images* grad_probs, const Images* grad_affinity
+    double slope, int64_t normalizes, int64_t replicates, int64_t num_threads,
+    const Images* grad_probs, const Images* grad_affinity
 ) {
     Options options = options_of(
-        shape, offsets, iterations, self_weight, from_logits, slope, num_threads
+        shape, offsets, iterations, self_weight, from_logits, slope, normalizes, replicates,
+        num_threads
     );
     Layout layout(options);
     parallel(layout.num_sets(), layout.set_threads, [&](Tasks& tasks) {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonaff.native.library import DTYPES, images, integers, library
+from tritonaff.portable import affinity_propagation as portable
 from tritonaff.rates import rate_offsets
 
 NAME = "affinity_propagation"
@@ -25,6 +26,8 @@ def forward(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
 ) -> Tensor:
     """The refined probs (N, C, H, W), in the dtype and memory format of ``probs``."""
     result = torch.empty_like(probs)
@@ -32,7 +35,7 @@ def forward(
     library(NAME).affinity_propagation_forward(
         ctypes.byref(images(probs)),
         ctypes.byref(images(affinity)),
-        *_options(probs, rates, iterations, self_weight, steepness, from_logits),
+        *_options(probs, rates, iterations, self_weight, steepness, from_logits, normalize, border),
         ctypes.byref(images(result)),
     )
     return result
@@ -49,8 +52,15 @@ def backward(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of probs and affinity; a gradient that is not needed is an empty tensor."""
+    if (normalize, border) != ("sum", "valid"):
+        return portable.backward(
+            grad, probs, affinity, needs_probs, needs_affinity,
+            rates, iterations, self_weight, steepness, from_logits, normalize, border,
+        )  # fmt: skip
     dtype = affinity.dtype
     grad, affinity = _readable(grad), _readable(affinity)
     grad_probs = torch.empty_like(probs) if needs_probs else probs.new_empty(0)
@@ -59,7 +69,7 @@ def backward(
         ctypes.byref(images(grad)),
         ctypes.byref(images(probs)),
         ctypes.byref(images(affinity)),
-        *_options(probs, rates, iterations, self_weight, steepness, from_logits),
+        *_options(probs, rates, iterations, self_weight, steepness, from_logits, normalize, border),
         ctypes.byref(images(grad_probs)) if needs_probs else None,
         ctypes.byref(images(grad_affinity)) if needs_affinity else None,
     )
@@ -78,6 +88,8 @@ def _options(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
 ) -> tuple[object, ...]:
     offsets = rate_offsets(list(zip(rates[::2], rates[1::2], strict=True)))
     return (
@@ -87,5 +99,7 @@ def _options(
         ctypes.c_double(self_weight),
         ctypes.c_int64(from_logits),
         ctypes.c_double(math.log(steepness)),
+        ctypes.c_int64(normalize == "sum"),
+        ctypes.c_int64(border == "replicate"),
         ctypes.c_int64(torch.get_num_threads()),
     )

@@ -12,9 +12,6 @@
 #include <memory>
 #include <new>
 #include <numeric>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -26,8 +23,8 @@ constexpr int BLOCK = 256, PITCH = BLOCK + 16;
 constexpr int WHOLE = 16;
 // A task has at least this number of points, and enough to make its sums small beside its logits.
 constexpr int64_t LEAST_TASK = 2048, TASK_PER_CLASS = 16;
-// Elements that are worth a second thread, and bytes of a gradient that are worth huge pages.
-constexpr int64_t LEAST_WORK = 1 << 16, LEAST_HUGE = 1 << 22;
+// Elements that are worth a second thread.
+constexpr int64_t LEAST_WORK = 1 << 16;
 
 // Vectors, and how many rows are multiplied by how many: the sums stay in registers.
 #if defined(__AVX512F__)
@@ -803,20 +800,6 @@ void fill_gram(
         gram_of(sums, c, gram + n * 3 * c * c);
         if (number) number[n] = int64_t(std::accumulate(sums.number, sums.number + c, 0.0));
     }
-}
-
-// Large new memory is fetched page by page, which takes longer than writing it: huge pages are 512
-// times fewer.
-void ask_for_huge_pages(void* memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    uintptr_t page = 1 << 21, first = reinterpret_cast<uintptr_t>(memory);
-    uintptr_t from = (first + page - 1) & -page, to = (first + bytes) & -page;
-    if (bytes > LEAST_HUGE && from < to) {
-        madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-    }
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 // The memory of a gradient; its elements lie side by side.

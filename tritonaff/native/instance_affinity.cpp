@@ -385,6 +385,9 @@ EXPORT void instance_affinity_backward(
     const Call* call, const float* coefficients, const Volumes* logits, const Ids* ids,
     const Volumes* grad, int64_t num_threads
 ) {
+    // The memory of a gradient: its elements lie side by side.
+    int64_t size = call->num_images * call->num_channels * call->depth * call->height * call->width;
+    ask_for_huge_pages(grad->data, size * (grad->dtype == FLOAT32 ? 4 : 2));
     (ids->dtype == INT64 ? backward<int64_t> : backward<int32_t>)(
         *call, coefficients, *logits, *ids, *grad, num_threads
     );

@@ -93,12 +93,16 @@ def obstacle(operation: str, tensor: Tensor) -> str | None:
         return f"native kernels run on CPUs, got device {tensor.device}"
     if tensor.dtype not in DTYPES:
         return f"native kernels compute in float32, got {tensor.dtype}"
-    if os.environ.get("TRITONAFF_NATIVE", "1").lower() in ("0", "false", "off", "no"):
+    if turned_off():
         return "TRITONAFF_NATIVE turns native kernels off"
     if operation not in _loaded and operation not in _obstacles:
         with _lock:
             _load_once(operation)
     return _obstacles.get(operation)
+
+
+def turned_off() -> bool:
+    return os.environ.get("TRITONAFF_NATIVE", "1").lower() in ("0", "false", "off", "no")
 
 
 def library(operation: str) -> ctypes.CDLL:

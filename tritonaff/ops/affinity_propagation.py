@@ -11,7 +11,10 @@ from tritonaff.ops.backend import current_backend, implementation
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityPropagationOptions
 
-OPTIONS = "SymInt[] rates, SymInt iterations, float self_weight, float steepness, bool from_logits"
+OPTIONS = (
+    "SymInt[] rates, SymInt iterations, float self_weight, float steepness, bool from_logits, "
+    "str normalize, str border"
+)
 
 
 def propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptions) -> Tensor:
@@ -26,7 +29,7 @@ def propagate(probs: Tensor, affinity: Tensor, options: AffinityPropagationOptio
     # By name: the compiler of torch 2.6 cannot take a part of a NamedTuple.
     refined = affinity_propagation(
         probs, affinity, flat_rates, options.iterations, options.self_weight, options.steepness,
-        options.from_logits, backend,
+        options.from_logits, options.normalize, options.border, backend,
     )  # fmt: skip
     return refined
 

@@ -143,10 +143,11 @@ def _obstacle(logits: Tensor, max_classes: int | None) -> str | None:
         return f"the tiles compute in float32, got {logits.dtype}"
     if max_classes is not None and logits.shape[1] > max_classes:
         return f"the tiles take at most {max_classes} classes, got {logits.shape[1]}"
-    return _no_triton_on(logits.device)
+    return triton_obstacle(logits.device)
 
 
-def _no_triton_on(device: torch.device) -> str | None:
+def triton_obstacle(device: torch.device) -> str | None:
+    """The reason why no tile can run on a device, None if tiles can."""
     if not _triton_installed():
         return "triton is not installed"
     if device.type in ("cuda", "xpu"):

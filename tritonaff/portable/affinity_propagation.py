@@ -2,7 +2,8 @@
 
 Pixels are flat, (N, C, H W): the neighbour at (dy, dx) is dy W + dx further on, so each neighbour
 takes one addcmul_ of two ranges and nothing is padded or copied. At the image's sides such a range
-runs on into the next row; the gates, which are the affinities after the sigmoid, are 0 there.
+runs on into the next row; the gates, which are the affinities after the sigmoid, are 0 there. With
+the border "replicate" the image lies in a frame of its border pixels, which every step renews.
 
 docs/dilated_affinity.md derives the backward pass. In both passes images are independent: they need
 the memory of one image, or of as many small images as make up a block.
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tritonaff.portable.blocks import at_least_float32
+from tritonaff.portable.blocks import at_least_float32, fold_frame, precision
 from tritonaff.rates import rate_offsets
 
 # Elements in one step. On a CPU the elements that all neighbours of a step read stay in its cache;
@@ -33,17 +35,20 @@ def forward(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
 ) -> Tensor:
     """The refined probs (N, C, H, W), in the dtype and memory format of ``probs``."""
     result = torch.empty_like(probs)
+    options = rates, self_weight, steepness, from_logits, normalize, border
     for images in groups(probs):
-        p = flat(probs[images])
-        stencil = Stencil.load(affinity[images], p, rates, self_weight, steepness, from_logits)
+        stencil = Stencil.load(affinity[images], precision(probs), *options)
+        p = stencil.framed(probs[images], "replicate")
         buffers = [torch.empty_like(p) for _ in range(min(iterations, 2))]
         total = torch.empty_like(p[:, :1])
         for t in range(iterations):
             p = stencil.step(p, out=buffers[t % 2], total=total)
-        result[images].copy_(p.view(result[images].shape))
+        result[images].copy_(stencil.image(p))
     return result
 
 
@@ -58,19 +63,23 @@ def backward(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of probs and affinity; a gradient that is not needed is an empty tensor."""
     grad_probs = torch.empty_like(probs) if needs_probs else probs.new_empty(0)
     grad_affinity = torch.zeros_like(affinity) if needs_affinity else affinity.new_empty(0)
+    options = rates, self_weight, steepness, from_logits, normalize, border
     for images in groups(probs):
-        p = flat(probs[images])
-        stencil = Stencil.load(affinity[images], p, rates, self_weight, steepness, from_logits)
+        stencil = Stencil.load(affinity[images], precision(probs), *options)
+        p = stencil.framed(probs[images], "replicate")
         iterates, totals = [p], []
         for _ in range(iterations):
             totals.append(torch.empty_like(p[:, :1]))
             iterates.append(stencil.step(iterates[-1], torch.empty_like(p), totals[-1]))
 
-        grad_p, grad_y, other = flat(grad[images]), torch.empty_like(p), torch.empty_like(p)
+        grad_p = stencil.framed(grad[images], "constant")
+        grad_y, other = torch.empty_like(p), torch.empty_like(p)
         grad_gates = torch.zeros_like(stencil.gates) if needs_affinity else None
         while totals:
             stencil.normalize_backward(grad_p, iterates.pop(), totals.pop(), out=grad_y)
@@ -79,7 +88,7 @@ def backward(
             if totals or needs_probs:
                 grad_p = stencil.step_backward(grad_y, iterates[-1], out=other)
         if needs_probs:
-            grad_probs[images].copy_(grad_p.view(grad_probs[images].shape))
+            grad_probs[images].copy_(stencil.image(grad_p))
         if grad_gates is not None:
             stencil.affinity_backward(grad_gates, grad_affinity[images])
     return grad_probs, grad_affinity
@@ -97,7 +106,8 @@ class Neighbor(NamedTuple):
 class Stencil:
     """The sum over neighbours of Eq. 6 for some images, its normalisation, and their adjoints.
 
-    Tensors over pixels are (n, C, H W), ``gates`` is (n, neighbors, H W).
+    Tensors over pixels are (n, C, H W), ``gates`` is (n, neighbors, H W), with the frame: ``frame``
+    is its number of rows above and below, and of columns on both sides.
     """
 
     def __init__(
@@ -105,37 +115,71 @@ class Stencil:
         gates: Tensor,
         neighbors: list[Neighbor],
         size: tuple[int, int],
+        frame: tuple[int, int],
         self_weight: float,
         slope: float | None,
+        normalizes: bool,
     ) -> None:
-        self.gates, self.neighbors, self.size = gates, neighbors, size
-        self.self_weight, self.slope = self_weight, slope
+        self.gates, self.neighbors, self.size, self.frame = gates, neighbors, size, frame
+        self.self_weight, self.slope, self.normalizes = self_weight, slope, normalizes
 
     @classmethod
     def load(
         cls,
         affinity: Tensor,
-        p: Tensor,
+        dtype: torch.dtype,
         rates: list[int],
         self_weight: float,
         steepness: float,
         from_logits: bool,
+        normalize: str,
+        border: str,
     ) -> Stencil:
         n, _, height, width = affinity.shape
         slope = math.log(steepness) if from_logits else None
         offsets = rate_offsets(list(zip(rates[::2], rates[1::2], strict=True)))
+        steps = list(zip(offsets[::2], offsets[1::2], strict=True))
+        frame = 0, 0
+        if border == "replicate":
+            # Beyond the image, a pixel further away is the same border pixel.
+            steps = [(within(dy, height - 1), within(dx, width - 1)) for dy, dx in steps]
+            frame = max(dy for dy, _ in steps), max(dx for _, dx in steps)
+        above, left = frame
+        size = height + 2 * above, width + 2 * left
         neighbors = [
-            Neighbor(channel, dy, dx, dy * width + dx)
-            for channel, (dy, dx) in enumerate(zip(offsets[::2], offsets[1::2], strict=True))
+            Neighbor(channel, dy, dx, dy * size[1] + dx)
+            for channel, (dy, dx) in enumerate(steps)
             if abs(dy) < height and abs(dx) < width
         ]
-        gates = p.new_empty(n, len(neighbors), height, width)
-        for gate, neighbor in zip(gates.unbind(1), neighbors, strict=True):
+        gates = affinity.new_zeros(n, len(neighbors), *size, dtype=dtype)
+        stencil = cls(
+            gates.flatten(2), neighbors, size, frame, self_weight, slope, normalize == "sum"
+        )
+        for gate, neighbor in zip(stencil.image(gates).unbind(1), neighbors, strict=True):
             gate.copy_(affinity[:, neighbor.channel])
             if slope is not None:
                 gate.mul_(slope).sigmoid_()
-            clear_outside(gate, neighbor)
-        return cls(gates.flatten(2), neighbors, (height, width), self_weight, slope)
+            stencil.clear_outside(gate, neighbor)
+        return stencil
+
+    def framed(self, images: Tensor, mode: str) -> Tensor:
+        """Images as (n, C, H W), contiguous and in at least float32, in a frame of their border
+        pixels if the mode is "replicate", of zeros if it is "constant".
+        """
+        (above, left), images = self.frame, at_least_float32(images)
+        if above or left:
+            images = F.pad(images, (left, left, above, above), mode=mode)
+        return images.contiguous().flatten(2)
+
+    def image(self, x: Tensor) -> Tensor:
+        """The part of (n, C, H W) inside the frame, as a view."""
+        (height, width), (above, left) = self.size, self.frame
+        planes = x.view(*x.shape[:2], height, width)
+        return planes[..., above : height - above, left : width - left]
+
+    def renew_frame(self, p: Tensor) -> None:
+        if any(self.frame):
+            p.copy_(self.framed(self.image(p), "replicate"))
 
     def step(self, p: Tensor, out: Tensor, total: Tensor) -> Tensor:
         """One iteration from p to ``out``; the divisor of y goes to ``total`` (n, 1, H W)."""
@@ -145,12 +189,17 @@ class Stencil:
             torch.mul(p_i, class_sum.mul_(self.self_weight), out=y)
             for k, here, there in self.ranges(pixels):
                 out[..., here].addcmul_(self.gates[:, k : k + 1, here], p[..., there])
-            torch.sum(y, dim=1, keepdim=True, out=class_sum)
-            y.div_(class_sum.masked_fill_(class_sum == 0, math.inf))
+            if self.normalizes:
+                torch.sum(y, dim=1, keepdim=True, out=class_sum)
+                y.div_(class_sum.masked_fill_(class_sum == 0, math.inf))
+        self.renew_frame(out)
         return out
 
     def normalize_backward(self, grad_p: Tensor, p: Tensor, total: Tensor, out: Tensor) -> None:
         """Turns the gradient of p = y / total into the gradient of y, in ``out``."""
+        if not self.normalizes:
+            out.copy_(grad_p)
+            return
         for pixels in blocks(p):
             g, grad_y = grad_p[..., pixels], out[..., pixels]
             common = torch.mul(g, p[..., pixels], out=grad_y).sum(dim=1, keepdim=True)
@@ -169,6 +218,7 @@ class Stencil:
             grad_p.addcmul_(grad_y_i, largest).mul_(self.self_weight)
             for k, there, here in self.ranges(pixels, backwards=True):
                 out[..., here].addcmul_(self.gates[:, k : k + 1, there], grad_y[..., there])
+        fold_frame(out.view(*out.shape[:2], *self.size), self.frame)
         return out
 
     def gates_backward(self, grad_y: Tensor, p: Tensor, grad_gates: Tensor) -> None:
@@ -184,13 +234,19 @@ class Stencil:
         """Turns the gradient of the gates, which is overwritten, into the gradient of the affinity,
         in ``out``.
         """
-        planes = *grad_gates.shape[:2], *self.size
-        grads, gates = grad_gates.view(planes).unbind(1), self.gates.view(planes).unbind(1)
+        grads, gates = self.image(grad_gates).unbind(1), self.image(self.gates).unbind(1)
         for grad, gate, neighbor in zip(grads, gates, self.neighbors, strict=True):
             if self.slope is not None:
                 grad.mul_(gate).mul_(1 - gate).mul_(self.slope)
-            clear_outside(grad, neighbor)
+            self.clear_outside(grad, neighbor)
             out[:, neighbor.channel].copy_(grad)
+
+    def clear_outside(self, plane: Tensor, neighbor: Neighbor) -> None:
+        """Sets (n, H, W) to zero at pixels whose neighbour is outside image and frame."""
+        height, width = plane.shape[-2:]
+        above, left = self.frame
+        plane[:, beyond(neighbor.dy, height, above)].zero_()
+        plane[:, :, beyond(neighbor.dx, width, left)].zero_()
 
     def ranges(self, pixels: slice, backwards: bool = False) -> Iterator[tuple[int, slice, slice]]:
         """For every neighbour: its number, the range of ``pixels`` whose flat neighbour exists, and
@@ -209,15 +265,13 @@ class Stencil:
                 yield k, slice(start, stop), slice(start + shift, stop + shift)
 
 
-def clear_outside(plane: Tensor, neighbor: Neighbor) -> None:
-    """Sets (n, H, W) to zero at pixels whose neighbour is outside the image."""
-    height, width = plane.shape[-2:]
-    plane[:, beyond(neighbor.dy, height)].zero_()
-    plane[:, :, beyond(neighbor.dx, width)].zero_()
+def beyond(step: int, size: int, frame: int) -> slice:
+    over = max(0, abs(step) - frame)
+    return slice(0, over) if step < 0 else slice(size - over, size)
 
 
-def beyond(step: int, size: int) -> slice:
-    return slice(0, -step) if step < 0 else slice(size - step, size)
+def within(step: int, most: int) -> int:
+    return max(-most, min(most, step))
 
 
 def groups(probs: Tensor) -> Iterator[slice]:
@@ -241,8 +295,3 @@ def block_pixels(p: Tensor) -> int:
 
 def block_size(tensor: Tensor) -> int:
     return CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
-
-
-def flat(images: Tensor) -> Tensor:
-    """Images as (n, C, H W), contiguous and in at least float32; a view if the images are so."""
-    return at_least_float32(images).contiguous().flatten(2)

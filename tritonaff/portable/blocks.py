@@ -79,6 +79,19 @@ def in_layout_of(logits: Tensor, grad: Tensor, dtype: torch.dtype | None = None)
     return torch.empty_like(logits, dtype=dtype).copy_(grad)
 
 
+def fold_frame(grad: Tensor, frame: tuple[int, int]) -> None:
+    """Turns the gradient (N, C, H, W) of images in a frame of their border pixels into the gradient
+    of the images, in place: the frame's rows and columns go to the border pixels and become 0.
+    """
+    for dim, width in zip((2, 3), frame, strict=True):
+        if width:
+            first, inner, last = grad.split([width, grad.shape[dim] - 2 * width, width], dim=dim)
+            inner.select(dim, 0).add_(first.sum(dim=dim))
+            inner.select(dim, -1).add_(last.sum(dim=dim))
+            first.zero_()
+            last.zero_()
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype for sums of millions of terms: float64 if the device has float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -24,6 +24,8 @@ def affinity_propagation(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
 ) -> Tensor:
     """Applies Eq. 6 ``iterations`` times to probs (N, C, H, W), with affinity (N, 8 R, H, W)."""
     p = probs.float() if probs.dtype in (torch.float16, torch.bfloat16) else probs.clone()
@@ -35,15 +37,25 @@ def affinity_propagation(
         largest, _ = p.max(dim=1, keepdim=True)
         total = self_weight * p * largest
         for s, (dy, dx) in enumerate(offsets):
-            # Outside the image there is no neighbour: p_s is 0.
-            total = total + a[:, s : s + 1] * shifted(p, dy, dx, 0.0)
-        p = normalized(total)
+            # Outside the image there is no neighbour, p_s is 0; or its border pixels go on.
+            p_s = shifted(p, dy, dx, 0.0) if border == "valid" else replicated(p, dy, dx)
+            total = total + a[:, s : s + 1] * p_s
+        p = normalized(total) if normalize == "sum" else total
     return p.to(probs.dtype)
 
 
 def steep_sigmoid(x: Tensor, mu: float) -> Tensor:
     """Eq. 7: mu^x / (1 + mu^x) = 1 / (1 + exp(-x log(mu)))."""
     return torch.sigmoid(x * math.log(mu))
+
+
+def replicated(x: Tensor, dy: int, dx: int) -> Tensor:
+    """``x`` (N, C, H, W) at (h + dy, w + dx), or at the pixel of the image nearest to it."""
+    rows, columns = (
+        (torch.arange(size, device=x.device) + max(-size, min(size, step))).clamp(0, size - 1)
+        for size, step in zip(x.shape[2:], (dy, dx), strict=True)
+    )
+    return x[:, :, rows[:, None], columns]
 
 
 def normalized(total: Tensor) -> Tensor:

@@ -20,6 +20,15 @@ rows that its stencils reach in registers. A thread holds four neighbouring colu
 the side is a shuffle within the warp for some of them and nothing for the others. edge_kernel and
 counts_kernel go through patches, rectangles of pixels, and skip most patches that hold one label.
 
+Arguments that several kernels share:
+
+    TABLES, GRADIENT   True for the results that are asked for
+    ADD                a second pass over the sizes adds to the gradient of the first
+    REPLACE            edge_kernel writes the gradient of a pixel with edges anew: half precision
+    RADII, COLUMNS     distances of a pass, and their columns in the tables; then K, their number
+    REACH              the largest distance of the first pass, 0 in the second
+    limit              log((1 - eps) / eps), the log odds at which p is clamped
+
 Half precision is read as it is and computed in float32. Image sizes are runtime arguments. A kernel
 compiles anew for other neighbourhood sizes and block sizes, for rows that are no multiples of four
 columns, and where Triton itself distinguishes arguments that are 1 or divisible by 16.

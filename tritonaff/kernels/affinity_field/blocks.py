@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
     unroll: int = 2
     patch: tuple[int, int] = (8, 16)
     part: tuple[int, int] = (4, 8)
-    """A pixel for every thread."""
+    """A pixel for every thread of 32."""
     patch_warps: int = 1
     patches_in_a_program: int = 2
     """Partial tables of edges wait beside the gradient: one for every patch would be 11 % of
@@ -47,7 +47,7 @@ class Blocks(NamedTuple):
     """All programs of the counts add to the same few numbers, and wait for each other."""
     pixels: int = 128
     pixel_classes: int = 4
-    sums: int = 512
+    partial_sums: int = 512
     """Partial tables that a program adds up at a time."""
 
 
@@ -74,7 +74,7 @@ def strip_options(logits: Tensor, blocks: Blocks) -> dict[str, int]:
         "LANES": blocks.lanes,
         "UNROLL": blocks.unroll,
         "num_warps": 1,
-        # If so, four columns take one load.
+        # Aligned: four columns take one load.
         "ALIGNED": all(step % 4 == 0 for step in steps) and logits.data_ptr() % 16 == 0,
     }
 

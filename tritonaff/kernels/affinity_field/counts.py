@@ -1,4 +1,7 @@
-"""Numbers of pixels, of pairs and of edges: labels are all that they depend on."""
+"""Numbers of pixels, of pairs and of edges: labels are all that they depend on.
+
+PIXELS is the number of pixels in a patch.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +61,13 @@ def pairs_and_edges(
 @triton.jit
 def counts_kernel(
     label_ptr, totals_ptr, entries_ptr, C, H, W, PATCHES,
-    PIXELS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+    COUNT_PIXELS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    """Walks through patches, adds up the totals, the entries and, in the first pass over the sizes,
+    the pixels by label.
+    """
     # [BLOCK_H * BLOCK_W]
     none = tl.zeros((BLOCK_H * BLOCK_W,), tl.int32)
     # [BLOCK_H * BLOCK_W], [BLOCK_H * BLOCK_W], [BLOCK_CLASSES] for every size; tables begin with
@@ -100,7 +106,7 @@ def counts_kernel(
     # [BLOCK_CLASSES]
     classes = tl.arange(0, BLOCK_CLASSES)
     row_ptr = entries_ptr + classes.to(tl.int64) * (K + 1)
-    if PIXELS:
+    if COUNT_PIXELS:
         count = tables[0].to(tl.int64)
         tl.atomic_add(row_ptr + K, count, mask=count > 0, sem="relaxed")
     for k in tl.static_range(len(RADII)):

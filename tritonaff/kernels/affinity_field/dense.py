@@ -48,10 +48,10 @@ def load_row(
     for i in tl.static_range(4):
         x = xs[i].to(tl.float32)
         u, log_odds = fields(x, tops[i].to(tl.float32), rests[i], labels[i] == c, limit, eps)
-        there = labels[i] >= 0
-        us += (tl.where(there, u, 0.0),)
-        ls += (tl.where(there, log_odds, 0.0),)
-        counts |= there.to(tl.uint32) << 8 * i
+        counted = labels[i] >= 0
+        us += (tl.where(counted, u, 0.0),)
+        ls += (tl.where(counted, log_odds, 0.0),)
+        counts |= counted.to(tl.uint32) << 8 * i
     return us, ls, counts
 
 
@@ -76,8 +76,9 @@ def far_box(
 
 @triton.jit
 def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
-    """This program's strip: its partial table; classes [BLOCK_C]; and for every lane its image, its
-    first row, the first of its four columns, and whether the strip owns it, [1, LANES] each.
+    """This program's strip: the index of its partial table; classes [BLOCK_C]; and for every lane
+    its image, its first row, the first of its four columns, and whether the strip owns it, [1,
+    LANES] each.
 
     ROWS rows of an image are a band. All bands of all images lie side by side, HALO columns between
     them, and are cut into strips. A strip owns all lanes but the first and the last.
@@ -91,7 +92,8 @@ def strip(N, C, H, W, ROWS, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     column = (start % width).to(tl.int32) + lane * 4
     band = (start // width).to(tl.int32) + column // width
     n, band = band // bands, band % bands
-    first = tl.where(n < N, band * ROWS, H + HALO)  # behind the last image no row is inside
+    # Past the last image a lane begins below it, so that nothing is loaded.
+    first = tl.where(n < N, band * ROWS, H + HALO)
     owned = (lane > 0) & (lane < LANES - 1)
     return place, c, tl.minimum(n, N - 1).to(tl.int64), first, column % width - HALO, owned
 

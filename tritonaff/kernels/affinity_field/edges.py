@@ -50,7 +50,9 @@ def log_losses(sums, pixels, h, w, H, W, stride_c, BLOCK_CLASSES: tl.constexpr):
 
 @triton.jit
 def store(tables, table_ptr, first, C, PROGRAMS, BLOCK_CLASSES: tl.constexpr):
-    """Stores tables [BLOCK_CLASSES] to rows of this program's partial tables."""
+    """Stores tables [BLOCK_CLASSES] to this program's column of the partial tables, which are
+    [2 K + 1, C, PROGRAMS], from row ``first`` on.
+    """
     classes = tl.arange(0, BLOCK_CLASSES)
     for i in tl.static_range(len(tables)):
         row = tl.cast(C, tl.int64) * (first + i) + classes
@@ -72,9 +74,9 @@ def edges_of_patch(
         pixel = h.to(tl.int64) * W + w
         # [PIXELS]; for every size [8, PIXELS]; for every size [PIXELS]
         label, around, pairs = labels_around(pixels.label, h, w, H, W, RADII)
-        counts = label >= 0
+        counted = label >= 0
         # [PIXELS] each
-        top, rest = load_statistics(pixels, pixel, counts)
+        top, rest = load_statistics(pixels, pixel, counted)
         least, most = extremes_with_neighbors(label, around)
         has_edge = least.to(tl.int32) < most
         values = ()
@@ -85,11 +87,11 @@ def edges_of_patch(
         while c < NO_LABEL:  # every label that occurs
             channel = channel_of(pixels, c, stride_c)
             # [PIXELS]
-            x = load_logit(channel, pixel, counts)
+            x = load_logit(channel, pixel, counted)
             # [PIXELS] each
             p, q, log_odds, log_q = distribution(x, top, rest, limit)
             own = label == c
-            # d loss / d l and d loss / d p, [PIXELS] each
+            # d loss / d l and d loss / d u, [PIXELS] each; u is p and a constant
             d_l = tl.zeros_like(p)
             d_u = tl.zeros_like(p)
             touched = tl.zeros(label.shape, tl.int1)
@@ -126,23 +128,23 @@ def edges_of_patch(
                     top_b, rest_b = load_statistics(channel, pixel_b, taken)
                     p_b, q_b, l_b, log_q_b = distribution(x_b, top_b, rest_b, limit)
                     l_step = log_odds - l_b
-                    # The rest of the margin with either pixel as the centre.
-                    centre = margin + p_b * l_step - (log_q_b - log_q)
-                    neighbor = margin - p * l_step - (log_q - log_q_b)
+                    # The rest of the margin with this pixel as the centre, and with its neighbour.
+                    room = margin + p_b * l_step - (log_q_b - log_q)
+                    room_back = margin - p * l_step - (log_q - log_q_b)
                     if TABLES:
-                        counted = edge & own
-                        both = tl.maximum(centre, 0.0) + tl.maximum(neighbor, 0.0)
-                        hinges += tl.where(counted, both, 0.0)
+                        own_edge = edge & own
+                        both = tl.maximum(room, 0.0) + tl.maximum(room_back, 0.0)
+                        hinges += tl.where(own_edge, both, 0.0)
                         # The dense tables hold this product of the pair: nothing where p is
                         # clamped.
                         u_a = tl.where(log_odds < limit, q - eps, 0.0)
                         u_b = tl.where(l_b > -limit, p_b - eps, 0.0)
-                        product -= tl.where(counted, (u_a + u_b) * l_step, 0.0)
+                        product -= tl.where(own_edge, (u_a + u_b) * l_step, 0.0)
                     if GRADIENT:
                         # From the smaller of p and q: little is rounded away.
                         p_step = tl.where(p > 0.5, q_b - q, p - p_b)
-                        pair_d_l = tl.where(centre > 0, -coef_edge, 0.0) * p_step
-                        pair_d_u = tl.where(neighbor > 0, -coef_edge, 0.0) * l_step
+                        pair_d_l = tl.where(room > 0, -coef_edge, 0.0) * p_step
+                        pair_d_u = tl.where(room_back > 0, -coef_edge, 0.0) * l_step
                         if REPLACE:
                             pair_d_l = tl.where(edge, pair_d_l, coef_dense * p_step)
                             pair_d_u = tl.where(edge, pair_d_u, coef_dense * l_step)
@@ -181,6 +183,9 @@ def edge_kernel(
     RADII: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
 ):  # fmt: skip
+    """Walks through patches: adds up partial tables and, after dense_kernel, corrects or replaces
+    its gradient.
+    """
     # [BLOCK_CLASSES]
     nothing = tl.zeros((BLOCK_CLASSES,), tl.float32)
     # [BLOCK_CLASSES]; for every size 2 x [BLOCK_CLASSES]

@@ -46,12 +46,12 @@ def add_up(
 def finish_kernel(
     dense_ptr, edges_ptr, sums_ptr, log_loss_ptr, zero_ptr,
     grad_log_loss_ptr, logits_ptr, label_ptr, top_ptr, rest_ptr, grad_ptr,
-    C, K, HW, stride_n, stride_c, DENSE_PROGRAMS, EDGE_PROGRAMS, SUMS,
+    C, K, HW, stride_n, stride_c, DENSE_PROGRAMS, EDGE_PROGRAMS, SUM_PROGRAMS,
     TABLES: tl.constexpr, GRADIENT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
     BLOCK_SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # Two passes in one launch: the first takes only a few programs.
-    if tl.program_id(0) < SUMS:
+    # Two jobs in one launch: the first takes only a few programs.
+    if tl.program_id(0) < SUM_PROGRAMS:
         if TABLES:
             add_up(
                 dense_ptr, edges_ptr, sums_ptr, log_loss_ptr, C, K, DENSE_PROGRAMS, EDGE_PROGRAMS,
@@ -61,7 +61,7 @@ def finish_kernel(
     elif GRADIENT:
         softmax_backward(
             grad_log_loss_ptr, Pixels(logits_ptr, top_ptr, rest_ptr, label_ptr), grad_ptr,
-            C, HW, stride_n, stride_c, SUMS, CROSS_ENTROPY, BLOCK_C, BLOCK_P,
+            C, HW, stride_n, stride_c, SUM_PROGRAMS, CROSS_ENTROPY, BLOCK_C, BLOCK_P,
         )  # fmt: skip
 
 

@@ -129,14 +129,14 @@ def extremes_with_neighbors(label, around):
 
 
 @triton.jit
-def next_label(label, around, counts, above):
+def next_label(label, around, counted, above):
     """The smallest label beyond ``above`` among pixels that count and their neighbours."""
     # Labels that are not beyond become large unsigned numbers.
     beyond = ()
     for k in tl.static_range(len(around)):
         beyond += (around[k] - above - 1,)
     more, _largest = extremes_with_neighbors(label - above - 1, beyond)
-    more = tl.minimum(tl.where(counts, more, NO_LABEL), NO_LABEL)
+    more = tl.minimum(tl.where(counted, more, NO_LABEL), NO_LABEL)
     return tl.min(more, axis=0).to(tl.int32) + above + 1
 
 

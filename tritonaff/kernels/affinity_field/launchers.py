@@ -71,7 +71,7 @@ def statistics(
         patches = num_patches(logits, blocks)
         for i, sizes in enumerate(passes(kernel_sizes)):
             launch(counts_kernel, (count_programs(patches, blocks),),
-                label, totals, counts, num_classes, height, width, patches, PIXELS=i == 0,
+                label, totals, counts, num_classes, height, width, patches, COUNT_PIXELS=i == 0,
                 BLOCK_CLASSES=next_power_of_2(num_classes), **sizes, **patch_options(blocks),
             )  # fmt: skip
     return totals, counts, label, top, rest
@@ -140,7 +140,7 @@ def compute(
             dense, edges, sums, log_loss, zero,
             grad_log_loss, logits, label, top, rest, grad, num_classes, k, height * width,
             logits.stride(0), logits.stride(1), strips, edge_programs, sum_programs,
-            CROSS_ENTROPY=grad_log_loss is not None, BLOCK_SUM=blocks.sums,
+            CROSS_ENTROPY=grad_log_loss is not None, BLOCK_SUM=blocks.partial_sums,
             **asked, **pixel_options(logits, blocks),
         )  # fmt: skip
     del logits, dense, edges

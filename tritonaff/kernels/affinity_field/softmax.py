@@ -57,7 +57,7 @@ def statistics_kernel(
     rest = tl.sum(tl.where(row == largest_row, rest, others), axis=0, keep_dims=True)
     rest = tl.where(tl.abs(largest) < 1e38, rest, float("nan"))  # infinity has no softmax
 
-    # [1, BLOCK_P]
+    # [1, BLOCK_P]; the rest of the image as one row
     label = load_label(
         target_ptr + n * target_stride_n + first, 0 * pixel, pixel, 1, HW - first, C, 0, 1,
         ignore_index,
@@ -74,13 +74,13 @@ def statistics_kernel(
 
 @triton.jit
 def softmax_backward(
-    grad_log_loss_ptr, pixels, grad_ptr, C, HW, stride_n, stride_c, SUMS,
+    grad_log_loss_ptr, pixels, grad_ptr, C, HW, stride_n, stride_c, SUM_PROGRAMS,
     CROSS_ENTROPY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """From p d loss / d p to the gradient of the logits, in place. The first SUMS programs have
-    other work.
+    """From p d loss / d p to the gradient of the logits, in place. The first SUM_PROGRAMS
+    programs have other work.
     """
-    n, first = first_pixel(HW, BLOCK_P, SUMS)
+    n, first = first_pixel(HW, BLOCK_P, SUM_PROGRAMS)
     # [1, BLOCK_P], counted from the first pixel
     pixel = tl.arange(0, BLOCK_P)[None, :]
     in_image = pixel < HW - first

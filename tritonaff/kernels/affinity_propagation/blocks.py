@@ -24,15 +24,19 @@ class Blocks(NamedTuple):
     """With 8 gates each: 8 elements for each thread."""
 
 
-def step_options(probs: Tensor, rates: list[int], blocks: Blocks) -> dict[str, Any]:
-    """Not more pixels than an image has: see pixels_to_load. IN_PAIRS is True if either both of two
-    pixels that begin at an even index have a neighbour or none.
+def step_options(
+    probs: Tensor, rates: list[int], blocks: Blocks, border: str = "valid"
+) -> dict[str, Any]:
+    """Not more pixels than an image has: see pixels_to_load. IN_PAIRS is True if two pixels that
+    begin at an even index have neighbours side by side, or none.
     """
     _, classes, height, width = probs.shape
     class_blocks = 1 if classes <= blocks.classes else cdiv(classes, blocks.classes_of_many)
     return {
         "RATES": steps_in_32_bits(rates),
-        "IN_PAIRS": width % 2 == 0 and all(step % 2 == 0 for step in rates[1::2]),
+        "IN_PAIRS": border == "valid"
+        and width % 2 == 0
+        and all(step % 2 == 0 for step in rates[1::2]),
         "C": classes,
         "BLOCK_C": cdiv(classes, class_blocks),
         "BLOCK_P": min(blocks.pixels, 1 << (height * width).bit_length() - 1),

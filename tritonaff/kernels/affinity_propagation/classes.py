@@ -30,10 +30,12 @@ def pixels_to_load(HW, W, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def neighbor(
-    s, SIGN: tl.constexpr, place, H, W, RATES: tl.constexpr, IN_PAIRS: tl.constexpr
+    s, SIGN: tl.constexpr, place, H, W,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr, REPLICATE: tl.constexpr = False,
 ):  # fmt: skip
     """True where pixels have neighbour s (or are that neighbour of another, if the sign is -1), and
-    the index of the other pixel; their own index where there is none. [BLOCK_P] each.
+    the index of the other pixel; their own index where there is none. [BLOCK_P] each. With
+    REPLICATE, the border pixels go on outside.
     """
     r1, r2 = RATES[0], RATES[1]
     for k in tl.static_range(1, len(RATES) // 2):
@@ -41,8 +43,14 @@ def neighbor(
         r2 = tl.where(s < 8 * k, r2, RATES[2 * k + 1])
     dy, dx = step_in(s % 8)
     dy, dx = dy * (SIGN * r1), dx * (SIGN * r2)
-    there = place.in_image & is_inside(place.h + dy, place.w + dx, H, W)
-    index = tl.where(there, place.pixel + (dy * tl.cast(W, tl.int64) + dx), place.pixel)
+    if REPLICATE:
+        there = place.in_image
+        row = tl.minimum(tl.maximum(place.h + dy, 0), H - 1)
+        column = tl.minimum(tl.maximum(place.w + dx, 0), W - 1)
+        index = tl.where(there, row.to(tl.int64) * W + column, place.pixel)
+    else:
+        there = place.in_image & is_inside(place.h + dy, place.w + dx, H, W)
+        index = tl.where(there, place.pixel + (dy * tl.cast(W, tl.int64) + dx), place.pixel)
     if IN_PAIRS:  # one load for two: newer versions of Triton see it themselves
         index = tl.max_contiguous(index, 2)
     return there, index

@@ -30,7 +30,8 @@ def store(ptrs, value, mask):
 def gates_kernel(
     affinity_ptr, gates_ptr,
     H, W, HW, stride_n, stride_c, stride_h, stride_w, slope,
-    RATES: tl.constexpr, FROM_LOGITS: tl.constexpr, BLOCK_P: tl.constexpr,
+    RATES: tl.constexpr, FROM_LOGITS: tl.constexpr, REPLICATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, pixel, h, w = pixels(HW, W, BLOCK_P)
     # [1, BLOCK_P] each
@@ -46,9 +47,10 @@ def gates_kernel(
         gate = load(affinity_ptr + offsets(channel, h, w, stride_c, stride_h, stride_w), in_image)
         if FROM_LOGITS:
             gate = 1 / (1 + tl.exp(-slope * gate))
-        dy, dx = step_in(direction)
-        there = is_inside(h + dy * RATES[2 * k], w + dx * RATES[2 * k + 1], H, W)
-        gate = tl.where(there, gate, 0.0)
+        if not REPLICATE:
+            dy, dx = step_in(direction)
+            there = is_inside(h + dy * RATES[2 * k], w + dx * RATES[2 * k + 1], H, W)
+            gate = tl.where(there, gate, 0.0)
         store(gates_ptr + channel.to(tl.int64) * HW + pixel, gate, in_image)
 
 

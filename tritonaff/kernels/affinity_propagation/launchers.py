@@ -21,6 +21,7 @@ from tritonaff.kernels.affinity_propagation.steps_backward import (
 )
 from tritonaff.kernels.blocks import overridden
 from tritonaff.kernels.shared import launch, steps_in_32_bits
+from tritonaff.portable import affinity_propagation as portable
 from tritonaff.portable.blocks import in_layout_of
 
 
@@ -32,6 +33,8 @@ def forward(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """The refined probs, in their dtype and memory format."""
@@ -39,11 +42,13 @@ def forward(
         return torch.empty_like(probs).copy_(probs)
     blocks = blocks or overridden("affinity_propagation", Blocks())
     buffers = [new_iterate(probs) for _ in range(min(iterations, 2))]
-    gates = launch_gates(affinity, rates, steepness, from_logits, blocks)
+    gates = launch_gates(affinity, rates, steepness, from_logits, blocks, border)
     total = new_total(probs)
     p = probs.contiguous()
     for t in range(iterations):
-        launch_step(p, gates, buffers[t % 2], total, rates, self_weight, blocks)
+        launch_step(
+            p, gates, buffers[t % 2], total, rates, self_weight, blocks, normalize, border
+        )  # fmt: skip
         p = buffers[t % 2]
     return in_layout_of(probs, p)
 
@@ -59,9 +64,16 @@ def backward(
     self_weight: float,
     steepness: float,
     from_logits: bool,
+    normalize: str,
+    border: str,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of probs and of affinity; a gradient that is not needed is empty."""
+    if (normalize, border) != ("sum", "valid"):
+        return portable.backward(
+            grad, probs, affinity, needs_probs, needs_affinity,
+            rates, iterations, self_weight, steepness, from_logits, normalize, border,
+        )  # fmt: skip
     grad_probs = probs.new_empty(0)
     grad_affinity = torch.empty_like(affinity) if needs_affinity else affinity.new_empty(0)
     if iterations == 0 or len(probs) == 0:
@@ -110,14 +122,20 @@ def backward(
 
 
 def launch_gates(
-    affinity: Tensor, rates: list[int], steepness: float, from_logits: bool, blocks: Blocks
+    affinity: Tensor,
+    rates: list[int],
+    steepness: float,
+    from_logits: bool,
+    blocks: Blocks,
+    border: str = "valid",
 ) -> Tensor:
     """The gates [N, 4 len(rates), H, W] in float32."""
     n, channels, height, width = affinity.shape
     gates = affinity.new_empty(n, channels, height, width, dtype=torch.float32)
     launch(gates_kernel, pixel_grid(affinity, blocks.gate_pixels),
         affinity, gates, height, width, height * width, *affinity.stride(), math.log(steepness),
-        RATES=steps_in_32_bits(rates), FROM_LOGITS=from_logits, BLOCK_P=blocks.gate_pixels,
+        RATES=steps_in_32_bits(rates), FROM_LOGITS=from_logits, REPLICATE=border == "replicate",
+        BLOCK_P=blocks.gate_pixels,
     )  # fmt: skip
     return gates
 
@@ -130,13 +148,15 @@ def launch_step(
     rates: list[int],
     self_weight: float,
     blocks: Blocks,
+    normalize: str = "sum",
+    border: str = "valid",
 ) -> None:
     """One iteration, from p to out."""
     height, width = p.shape[2:]
-    options = step_options(p, rates, blocks)
+    options = step_options(p, rates, blocks, border)
     launch(step_kernel, pixel_grid(p, options["BLOCK_P"]),
         p, gates, out, total, height, width, height * width, 4 * len(rates), self_weight,
-        **options,
+        NORMALIZE=normalize == "sum", REPLICATE=border == "replicate", **options,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from tritonaff.kernels.affinity_propagation.classes import (
 @triton.jit
 def y_of_classes(
     p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors,
-    RATES: tl.constexpr, IN_PAIRS: tl.constexpr, CLASSES: tl.constexpr,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr, REPLICATE: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """y of some classes, CLASSES x [BLOCK_P], and their sum [BLOCK_P]."""
     # CLASSES x [BLOCK_P]
@@ -30,7 +30,7 @@ def y_of_classes(
     # The number of neighbours is no constant: the compiler would unroll the loop, and registers
     # spill.
     for s in range(neighbors):
-        _, index = neighbor(s, 1, place, H, W, RATES, IN_PAIRS)
+        _, index = neighbor(s, 1, place, H, W, RATES, IN_PAIRS, REPLICATE)
         # [BLOCK_P]
         gate = tl.load(gates_ptrs)  # 0 where there is no neighbour
         gates_ptrs += HW
@@ -56,7 +56,7 @@ def largest_of_classes(largest, ptrs, HW, CLASSES: tl.constexpr):
 def step_kernel(
     p_ptr, gates_ptr, out_ptr, total_ptr,
     H, W, HW, neighbors, self_weight,
-    RATES: tl.constexpr, IN_PAIRS: tl.constexpr,
+    RATES: tl.constexpr, IN_PAIRS: tl.constexpr, REPLICATE: tl.constexpr, NORMALIZE: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, place = pixels_to_load(HW, W, BLOCK_P)
@@ -84,7 +84,8 @@ def step_kernel(
     for _ in range(BLOCKS):
         # BLOCK_C x [BLOCK_P], [BLOCK_P]
         y, block_total = y_of_classes(
-            p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors, RATES, IN_PAIRS, BLOCK_C
+            p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors,
+            RATES, IN_PAIRS, REPLICATE, BLOCK_C,
         )  # fmt: skip
         store_classes(y_ptrs, y, 0.0, 1.0, HW, place.in_image, BLOCK_C)
         total += block_total
@@ -93,9 +94,13 @@ def step_kernel(
         tl.debug_barrier()  # nothing says that a thread loads its own stores
     # LAST x [BLOCK_P], [BLOCK_P]
     y, block_total = y_of_classes(
-        p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors, RATES, IN_PAIRS, LAST
+        p_ptr, gates_ptrs, own_weight, place, H, W, HW, neighbors,
+        RATES, IN_PAIRS, REPLICATE, LAST,
     )  # fmt: skip
     total += block_total
-    total = tl.where(total == 0, float("inf"), total)
+    if NORMALIZE:
+        total = tl.where(total == 0, float("inf"), total)
+    else:
+        total = tl.full((BLOCK_P,), 1.0, tl.float32)
     tl.store(total_ptr + n * HW + place.pixel, total, mask=place.in_image)
     normalize(out_ptrs, y, 0.0, total, HW, place.in_image, BLOCKS, BLOCK_C, LAST)
