@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from train import rate, whole
 
 from tritonaff import AffinityFieldLoss
-from tritonaff.files import check_writable
+from tritonaff.files import check_writable, replacing
 
 TOLERANCE = 2  # pixels
 THRESHOLDS = [k / 20 for k in range(1, 20)]
@@ -77,7 +77,7 @@ class CrossEntropyField(nn.Module):
 
 LOSSES = {
     "bce": ("cross-entropy", CrossEntropy),
-    "bce+field": ("cross-entropy + affinity field", CrossEntropyField),
+    "bce+field": ("cross-entropy + field", CrossEntropyField),
 }
 
 # -------------------------------------------------------------------------- training, scores
@@ -116,7 +116,7 @@ def evaluate(network: nn.Module, data: Dataset, ignore_index: int) -> dict[str, 
     """The threshold that is best on the validation images, and the scores of all images with it."""
     val = probabilities(network, data.val)
     by_threshold = {t: score(val, data.val, t, ignore_index) for t in THRESHOLDS}
-    best = max(THRESHOLDS, key=lambda t: by_threshold[t].f1)
+    best = max(THRESHOLDS, key=lambda t: (by_threshold[t].f1, by_threshold[t].miou))
     test = score(probabilities(network, data.test), data.test, best, ignore_index)
     return {"threshold": best, "val": by_threshold[best]._asdict(), "test": test._asdict()}
 
@@ -168,24 +168,29 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    try:
+        for loss in options.loss:
+            LOSSES[loss][1](options)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     data = load_folder(options.data, options.ignore_index)
     if len(data.classes) != 2:
         raise DataError(f"expected two classes, background first, got {len(data.classes)}")
     check_writable(options.output)
+    ended = read_trainings(options.output)
     asked = ("pos_weight", "kernel_sizes", "steps", "batch_size", "size", "learning_rate")
     settings = {"data": data.name, **{name: getattr(options, name) for name in asked}}
-    old = options.output.read_text(encoding="utf-8") if options.output.exists() else ""
-    rows = [json.loads(line) for line in old.splitlines()]
     chosen = []
     for seed in range(options.seeds):
         for loss in options.loss:
             key = {"loss": loss, "seed": seed, **settings}
-            row = next((row for row in rows if key.items() <= row.items()), None)
+            row = next((row for row in ended if key.items() <= row.items()), None)
             if row is None:
                 network = train(loss, seed, data, options)
                 row = {**key, **evaluate(network, data, options.ignore_index)}
-                with options.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                ended.append(row)
+                with replacing(options.output) as new:
+                    new.write_text("".join(f"{json.dumps(row)}\n" for row in ended))
             chosen.append(row)
 
     console = Console()
@@ -198,6 +203,15 @@ def run(options: argparse.Namespace) -> None:
         table.add_row(LOSSES[loss][0], *cells)
     console.print(table)
     print(f"means of {options.seeds} seeds; all trainings: {options.output}")
+
+
+def read_trainings(path: Path) -> list[dict]:
+    """The rows of an earlier call, one for each training that has ended."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [dict(json.loads(line)) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{path} is no file of trainings: choose another --output") from error
 
 
 def spread(values: list[float]) -> str:

@@ -3,6 +3,9 @@ installed: docs/training-loops.md.
 """
 
 import copy
+import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +14,16 @@ from torch.nn import functional as F
 from vision import import_torchvision
 
 import tritonaff
+import tritonaff.nnunet
 from tritonaff.hf import SegmentationLoss
 from tritonaff.nnunet import WithAffinityField
+
+
+@pytest.fixture(autouse=True)
+def portable():
+    """Adapters are about arguments: one implementation stands for all."""
+    with tritonaff.use_backend("portable"):
+        yield
 
 
 @pytest.fixture
@@ -320,6 +331,68 @@ def test_field_beside_a_loss_of_nnunet(batch):
         torch.testing.assert_close(ours(logits, target), expected)
 
 
+class DeepSupervisionWrapper(nn.Module):
+    """What nnU-Net 2.8 wraps a loss in."""
+
+    def __init__(self, loss, weight_factors):
+        super().__init__()
+        self.loss, self.weight_factors = loss, weight_factors
+
+    def forward(self, outputs, targets):
+        levels = zip(self.weight_factors, outputs, targets, strict=True)
+        return sum(weight * self.loss(x, y) for weight, x, y in levels)
+
+
+class StandIn:
+    """The part of nnU-Net's trainer that the trainer with an affinity field builds on."""
+
+    current_epoch, num_epochs = 250, 1000
+
+    def __init__(self, has_regions, enable_deep_supervision):
+        self.enable_deep_supervision = enable_deep_supervision
+        self.label_manager = SimpleNamespace(has_regions=has_regions, ignore_label=255)
+
+    def _build_loss(self):
+        if not self.enable_deep_supervision:
+            return own_loss
+        return DeepSupervisionWrapper(own_loss, (0.75, 0.25))
+
+    def on_train_epoch_start(self):
+        pass
+
+
+@pytest.mark.parametrize("has_regions", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+def test_trainer_of_nnunet_on_a_stand_in(batch, monkeypatch, has_regions, deep):
+    name = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(nnUNetTrainer=StandIn))
+    while "." in name:
+        name = name.rpartition(".")[0]
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    source = importlib.util.spec_from_file_location("with_stand_in", tritonaff.nnunet.__file__)
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+
+    logits, labels = batch
+    target = labels[:, None].short()
+    options = {}
+    if has_regions:
+        options = {"activation": "sigmoid"}
+        target = one_hot(labels.clamp(max=3)).short()
+    outputs, targets = [logits, logits[..., ::2]], [target, target[..., ::2]]
+    trainer = module.nnUNetTrainerAffinityField(has_regions, deep)
+    loss = trainer._build_loss()
+    trainer.on_train_epoch_start()
+    field = tritonaff.AffinityFieldLoss(**options)
+    expected = [
+        own_loss(x, y) + field(x, y, progress=0.25) for x, y in zip(outputs, targets, strict=True)
+    ]
+    if deep:
+        torch.testing.assert_close(loss(outputs, targets), 0.75 * expected[0] + 0.25 * expected[1])
+    else:
+        torch.testing.assert_close(loss(logits, target), expected[0])
+
+
 PLANS = {
     "dataset_name": "Dataset001_Drawn",
     "plans_name": "nnUNetPlans",
@@ -372,8 +445,7 @@ def test_trainer_of_nnunet(tmp_path, monkeypatch, regions):
         torch.randint(0, high, (*shape, size, size), generator=generator, dtype=torch.int16)
         for size in (32, 16)
     ]
-    trainer.current_epoch = 500
-    trainer.field.set_progress(trainer.current_epoch / trainer.num_epochs)
+    trainer.field.set_progress(0.5)
     field = tritonaff.AffinityFieldLoss(
         activation="sigmoid" if regions else "softmax", ignore_index=255 if regions else 3
     )

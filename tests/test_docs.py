@@ -2,9 +2,17 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
+import torch
+from test_adapters import Images, arguments, segformer
+from test_training_loops import Step
+from torch import nn
+from vision import import_torchvision
+
+import tritonaff
 
 import tritonaff
 
@@ -27,6 +35,75 @@ def test_blocks_of_the_readme_run_as_they_stand(block):
     exec(block, names)
     # A network that knows nothing pays the margin, 3, beside the logarithm of 19.
     assert 5 < names["loss"].item() < 7
+
+
+# The libraries of the extra "adapters": a block that imports a missing one is skipped.
+LIBRARIES = "accelerate", "mmengine", "monai", "timm", "transformers"
+
+
+@pytest.fixture
+def names(device, tmp_path, monkeypatch):
+    """What the pages take for granted: a network, images, labels, and the names of tritonaff."""
+    images = torch.randn(2, 3, 16, 16, device=device)
+    target = torch.randint(0, 4, (2, 16, 16), device=device)
+    logits = torch.randn(2, 4, 16, 16, device=device, requires_grad=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    yield {
+        **vars(tritonaff),
+        "torch": torch,
+        "device": device,
+        "images": images,
+        "target": target,
+        "logits": logits,
+        "optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1),
+        "ce": nn.CrossEntropyLoss(ignore_index=255),
+        "micro_batches": [(images, target)] * 2,
+        "outputs": [logits, logits[:, :, ::2, ::2]],
+        "half_logits": logits[:, :, ::2, ::2],
+        "large_target": target.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2),
+        "ids": target,
+        "y_pred": logits[:, :1],
+        "y_true": (target == 1)[:, None].float(),
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    }
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("block", python_blocks("docs/which-loss.md"))
+def test_blocks_for_a_network_train_it(names, block):
+    labels = torch.stack([names["target"] == k for k in range(4)], dim=1)
+    exec(block, names | {"labels": labels, "step": 1, "steps": 2})
+    assert names["logits"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("block", python_blocks("docs/training-loops.md"))
+def test_blocks_of_training_loops_run(names, block, tmp_path):
+    step = Step(num_classes=19).to(names["device"])
+    names |= {"step": step, "model": step.net, "aaf": step.aaf}
+    names["labels"] = names["target"][:, None].float()
+    if "pos_weight" in block:  # of a single channel
+        names |= {"logits": names["y_pred"], "target": names["y_true"]}
+    if re.search("transformers|timm", block):
+        import_torchvision()
+    if "transformers" in block:
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+        names |= {"segformer": segformer(transformers), "arguments": arguments(tmp_path)}
+        names["dataset"] = Images(2)
+    try:
+        exec(block, names)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in LIBRARIES:
+            raise
+        pytest.skip(str(error))
+    if "loss" in names:
+        assert names["loss"].isfinite()
 
 
 def test_the_rows_of_speed_are_measurements():

@@ -1,7 +1,9 @@
-"""The training example as its users run it, small."""
+"""The training examples as their users run them, small."""
 
+import argparse
 import csv
 import importlib
+import json
 import os
 import random
 import re
@@ -457,3 +459,93 @@ def test_options_that_are_refused(main, capsys, option, value, message):
     with pytest.raises(SystemExit):
         main(f"--{option}={value}")
     assert message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- cracks
+
+
+@pytest.fixture
+def cracks(script):
+    return importlib.import_module("cracks")
+
+
+@pytest.fixture
+def road(tmp_path):
+    """Images of dark lines, one or two pixels wide, with a few ignored pixels."""
+    root, rng = tmp_path / "road", np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for k in range(2):
+            labels = np.zeros((40, 56), np.uint8)
+            labels[np.arange(40), np.arange(40) // 2 + 9 * k] = 1
+            labels[17 + k, 20:] = 1
+            image = (150 - 90 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
+            labels[:3, :3] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{k}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
+    (root / "classes.txt").write_text("road\ncrack\n")
+    return root
+
+
+def test_cracks_are_found_and_trainings_are_kept(cracks, road, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        sizes = ["--steps", 40, "--batch-size", 2, "--size", 24, 32, "--seeds", 2]
+        arguments = [road, *sizes, "--output", tmp_path / "runs/cracks.jsonl", *arguments]
+        monkeypatch.setattr(sys, "argv", ["cracks.py", *map(str, arguments)])
+        with tritonaff.use_backend("portable"):
+            status = cracks.main()
+        return status, *capsys.readouterr()
+
+    assert run("--loss", "bce")[0] == 0
+    status, output, _ = run()  # the other loss alone
+    assert status == 0
+    assert len(re.findall("cross-entropy, seed", output)) == 0
+    assert len(re.findall(r"cross-entropy \+ field, seed \d: step 40/40", output)) == 2
+    cells = r"\|\s*[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)\s*" * 2
+    for title in ("cross-entropy", re.escape("cross-entropy + field")):
+        assert re.search(rf"\| {title}\s*{cells}\|", output), output
+    lines = (tmp_path / "runs/cracks.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    seeds = [("bce", 0), ("bce", 1), ("bce+field", 0), ("bce+field", 1)]
+    assert [(row["loss"], row["seed"]) for row in rows] == seeds
+    assert all(row["test"]["f1"] > 0.9 for row in rows)
+
+    assert run("--kernel-sizes", 4)[2].startswith("error: kernel_sizes must be odd")
+    (tmp_path / "runs/cracks.jsonl").write_text("step,loss\n")
+    assert run()[2].endswith("is no file of trainings: choose another --output\n")
+    (road / "classes.txt").write_text("road\ncrack\npaint\n")
+    assert run()[2] == "error: expected two classes, background first, got 3\n"
+
+
+def test_losses_of_cracks(cracks):
+    options = argparse.Namespace(pos_weight=3.0, ignore_index=255, kernel_sizes=[3])
+    logits, target = torch.randn(2, 1, 9, 12), torch.randint(0, 2, (2, 9, 12))
+    target[0, :4] = 255
+    progress = torch.tensor(0.5)
+    bare = cracks.CrossEntropy(options)(logits, target, progress)
+    counted = target != 255
+    expected = F.binary_cross_entropy_with_logits(
+        logits[:, 0][counted], target[counted].float(), pos_weight=torch.tensor(3.0)
+    )
+    torch.testing.assert_close(bare, expected)
+    with tritonaff.use_backend("portable"):
+        field = tritonaff.affinity_field_loss(logits, target, activation="sigmoid")
+        both = cracks.CrossEntropyField(options)(logits, target, progress)
+    torch.testing.assert_close(both, bare + 10**-0.5 * field)
+
+
+def test_a_crack_may_be_two_pixels_off(cracks):
+    labels = np.zeros((20, 20), np.uint8)
+    labels[2:18, 10] = 1
+    labels[:, 16:] = 255
+    for shift, f1 in ((0, 1), (2, 1), (-2, 1), (3, 0)):
+        probs = torch.zeros(20, 20)
+        probs[2:18, 10 + shift] = 0.8
+        probs[:, 16:] = 0.9  # ignored
+        scores = cracks.score([probs], [(None, labels)], 0.5, 255)
+        assert scores.f1 == pytest.approx(f1, abs=1e-6)
+    probs[2:10, 10] = 0.8
+    scores = cracks.score([probs], [(None, labels)], 0.5, 255)
+    assert scores.precision == 8 / 24  # the column three pixels off
+    assert scores.recall == 10 / 16
