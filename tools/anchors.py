@@ -25,7 +25,7 @@ def row(axis: Axes, height: float, values: list[int], colours: list[str], name: 
     axis.text(-0.3, height, name, ha="right", va="center")
     for x, (value, colour) in enumerate(zip(values, colours, strict=True)):
         axis.add_patch(Rectangle((x, height - 0.4), 1, 0.8, facecolor=colour, edgecolor="black"))
-        text = "–" if value == 255 else str(value)
+        text = "-" if value == 255 else str(value)
         axis.text(x + 0.5, height, text, ha="center", va="center")
 
 
@@ -50,7 +50,7 @@ def main() -> None:
                 )  # fmt: skip
     axis.set_xlim(-2.2, len(IDS) + 0.1)
     axis.set_ylim(-2.8, 2.8)
-    axis.set_title(f"offset −{-OFFSET}: from a voxel with a value to the other voxel of its pair")
+    axis.set_title(f"offset {OFFSET}: from a voxel with a value to the other voxel of its pair")
     axis.axis("off")
     figure.savefig(PICTURE, dpi=110)
 
