@@ -14,6 +14,7 @@ import tritonaff
 from tritonaff.bench import __main__, machine, measure
 from tritonaff.bench.__main__ import main
 from tritonaff.bench.measure import compiler_works
+from tritonaff.bench.rivals import rivals
 from tritonaff.bench.tables import to_json, write_json
 from tritonaff.testing import (
     CASES,
@@ -47,7 +48,7 @@ def test_rows(capsys, tmp_path, no_compiler):
         (op, impl, mode)
         for op in CASES
         for mode in ("fwd", "fwd_bwd")
-        for impl in ("reference", "portable", "cross_entropy")
+        for impl in ("reference", "portable", "cross_entropy", *rivals(op))
     ]
     for row in content["rows"]:
         assert list(row) == [

@@ -157,7 +157,7 @@ def test_pytorch_connectomics(shape):
         def __init__(self, offsets):
             super().__init__()
             self.loss = tritonaff.InstanceAffinityLoss(
-                offsets, balance="positive", channels="sum", anchor="destination"
+                offsets, balance="positive", channels="sum", ignore_index=-1, anchor="destination"
             )
 
         def forward(self, pred, target, mask=None, gt_seg=None):
@@ -198,8 +198,8 @@ def test_deepem(clip):
 
     terms = tritonaff.instance_affinity_terms(x, ids, edges, anchor="destination")
     count, log_loss = terms.count.sum(0), terms.log_loss.sum(0)  # (K, 2)
-    weight = (count.flip(-1) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(clip, 1 - clip)
-    loss = (weight * log_loss).sum() / count.sum().clamp(min=1)
+    share = count / count.sum(-1, keepdim=True).clamp(min=1)
+    loss = (share.flip(-1).clamp(clip, 1 - clip) * log_loss).sum() / count.sum().clamp(min=1)
     torch.testing.assert_close(loss, total / number)
 
 

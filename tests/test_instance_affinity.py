@@ -547,8 +547,8 @@ def test_bce_is_pytcs(values):
 
 
 @given(drawn())
-def test_bce_is_deepems(values):
-    """Each target's cross-entropy over its own pairs, halved, edge by edge."""
+def test_inverse_balance(values):
+    """Each target's cross-entropy over its own pairs, halved, channel by channel."""
     logits, ids, offsets, options, same, counted = values
     losses = F.binary_cross_entropy_with_logits(logits, same, reduction="none")
     total = 0.0

@@ -117,6 +117,7 @@ def tables(terms):
 
 
 RATES = ((1, 1), (2, 1))
+OFFSETS = ((0, 1), (-1, 0), (2, -1))
 # Every operation: its channels, whether it takes a target, and a function of its results.
 OPS = {
     "affinity_field": (3, affinity_field),
@@ -135,6 +136,10 @@ OPS = {
     "dilated_affinity": (
         16,
         lambda logits, target: tables(tritonaff.dilated_affinity_terms(logits, target, RATES)),
+    ),
+    "instance_affinity": (
+        3,
+        lambda logits, ids: tables(tritonaff.instance_affinity_terms(logits, ids, OFFSETS)),
     ),
     "affinity_propagation": (
         3,
@@ -217,7 +222,8 @@ def far_pixels(op):
         assert all(bool(x.any()) for x in results)
         return [*results, *(x[..., -rows:, :] for x in grads)]
 
-    with override(affinity_field=LAST_PROGRAM):
+    # One block of voxels in every program, however many there are.
+    with override(affinity_field=LAST_PROGRAM, instance_affinity={"max_steps": 1}):
         near = result(0)
         # Whole blocks more: powers of 2, or 10 bands of 64 rows for the affinity field's strips.
         for more in (45 * 1024,) if width == 1 else (5 << 23, 5 << 26):

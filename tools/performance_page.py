@@ -48,6 +48,7 @@ TESTS = {
     "every": "affinity_regression",
     "dilated": "dilated_affinity",
     "propagation": "affinity_propagation",
+    "instances": "instance_affinity",
     "compile": "compile",
 }
 CRITERIA = (
@@ -66,6 +67,8 @@ CRITERIA = (
               "every_pixel", "ratio", 3.0, 1.2),
     Criterion("dilated affinity, forward, % of copy bandwidth", "dilated", "fwd_percent", 60, 85),
     Criterion("... backward", "dilated", "bwd_percent", 60, 85),
+    Criterion("instance affinities, times binary cross-entropy with given targets",
+              "instances", "ratio", 1.0, 0.75),
     Criterion("propagation, times as fast as eager", "propagation", "ratio", 10, 40),
     Criterion("seconds that the loss adds to compiling a step",
               "compile_seconds", "seconds", 5, 1),

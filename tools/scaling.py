@@ -31,6 +31,7 @@ from tritonaff.functional import (
     affinity_propagation,
     affinity_regression_loss,
     dilated_affinity_loss,
+    instance_affinity_loss,
 )
 from tritonaff.ops.backend import use_backend
 from tritonaff.testing import make_inputs
@@ -38,8 +39,8 @@ from tritonaff.testing import make_inputs
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a loss's inputs. ``parts`` are kernel sizes, grid points per side, rates or
-    iterations, depending on the operation.
+    """Sizes of a loss's inputs. ``parts`` are kernel sizes, grid points per side, rates,
+    groups of offsets or iterations, depending on the operation.
     """
 
     images: int = 1
@@ -82,6 +83,13 @@ OPERATIONS = {
     "dilated_affinity": Operation(
         lambda x, target, parts: dilated_affinity_loss(
             x, target, [4 * k + 4 for k in range(parts)]
+        ),
+        {**LINEAR, "parts": "2"},
+        channels=lambda size: 8 * size.parts,
+    ),
+    "instance_affinity": Operation(
+        lambda x, ids, parts: instance_affinity_loss(
+            x, ids, [(0, -k) for k in range(1, 1 + x.shape[1])]
         ),
         {**LINEAR, "parts": "2"},
         channels=lambda size: 8 * size.parts,

@@ -230,8 +230,8 @@ def instance_affinity_loss(
             reduction; a negative weight; a normalizer of a wrong dtype, shape or device, or with
             Dice; a normalizer or a process_group with ``reduction="none"``.
 
-    Sources: torch-em (Dice), gunpowder and LSD (balanced MSE), PyTC and DeepEM (BCE), each from its
-    code; docs/instance_affinity.md says what differs, above all at the border.
+    Sources: torch-em (Dice), gunpowder and LSD (balanced MSE), PyTC (BCE), each from its code;
+    docs/instance_affinity.md says what differs, above all at the border.
 
     Example:
         >>> import torch, tritonaff

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
+from tritonaff.bench.rivals import Maker, rivals
 from tritonaff.ops.backend import use_backend
 from tritonaff.testing import Case, differentiable
 
@@ -69,10 +70,11 @@ def measure(
     Compile seconds are the time of torch.compile's first call, forward and backward, with nothing
     in its caches: for "compiled" on the reference, for our own on the opaque op.
     """
-    backend = {YARDSTICK: "auto", "compiled": "reference"}.get(impl, impl)
+    others = yardsticks(case)
+    backend = "auto" if impl in others else {"compiled": "reference"}.get(impl, impl)
     loss = case.loss
-    if impl == YARDSTICK:
-        loss, inputs = (case.yardstick or _cross_entropy)(*inputs)
+    if impl in others:
+        loss, inputs = others[impl](*inputs)
     inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
     device = inputs[0].device
     run_loss = loss
@@ -88,7 +90,7 @@ def measure(
         value = forward()
         return value.detach(), *backward(value)
 
-    if impl not in ("reference", YARDSTICK) and compiler_works(device):
+    if impl not in ("reference", *others) and compiler_works(device):
         torch._dynamo.reset()
         with fresh_cache(), use_backend(backend):
             run_loss = torch.compile(loss, fullgraph=True)
@@ -113,6 +115,11 @@ def measure(
             ms = median_ms(run, device, quick, prepare)
             by_mode[mode] = Measurement(ms, compile_s, peak_bytes(run, device, prepare))
     return Measured(result, by_mode)
+
+
+def yardsticks(case: Case) -> dict[str, Maker]:
+    """Losses of others, by the name of their row."""
+    return {YARDSTICK: case.yardstick or _cross_entropy, **rivals(case.name)}
 
 
 def compiler_works(device: torch.device) -> bool:
