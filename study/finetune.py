@@ -105,7 +105,7 @@ def plan(data: Sequence[str], results: Results) -> list[Run]:
             runs += rates
             if any(run.name not in results for run in rates):
                 return list(dict.fromkeys(runs))
-            best = max(rates, key=lambda run: results[run.name]["val"][-1]["miou"])
+            best = max(rates, key=lambda run: results[run.name]["looks"][-1]["miou"])
             runs += [
                 replace(best, loss=loss, weight=weight, seed=seed)
                 for seed in SEEDS
@@ -218,7 +218,7 @@ def train(run: Run, data: Dataset, backbone: nn.Module) -> tuple[dict[str, Any],
     network, criterion = make(run, data, backbone)
     optimizer = make_optimizer(network, criterion, run.learning_rate)
     poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 - k / run.steps) ** 0.9)
-    source, losses, seconds, val = batches(data.train, run), [], [], []
+    source, losses, seconds, looks = batches(data.train, run), [], [], []
     network.train()
     for step in range(run.steps):
         images, batch = next(source)
@@ -232,15 +232,15 @@ def train(run: Run, data: Dataset, backbone: nn.Module) -> tuple[dict[str, Any],
         losses.append(loss.item())
         poly.step()
         if (step + 1) * LOOKS // run.steps > step * LOOKS // run.steps:
-            val.append({"step": step + 1, **look(run, network, data)})
-            print(run.name, val[-1], f"{statistics.median(seconds):.2f} s a step", flush=True)
+            looks.append({"step": step + 1, **look(run, network, data)})
+            print(run.name, looks[-1], f"{statistics.median(seconds):.2f} s a step", flush=True)
     parts = max(run.steps // 20, 1)
     result = {
         "run": asdict(run),
         "curve": [
             round(statistics.mean(losses[k : k + parts]), 4) for k in range(0, len(losses), parts)
         ],
-        "val": val,
+        "looks": looks,
         "step_cpu_ms": round(1000 * statistics.median(seconds), 1),
         "machine": {
             "device": describe(torch.device("cpu")),
@@ -374,14 +374,16 @@ def finished(folder: Path) -> Results:
 def train_missing(folders: dict[str, Path], output: Path) -> None:
     """Trains, scores and writes one run after the other until none is missing."""
     output.mkdir(parents=True, exist_ok=True)
-    sets = {name: load(folder, SETTINGS[name]) for name, folder in folders.items()}
+    sets: dict[str, Dataset] = {}
     backbone = EfficientNetLite0()
     while True:
         results = finished(output)
-        missing = [run for run in plan(list(sets), results) if run.name not in results]
+        missing = [run for run in plan(list(folders), results) if run.name not in results]
         if not missing:
             return
         run = missing[0]
+        if run.data not in sets:
+            sets[run.data] = load(folders[run.data], SETTINGS[run.data])
         print(f"{len(results)} runs done, {len(missing)} known to be missing", flush=True)
         result, network = train(run, sets[run.data], backbone)
         torch.save(network.state_dict(), output / f"{run.name}.pt")

@@ -39,10 +39,11 @@ from dataset import DataError
 from images import IGNORE_INDEX, Data, ImageFolder, batches
 from losses import LOSSES, REGRESSION_FROM
 from plan import Plan, Results, is_choice
-from report import TITLE, Report
+from report import write
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scoring import TOLERANCE, score
+from tables import TITLE
 from training import compiled_objective, machine, make, make_optimizer, objective, train
 
 from tritonaff.bench.measure import peak_bytes
@@ -187,7 +188,7 @@ def cost(study: Study) -> None:
 def main() -> int:
     options = parse_arguments()
     if options.command == "report":
-        print(Report(options.results, options.docs).write())
+        print(write(options.results, options.docs))
         return 0
     console = Console()
     bars = Progress(

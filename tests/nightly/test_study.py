@@ -46,8 +46,8 @@ def losses(study):
 
 
 @pytest.fixture(scope="module")
-def report(study):
-    return sys.modules["report"]
+def tables(study):
+    return sys.modules["tables"]
 
 
 class Backbone(nn.Module):
@@ -179,6 +179,59 @@ def test_weights_at_boundaries(losses):
         total -= weight * logits[0, :, 0, k].log_softmax(dim=0)[target[0, 0, k]].item()
         weights += weight
     assert loss.item() == pytest.approx(total / weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dice_loss(losses, channels):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, channels, 3, 4, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 2, (2, 3, 4), generator=generator)  # class 2 does not occur
+    target[0, 1, 2] = target[1, 0, 3] = 255
+    probs = logits.sigmoid() if channels == 1 else logits.softmax(dim=1)
+    found = []
+    for label in (1,) if channels == 1 else (0, 1):
+        p = probs[:, 0 if channels == 1 else label][target != 255]
+        y = (target == label)[target != 255]
+        found.append(1 - 2 * p[y].sum() / (p.sum() + y.sum()))
+    expected = sum(found) / len(found)
+    torch.testing.assert_close(losses.dice_loss(logits, target, 255), expected)
+    nothing = losses.dice_loss(logits.requires_grad_(), torch.full_like(target, 255), 255)
+    nothing.backward()
+    assert nothing.item() == logits.grad.count_nonzero() == 0
+
+
+def test_one_channel_is_two_classes(losses):
+    logits = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 1, 255, 1]).expand(2, 3, 4)
+    two = torch.cat((torch.zeros_like(logits), logits), dim=1)
+    loss = losses.log_loss(logits, target, 255)
+    torch.testing.assert_close(loss, losses.log_loss(two, target, 255))
+    assert (loss[..., 2] == 0).all()
+
+
+def test_the_adversary_minimises_what_the_network_maximises(losses):
+    torch.manual_seed(0)
+    target = torch.randint(0, 3, (2, 16, 16))
+    target[0, :4] = 255
+    criterion = losses.Adversarial(losses.Facts(3, 255, 4, []), 0.5)
+    logits = torch.randn(2, 3, 16, 16, requires_grad=True)
+    loss = criterion(losses.Output(logits, None, None), losses.Batch(target, None), None)
+    counted = (target != 255)[:, None]
+    probs = logits.softmax(dim=1) * counted
+    true = F.one_hot(target.clamp(max=2), 3).movedim(-1, 1) * counted
+    real, fake = (criterion.discriminator(x.float()).sigmoid() for x in (true, probs))
+    entropy = F.cross_entropy(logits, target, ignore_index=255)
+    game = real.log().mean() + (1 - fake).log().mean()  # Eq. 8
+    torch.testing.assert_close(loss, entropy - game)
+    weights = list(criterion.discriminator.parameters())
+    ascent = torch.autograd.grad(game, weights, retain_graph=True)
+    for step, wanted in zip(
+        torch.autograd.grad(loss, weights, retain_graph=True), ascent, strict=True
+    ):
+        torch.testing.assert_close(step, -wanted)
+    (step,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(entropy + 0.5 * (1 - fake).log().mean(), logits)
+    torch.testing.assert_close(step, wanted)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -440,7 +493,7 @@ def test_a_killed_training_goes_on_to_the_same_end(study, small, tmp_path, monke
     assert without_times(parts.results()) == without_times(results)
 
 
-def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
+def test_from_training_to_the_page(study, small, tmp_path, monkeypatch):
     one = small(tmp_path / "runs")
     one.train()
     one.score()
@@ -469,7 +522,7 @@ def test_from_training_to_the_page(study, report, small, tmp_path, monkeypatch):
         assert (tmp_path / f"docs/study-{picture}.png").stat().st_size > 0
 
 
-def test_before_any_iteration_propagation_changes_nothing(study, report, folder, run):
+def test_before_any_iteration_propagation_changes_nothing(study, tables, folder, run):
     data = study.Data("camvid", folder)
     one = replace(run, loss="ce+dilated")
     network, _ = study.make(one, data, Backbone(), CPU)
@@ -478,7 +531,7 @@ def test_before_any_iteration_propagation_changes_nothing(study, report, folder,
             30  # sure of itself: logits and probabilities enlarge differently
         )
     scores = study.score(one, network, data, CPU, whole=True)
-    (predicted, truth), miou = scores["propagation"], report.METRICS["mIoU"]
+    (predicted, truth), miou = scores["propagation"], tables.METRICS["mIoU"]
     assert 100 * predicted[0] == 100 * truth[0] == pytest.approx(miou(scores["test"]), abs=0.006)
     assert 100 * predicted[-1] == pytest.approx(miou(scores["propagated"]), abs=0.006)
     assert len({*predicted, *truth}) == 9
@@ -486,13 +539,13 @@ def test_before_any_iteration_propagation_changes_nothing(study, report, folder,
     assert less == {k: v for k, v in scores.items() if k != "propagation"}
 
 
-def test_a_perfect_prediction_scores_all(study, report, folder):
+def test_a_perfect_prediction_scores_all(study, tables, folder):
     score = sys.modules["scoring"].Score(folder)
     items = [("test", 0), ("test", 1)]
     labels = np.stack([folder.pairs[split][k][1] for split, k in items])
     score.update(torch.from_numpy(np.where(labels == 11, 3, labels)), items)
     scores = score.compute()
-    for metric in report.METRICS.values():
+    for metric in tables.METRICS.values():
         assert metric(scores) == pytest.approx(100)
 
 
@@ -540,31 +593,59 @@ def split_scores(miou):
         ([0.595, 0.605, 0.615], False),
     ],
 )
-def test_a_difference_is_called_one_above_the_spread_alone(report, values, called):
+def test_a_difference_is_called_one_above_the_spread_alone(tables, values, called):
     base = [0.59, 0.60, 0.61]
     rows = {
-        "ce": [split_scores(x) for x in base],
-        "ce+aaf": [split_scores(x) for x in values],
+        "ce": {seed: split_scores(x) for seed, x in enumerate(base)},
+        "ce+aaf": {seed: split_scores(x) for seed, x in enumerate(values)},
     }
-    metric = {"mIoU": report.METRICS["mIoU"]}
-    row = report.difference_table(rows, metric).splitlines()[2]
+    metric = {"mIoU": tables.METRICS["mIoU"]}
+    row = tables.difference_table(rows, metric).splitlines()[2]
     change = 100 * (np.mean(values) - np.mean(base))
     assert f"{change:+.1f}"[:3] in row
     assert ("**" in row) == called
-    said = report.verdict(rows, "ce+aaf", metric)
+    said = tables.verdict(tables.panels(rows, metric), "ce+aaf")
     if called:
         assert said.startswith("raises mIoU by" if change > 0 else "lowers mIoU by")
     else:
         assert said == "makes no difference above the spread over seeds"
 
 
-def test_one_seed_is_no_difference(report):
-    assert not report.differs([0.9], [0.1])
-    assert report.difference_cell([0.9], [0.1]) == "+0.8"
+def test_one_seed_is_no_difference(tables):
+    assert not tables.differs([0.9], [0.1])
+    assert tables.difference_cell([0.9], [0.1]) == "+0.8"
 
 
-def test_a_run_is_called_by_what_its_loss_was_told(report):
+def test_differences_are_of_the_seeds_that_both_have(tables):
+    rows = {"ce": {0: 1.0, 1: 2.0}, "unet": {1: 5.0, 2: 9.0}}
+    assert tables.paired(rows, "unet", lambda value: value) == ([5.0], [2.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "rises", "said"),
+    [
+        ([[1.0, 1.1], [0.0, 0.1]], True, "held"),
+        ([[1.0, 1.1], [0.0, 0.1]], False, "not held: the reverse"),
+        ([[0.05, 0.1], [0.0, 0.1]], True, "not held, no difference"),
+        ([[1.0], [0.0]], True, "not testable: one seed"),
+    ],
+)
+def test_a_claim_is_held_where_it_differs_as_claimed(study, values, rises, said):
+    claims = sys.modules["claims"]
+    case = claims.Case("here", *values)
+    assert claims.judged("paper", "claim", [case], rises)[-1] == said
+    nothing = claims.Case("there", [0.0, 0.1], [0.0, 0.1])
+    two = claims.judged("paper", "claim", [case, nothing], rises)[-1]
+    assert two == {"held": "held in part"}.get(
+        said, "not held" + ", no difference" * ("diff" in two)
+    )
+    assert claims.judged("paper", "claim", [], rises)[-1] == "not measured yet"
+
+
+def test_a_run_is_called_by_what_its_loss_was_told(study):
+    frozen = sys.modules["frozen"]
     told = {"loss": "ce+aaf", "options": [["kernel_sizes", [3, 5]]]}
-    assert report.sizes_of(told) == "{3, 5}"
-    assert report.sizes_of({"loss": "ce+aaf", "options": []}) == "{3, 5, 7}"
-    assert report.sizes_of({"loss": "ce", "options": []}) == "ce"
+    assert frozen.sizes_of(told) == "{3, 5}"
+    assert frozen.sizes_of({"loss": "ce+aaf", "options": []}) == "{3, 5, 7}"
+    assert frozen.sizes_of({"loss": "ce", "options": []}) == "ce"
+    assert frozen.rates_of({"options": [["rates", [8, [12, 24]]]]}) == "{8, (12, 24)}"

@@ -1,0 +1,216 @@
+"""Sections of the report on networks that were trained end to end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from charts import draw_curves
+from page import Page
+from tables import (
+    NAMES,
+    THIN,
+    TITLE,
+    Metric,
+    Rows,
+    Scores,
+    by_class,
+    class_metrics,
+    difference_table,
+    iou,
+    mean,
+    mean_of,
+    table,
+    value_cell,
+    value_table,
+)
+
+# ----------------------------------------------------------------------------------- metrics
+
+
+def tolerant_f1(thin: dict[str, Any]) -> np.ndarray:
+    """F1 by threshold, percent; a pixel is right within the tolerance."""
+    return harmonic_mean(thin, ("near", "predicted"), ("found", "true"))
+
+
+def cl_dice(thin: dict[str, Any]) -> np.ndarray:
+    """clDice by threshold, percent: Shit et al., CVPR 2021."""
+    return harmonic_mean(
+        thin,
+        ("predicted_skeleton_hit", "predicted_skeleton"),
+        ("true_skeleton_hit", "true_skeleton"),
+    )
+
+
+def harmonic_mean(thin: dict[str, Any], *shares: tuple[str, str]) -> np.ndarray:
+    first, second = (np.array(thin[a]) / np.maximum(thin[b], 1) for a, b in shares)
+    return 100 * 2 * first * second / np.maximum(first + second, 1e-12)
+
+
+def chosen(scores: Scores) -> int:
+    """The threshold that is best on the validation split, by the tolerant F1."""
+    return int(tolerant_f1(scores["val"]["thin"]).argmax())
+
+
+def rand_error(scores: Scores) -> float:
+    """At the threshold that is best for this error on the validation split."""
+    k = int(np.argmin(scores["val"]["thin"]["rand_error"]))
+    return 100 * scores["thin"]["rand_error"][k]
+
+
+THIN_METRICS: dict[str, Metric] = {
+    "F1 at 2 pixels": lambda s: float(tolerant_f1(s["thin"])[chosen(s)]),
+    "clDice": lambda s: float(cl_dice(s["thin"])[chosen(s)]),
+    "IoU": lambda s: float(iou(s)[1]),
+    "boundary F, 1 pixel": mean(by_class("boundary_f_1")),
+}
+BOUNDARY: dict[str, Metric] = {
+    f"boundary {name}, {k} pixel{'s' * (k > 1)}": mean(by_class(f"boundary_{key}_{k}"))
+    for name, key in (("F", "f"), ("recall", "recall"))
+    for k in (1, 2, 3)
+}
+
+
+def metrics_of(page: Page, data: str) -> dict[str, Metric]:
+    """The main metrics of a data set."""
+    if data == "isbi":
+        return {"Rand error": rand_error} | THIN_METRICS
+    if data != "camvid":
+        return THIN_METRICS
+    thin = mean_of(class_metrics(page.study["data"]["camvid"]["classes"], THIN))
+    return {
+        "mIoU": mean(iou),
+        "IoU of thin classes": thin,
+        "boundary F, 1 pixel": BOUNDARY["boundary F, 1 pixel"],
+        "boundary recall, 1 pixel": BOUNDARY["boundary recall, 1 pixel"],
+    }
+
+
+# ---------------------------------------------------------------------------------- sections
+
+
+def data_sets(page: Page) -> list[str]:
+    """The sets that have at least one comparison."""
+    return [name for name in TITLE if len(rows_of(page, name)) > 1]
+
+
+def runs_of(page: Page, data: str) -> list[dict[str, Any]]:
+    """The runs with the learning rate that was chosen."""
+    runs = [run for run in page.finetune["runs"] if run["run"]["data"] == data]
+    first = [run for run in runs if run["run"]["loss"] == "ce" and run["run"]["seed"] == 0]
+    if not first:
+        return []
+    rate = max(first, key=lambda run: run["looks"][-1]["miou"])["run"]["learning_rate"]
+    return [run for run in runs if run["run"]["learning_rate"] == rate]
+
+
+def rows_of(page: Page, data: str) -> Rows:
+    """Scores of the test split by loss; where there is a threshold, with the validation split's."""
+    rows: Rows = {}
+    if page.finetune is None:
+        return rows
+    for run in runs_of(page, data):
+        loss, seed = run["run"]["loss"], run["run"]["seed"]
+        for key in run:
+            if key == "test" or key.startswith("test_"):
+                after = key.removeprefix("test")
+                name = loss if not after else f"{loss}, {after[1:]}"
+                NAMES.setdefault(name, f"{NAMES[loss]}, then {after[1:]} iterations")
+                val = run.get("val" + after)
+                rows.setdefault(name, {})[seed] = run[key] | {"val": val}
+    order = [loss for known in NAMES for loss in rows if loss == known]
+    return {loss: rows[loss] for loss in order}
+
+
+def section(page: Page) -> None:
+    names = data_sets(page)
+    if not names:
+        return
+    steps = "; ".join(
+        f"{TITLE[name]} {run['steps']} steps at {run['learning_rate']:g}"
+        for name in names
+        for run in [runs_of(page, name)[0]["run"]]
+    )
+    page.say("## Networks trained end to end", SETTINGS, f"Steps and learning rate: {steps}.")
+    for name in names:
+        rows, metrics = rows_of(page, name), metrics_of(page, name)
+        seeds = "; ".join(f"{NAMES[loss]} {len(by_seed)}" for loss, by_seed in rows.items())
+        page.say(f"### {TITLE[name]}, end to end", f"Seeds: {seeds}.")
+        page.say(value_table(rows, metrics), difference_table(rows, metrics))
+        page.say("Boundaries, mean over the classes:", value_table(rows, BOUNDARY))
+        if name == "camvid":
+            classes = page.study["data"]["camvid"]["classes"]
+            page.say("IoU of thin classes:", value_table(rows, class_metrics(classes, THIN)))
+    curves(page, names)
+    cost(page, names)
+
+
+def curves(page: Page, names: list[str]) -> None:
+    """How far cross-entropy was from its end on the validation split."""
+    lines, words = {}, []
+    for name in names:
+        runs = [run for run in runs_of(page, name) if run["run"]["loss"] == "ce"]
+        lines[TITLE[name]] = [
+            [(look["step"], look["cross_entropy"]) for look in run["looks"]] for run in runs
+        ]
+        last = [100 * (run["looks"][-1]["miou"] - run["looks"][-2]["miou"]) for run in runs]
+        count = len(runs[0]["looks"])
+        words.append(f"{TITLE[name]} {np.mean(last):+.1f} (last 1/{count} of the steps)")
+    page.say(
+        "Cross-entropy of the validation split, networks trained with cross-entropy alone, a line "
+        "for each seed:"
+    )
+    draw_curves(lines, page.picture("curves", "Cross-entropy of the validation split by step"))
+    page.say(
+        f"The mean change of the validation split's mIoU at the end: {'; '.join(words)}. The "
+        "learning rate goes to 0, so that every curve flattens at its end: a longer schedule may "
+        "still reach more."
+    )
+
+
+def cost(page: Page, names: list[str]) -> None:
+    lines = []
+    for name in names:
+        times: dict[str, list[float]] = {}
+        for run in runs_of(page, name):
+            times.setdefault(run["run"]["loss"], []).append(run["step_cpu_ms"])
+        base = np.median(times["ce"])
+        for loss, each in times.items():
+            cells = f"{np.median(each):.0f}", f"{np.median(each) / base:.2f}"
+            lines.append([TITLE[name], NAMES[loss], *cells])
+    page.say(
+        "CPU time of a step, the median over steps and seeds; the machine was shared, so that a "
+        "few percent mean nothing:",
+        table(["data", "loss", "ms", "of cross-entropy"], lines),
+    )
+
+
+def propagation_words(page: Page) -> list[str]:
+    """The change that propagation makes to the main metric of each set."""
+    words = []
+    for name in data_sets(page):
+        rows = rows_of(page, name)
+        title, metric = next(iter(metrics_of(page, name).items()))
+        for loss in rows:
+            if loss.startswith("ce+dilated, "):
+                pairs = [(rows[loss][k], rows["ce+dilated"][k]) for k in rows[loss]]
+                change = value_cell([metric(a) - metric(b) for a, b in pairs])
+                words.append(f"{TITLE[name]}, {title}, {NAMES[loss]}: {change}")
+    return words
+
+
+SETTINGS = """\
+- The same EfficientNet-Lite0 and decoder as below, all weights trained: AdamW, weight decay 1e-4,
+  the backbone at a tenth of the learning rate and with ImageNet's statistics in its batch
+  normalisation; learning rate times (1 - step / steps)^0.9.
+- Batches of 4 crops of 224 pixels from images mirrored or not and resized 0.5 to 2 times.
+- Losses and scores at the resolution of the image, logits of stride 4 enlarged bilinearly. Where
+  there are two classes, one channel with a sigmoid: crack against road, membrane against cell.
+- Weights: affinity fields and AAF 1, affinity regression 0.1 in the last third of the steps, Dice
+  1, U-Net's w0 3, dilated affinity 0.1 with the rates 8 and 16 pixels (CamVid) or 2 and 4. Of two
+  learning rates, cross-entropy with the first seed chose one on the validation split.
+- F1 counts a predicted pixel as right within 2 pixels of a labelled one and the reverse, clDice
+  compares skeletons (scikit-image); both pool the split and take the threshold of nine that gives
+  the best F1 on the validation split. IoU and boundary scores are at 0.5. Rand error: cells are the
+  connected parts of what is not membrane, predicted membranes thinned to nothing; mean over images,
+  the threshold again from the validation split."""

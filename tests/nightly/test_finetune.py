@@ -1,0 +1,255 @@
+"""Networks that are trained end to end, in small: drawn cracks, and a stand-in for the backbone."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tritonaff
+
+Image = pytest.importorskip("PIL.Image")
+np = pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+ndimage = pytest.importorskip("scipy.ndimage")
+pytest.importorskip("skimage")
+pytest.importorskip("torchmetrics")
+
+STUDY = Path(__file__).parent.parent.parent / "study"
+
+
+@pytest.fixture(autouse=True)
+def portable():
+    """Interpreted tiles would take minutes."""
+    with tritonaff.use_backend("portable"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOMP_SPINCOUNT", "10000")  # or the script would change it for good
+        patch.syspath_prepend(STUDY)
+        yield importlib.import_module("finetune")
+
+
+@pytest.fixture(scope="module")
+def thin(finetune):
+    return sys.modules["thin"]
+
+
+class Backbone(nn.Module):
+    channels = 4, 5, 6, 7
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(9)
+        self.mix = nn.ModuleList(nn.Conv2d(3, c, kernel_size=1) for c in self.channels)
+
+    def forward(self, images):
+        x = (images.permute(0, 3, 1, 2).float() - 127) / 128
+        return [mix(F.avg_pool2d(x, 4 << k)) for k, mix in enumerate(self.mix)]
+
+
+@pytest.fixture(scope="module")
+def cracks(tmp_path_factory):
+    """A folder of gray images of 70x50 with a dark line; a corner is ignored."""
+    root, rng = tmp_path_factory.mktemp("cracks"), np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 2), ("test", 2)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for k in range(count):
+            labels = np.zeros((50, 70), np.uint8)
+            at = 10 + rng.integers(30)
+            labels[at : at + 3, 5:65] = 1
+            image = np.where(labels, 60, 160) + rng.integers(-20, 20, labels.shape)
+            labels[:4, :4] = 255
+            Image.fromarray(image.astype(np.uint8)).save(root / "images" / split / f"{k}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
+    (root / "classes.txt").write_text("road\ncrack\n")
+    return root
+
+
+@pytest.fixture
+def small(finetune, monkeypatch):
+    """Short runs on small crops."""
+    setting = replace(finetune.SETTINGS["crackforest"], steps=6)
+    monkeypatch.setattr(finetune, "SETTINGS", {"crackforest": setting, "isbi": setting})
+    monkeypatch.setattr(finetune, "CROP", 32)
+    monkeypatch.setattr(finetune, "EfficientNetLite0", Backbone)
+    monkeypatch.setattr(finetune, "SEEDS", (0, 1))
+
+
+# -------------------------------------------------------------------------------------- data
+
+
+def test_the_thin_class_is_label_1(finetune, cracks):
+    setting = finetune.SETTINGS["crackforest"]
+    as_is = finetune.load(cracks, setting)
+    swapped = finetune.load(cracks, replace(setting, thin=0))
+    assert (as_is.classes, swapped.classes) == (["road", "crack"], ["crack", "road"])
+    for (_, labels), (_, other) in zip(as_is.train, swapped.train, strict=True):
+        assert (np.where(labels == 255, 255, 1 - labels) == other).all()
+
+
+def test_crops_keep_images_and_labels_together(finetune):
+    rng = np.random.default_rng(0)
+    labels = np.arange(12).repeat(20)[:, None].repeat(90, 1).astype(np.uint8)  # rows tell the scale
+    image = (20 * labels)[..., None].repeat(3, 2)
+    heights = set()
+    for _ in range(20):
+        new_image, new_labels = finetune.crop(image, labels, 255, rng)
+        assert new_image.shape == (224, 224, 3)
+        assert new_labels.shape == (224, 224)
+        ignored = new_labels == 255
+        # Away from the gray of missing pixels and from other labels, which resizing mixes in.
+        inside = ndimage.binary_erosion(~ignored, iterations=4)
+        inside &= np.roll(new_labels, 3, 0) == np.roll(new_labels, -3, 0)
+        assert inside.any()
+        assert (new_image[..., 0] == 20 * new_labels)[inside].all()
+        heights.add(round(ignored.mean(), 2))
+    assert len(heights) > 5  # of different sizes, so that different parts are missing
+
+
+def test_every_loss_gets_the_same_crops(finetune, cracks, small):
+    data = finetune.load(cracks, finetune.SETTINGS["crackforest"])
+    run = finetune.Run("crackforest", "ce", 6, 1e-2)
+    one, other = (finetune.batches(data.train, replace(run, loss=x)) for x in ("ce", "unet"))
+    for _ in range(3):
+        (x, first), (y, second) = next(one), next(other)
+        assert torch.equal(x, y)
+        assert torch.equal(first.target, second.target)
+        assert first.distance is None
+        assert second.distance.shape == second.target.shape
+
+
+# ------------------------------------------------------------------------------------ scores
+
+
+def test_counts_of_thin_structures(thin):
+    labels = np.zeros((20, 30), np.uint8)
+    labels[10, 5:25] = 1
+    labels[0, :5] = 255
+    probs = np.full(labels.shape, 0.05)
+    probs[12, 5:25] = 0.65  # two rows below: within the tolerance
+    probs[14, 5:15] = 0.35  # four rows below
+    probs[0, :5] = 0.95  # ignored
+    score = thin.ThinScore(255)
+    score.update(probs, labels)
+    counts = score.compute()
+    high, low = thin.THRESHOLDS.index(0.5), thin.THRESHOLDS.index(0.3)
+    assert (counts["predicted"][high], counts["predicted"][low]) == (20, 30)
+    assert counts["near"][high] == counts["near"][low] == 20
+    assert counts["found"][high] == counts["true"][high] == 20
+    assert counts["hit"][high] == counts["predicted_skeleton_hit"][high] == 0
+    assert counts["predicted_skeleton"][high] == counts["true_skeleton"][high] == 20
+    assert counts["found"][-1] == counts["predicted"][-1] == 0  # nothing is predicted at 0.9
+    end_to_end = importlib.import_module("end_to_end")
+    f1 = end_to_end.tolerant_f1(counts)
+    assert f1[high] == pytest.approx(100)
+    assert f1[low] == pytest.approx(100 * 2 * (2 / 3) / (1 + 2 / 3))
+    assert end_to_end.cl_dice(counts)[high] == pytest.approx(0)
+
+
+def test_rand_error_of_cells(thin):
+    true = np.ones((9, 21), bool)
+    true[:, 10] = False  # a membrane between two cells of 90 pixels
+    assert thin.rand_error(true, true) == pytest.approx(0)
+    thick = true.copy()
+    thick[:, 8:13] = False  # a thick membrane parts the same cells
+    assert thin.rand_error(thick, true) == pytest.approx(0)
+    precision = 2 * 90 * 89 / (180 * 179)  # of the pairs of pixels, if the cells are merged
+    error = thin.rand_error(np.ones_like(true), true)
+    assert error == pytest.approx(1 - 2 * precision / (precision + 1))
+    assert 0 <= thin.rand_error(np.zeros_like(true), true) <= 1
+
+
+def test_a_perfect_prediction_scores_all(finetune):
+    labels = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    labels[:, 5:7, 2:14] = 1
+    score = finetune.Score(replace(finetune.SETTINGS["isbi"]), 2)
+    yes = (labels == 1).float()[:, None]
+    score.update(torch.cat((1 - yes, yes), dim=1), labels)
+    found = score.compute()
+    assert found["confusion"] == [[232, 0], [0, 24]]
+    assert found["boundary_f_1"] == found["boundary_recall_3"] == [1, 1]
+    assert found["thin"]["rand_error"] == [0] * len(finetune.THRESHOLDS)
+    assert found["thin"]["near"] == found["thin"]["hit"] == found["thin"]["true"] == [24] * 9
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def test_all_weights_learn_and_the_backbone_of_the_next_run_does_not(finetune, cracks, small):
+    data = finetune.load(cracks, finetune.SETTINGS["crackforest"])
+    backbone = Backbone()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    for loss in (*finetune.FIRST, *finetune.THEN):
+        run = finetune.Run("crackforest", loss, 6, 1e-2)
+        start, _ = finetune.make(run, data, backbone)
+        result, network = finetune.train(run, data, backbone)
+        assert [look["step"] for look in result["looks"]] == [1, 2, 3, 4, 5, 6]
+        for name, weight in network.named_parameters():
+            assert not torch.equal(weight, start.get_parameter(name)), (loss, name)
+        for name, weight in backbone.state_dict().items():
+            assert torch.equal(weight, before[name])
+        assert ("edge_weight" in result) == (loss == "ce+aaf")
+        assert network.classify.out_channels == 1
+
+
+def test_a_killed_study_goes_on_and_ends_on_the_page(
+    finetune, cracks, small, tmp_path, monkeypatch
+):
+    train, count = finetune.train, 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(finetune, "train", dies)
+    folders, output = {"crackforest": cracks}, tmp_path / "runs"
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train_missing(folders, output)
+    assert len(finetune.finished(output)) == 3
+    finetune.train_missing(folders, output)
+    rates, losses = len(finetune.LEARNING_RATES), len(finetune.FIRST) + len(finetune.THEN)
+    assert count - 1 == len(finetune.finished(output)) == rates - 1 + 2 * losses
+
+    results = tmp_path / "results"
+    results.mkdir()
+    finetune.collect(output, results / "finetune.json")
+    shown = STUDY.parent / "docs/results/study"
+    for name in ("study.json", "cost.json"):
+        (results / name).write_text((shown / name).read_text())
+    report = importlib.import_module("report")
+    page = report.write(results, tmp_path / "docs").read_text()
+    for heading in ("# Does it help", "## What the papers claim", "### CrackForest, end to end"):
+        assert f"\n{heading}" in f"\n{page}"
+    assert "+ dilated affinity, then 10 iterations" in page
+    for picture in ("differences", "curves", "camvid"):
+        assert (tmp_path / f"docs/study-{picture}.png").stat().st_size > 0
+
+
+def test_the_first_look_tells_the_learning_rate(finetune):
+    results = {}
+    while True:
+        runs = finetune.plan(["crackforest", "camvid"], results)
+        missing = [run for run in runs if run.name not in results]
+        if not missing:
+            break
+        run = missing[0]
+        results[run.name] = {"looks": [{"miou": 9}, {"miou": run.learning_rate}]}
+    order = list(results)
+    best = max(finetune.LEARNING_RATES)
+    others = [run for run in runs if run.loss != "ce" or run.seed]
+    assert {run.learning_rate for run in others} == {best}
+    assert len(results) == len({*order}) == 2 * (1 + 3 * len(finetune.FIRST | finetune.THEN))
+    firsts = [name.split("-")[0] for name in order[: 2 + 3 * 3 - 1]]
+    assert set(firsts) == {"crackforest"}
