@@ -391,9 +391,10 @@ EXPORT void store(int64_t dtype, const float* x, uint16_t* out, int64_t stride, 
     (dtype == BFLOAT16 ? store_bfloat16 : store_float16)(x, out, stride, n);
 }
 
-EXPORT void functions(const float* x, float* exps, float* logs, int n) {
+EXPORT void functions(const float* x, float* exps, float* logs, float* logs_of_1_plus, int n) {
     for (int i = 0; i < n; i++) exps[i] = exp_of_negative(-x[i]);
     for (int i = 0; i < n; i++) logs[i] = log_of_positive(x[i]);
+    for (int i = 0; i < n; i++) logs_of_1_plus[i] = log_of_1_plus(exps[i]);
 }
 
 // Counts how often each task runs, and adds up the threads that took part.
@@ -460,8 +461,8 @@ def test_exp_and_log_keep_their_digits(shared):
         [torch.linspace(1e-3, 87, 300_001), torch.rand(100_000), 1 + 0.1 * torch.randn(100_000)]
     )
     x = torch.cat([x, torch.logspace(-37, 38, 100_001), torch.tensor([1.0, 87.0])])
-    exps, logs = torch.empty_like(x), torch.empty_like(x)
-    shared.functions(*map(library.pointer, (x, exps, logs)), len(x))
+    exps, logs, logs_of_1_plus = (torch.empty_like(x) for _ in range(3))
+    shared.functions(*map(library.pointer, (x, exps, logs, logs_of_1_plus)), len(x))
     rounding = torch.finfo(torch.float32).eps
     expected = x.double().neg().exp()
     small = x > 87
@@ -469,14 +470,17 @@ def test_exp_and_log_keep_their_digits(shared):
     assert ((exps - expected).abs() <= rounding * expected)[~small].all()
     expected = x.double().log()
     assert ((logs - expected).abs() <= rounding * expected.abs()).all()
+    expected = exps.double().log1p()
+    assert ((logs_of_1_plus - expected).abs() <= 2 * rounding * expected).all()
 
 
 def test_exp_of_what_is_no_ordinary_number(shared):
     x = torch.tensor([0.0, float("inf"), float("nan"), 1e30])
-    exps, logs = torch.empty_like(x), torch.empty_like(x)
-    shared.functions(*map(library.pointer, (x, exps, logs)), len(x))
+    exps, logs, logs_of_1_plus = (torch.empty_like(x) for _ in range(3))
+    shared.functions(*map(library.pointer, (x, exps, logs, logs_of_1_plus)), len(x))
     assert exps[[0, 1, 3]].tolist() == [1, 0, 0]
     assert exps[2].isnan()
+    assert logs_of_1_plus[2].isnan()
 
 
 @pytest.mark.parametrize(("tasks", "threads"), [(0, 2), (1, 4), (100, 1), (100, 2), (3, 8)])

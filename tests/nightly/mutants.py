@@ -104,7 +104,7 @@ def of(file: str, tests: str, *faults: tuple[str, str, str]) -> Iterator[Mutant]
     ending is Python.
     """
     test_file, *names = tests.split()
-    file = file if file.endswith(".cpp") else f"{file}.py"
+    file = file if file.endswith((".cpp", ".h")) else f"{file}.py"
     for name, text, replacement in faults:
         yield Mutant(
             f"tritonaff/{file}",
@@ -121,7 +121,7 @@ PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation/", "test_affinity
 DILATED, DILATED_TESTS = "kernels/dilated_affinity/", "test_dilated_affinity test_"
 INSTANCE, INSTANCE_TESTS = "kernels/instance_affinity/", "test_instance_affinity test_"
 
-NATIVE_FIELD = "native/affinity_field.cpp"
+NATIVE_FIELD, NATIVE_SHARED = "native/affinity_field.cpp", "native/common.h"
 NATIVE_TILES = FIELD_TESTS + "native_kernels_do_not_depend_on_their_tiles"
 FIELD_TILES = (
     FIELD_TESTS + "planes_that_begin_anywhere[triton-0-0] test_tiles_do_not_depend_on_their_blocks"
@@ -158,7 +158,7 @@ MUTANTS = [
     *of(
         NATIVE_FIELD,
         NATIVE_TILES + "[13-5-3-9-7-contiguous]",
-        ("the fifth size", "bool sets = first && s == 0;", "bool sets = first;"),
+        ("the fourth size", "first && s == 0", "first"),
     ),
     *of(
         NATIVE_FIELD,
@@ -193,9 +193,21 @@ MUTANTS = [
         ("a clamp", "counted & mask(std::fabs(odds) < limit)", "counted"),
     ),
     *of(
-        NATIVE_FIELD,
+        NATIVE_SHARED,
         FIELD_TESTS + "ignore_index_may_be_a_class[native]",
-        ("the ignored class", " & (given != ignore_index)", ""),
+        ("the ignored class", " & (k != ignore_index)", ""),
+    ),
+    *of(
+        NATIVE_SHARED,
+        "test_native test_exp_and_log_keep_their_digits test_exp_of_what_is_no_ordinary_number",
+        ("a coefficient of exp", "1.6666665459e-1f", "1.6667665459e-1f"),
+        ("numbers that are none", "x < -87.0f ? -87.0f : x", "x > -87.0f ? x : -87.0f"),
+        ("a coefficient of log", "4.9999648e-1f", "4.9989648e-1f"),
+    ),
+    *of(
+        NATIVE_SHARED,
+        NATIVE_TILES + "[3-7-contiguous]",
+        ("integers of another dtype", "sizeof *row == sizeof(To) && ", ""),
     ),
     # --- Tiles of the affinity field --------------------------------------------------------------
     *of(
@@ -973,7 +985,6 @@ MUTANTS = [
             "for (int64_t task = 1; task < tasks;",
             "for (int64_t task = 2; task < tasks;",
         ),
-        ("ignored labels", " & (label != ignore)", ""),
         (
             "labels of the last vector",
             "std::fill(label, label + whole, -1);",
@@ -1264,7 +1275,7 @@ MUTANTS = [
         PROPAGATION_TESTS + "native_kernels_do_not_depend_on_their_passes",
         (
             "the last vector of a neighbour",
-            "int64_t last = divided_up(std::min(width, width - dx), LANES);",
+            "int64_t last = divide_up(std::min(width, width - dx), LANES);",
             "int64_t last = std::min(width, width - dx) / LANES;",
         ),
         ("backwards as forwards", "if (backwards_) dy = -dy, dx = -dx;", ""),
@@ -1313,7 +1324,6 @@ MUTANTS = [
             "rank(target, n, ignore_index);",
             "rank(target, 0, ignore_index);",
         ),
-        ("numbers that are none", "x < -87.0f ? -87.0f : x", "x > -87.0f ? x : -87.0f"),
         (
             "signals that are not valid",
             "valid = ~((own | there) >> 31);",
@@ -1332,8 +1342,6 @@ MUTANTS = [
             "pitch_(whole_vectors(width) + LANES)",
             "pitch_(width)",
         ),
-        ("a coefficient of exp", "4.1890121996e-2f", "4.1810121996e-2f"),
-        ("a coefficient of log", "4.9999648e-1f", "4.9989648e-1f"),
         ("pixels without signals", "!= 0 ? k : CATEGORIES", "!= 0 ? k : NEIGHBORS"),
         ("the focus", "s.power_of_q(gamma)) * s.loss", "s.power_of_q(1.0f)) * s.loss"),
         ("slope of the focus", "(gamma * pt * s.loss + q)", "(pt * s.loss + q)"),

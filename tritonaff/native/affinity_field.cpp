@@ -29,52 +29,6 @@ constexpr int64_t MOST_TASKS = 256;
 // A second thread takes longer to wake than these many elements take.
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 14;
 
-int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-int64_t divide_up(int64_t x, int64_t step) { return (x + step - 1) / step; }
-
-// Conditions are masks, -1 or 0, as wide as the numbers beside them: compilers vectorise masks
-// better than bool.
-inline int32_t mask(bool condition) { return condition ? -1 : 0; }
-
-// x, or 0 where the mask is 0.
-inline float masked(float x, int32_t mask) { return as_float(as_int(x) & mask); }
-
-// --- Labels -------------------------------------------------------------------------------------
-
-enum LabelDtype : int64_t { UINT8, INT16, INT32, INT64 };
-
-// Labels (N, H, W); strides in elements. affinity_field.py holds the same fields.
-struct Labels {
-    const void* data;
-    int64_t dtype;
-    int64_t stride_n, stride_h, stride_w;
-    int64_t num_classes, ignore_index;
-};
-
-template <class T>
-ROW_FUNCTION void load_labels(
-    const T* RESTRICT x, int64_t stride, int64_t num_classes, int64_t ignore_index, IntsOut label,
-    int n
-) {
-    for (int w = 0; w < n; w++) {
-        int64_t given = int64_t(x[w * stride]);
-        bool counted = (given >= 0) & (given < num_classes) & (given != ignore_index);
-        label[w] = counted ? int32_t(given) : -1;
-    }
-}
-
-// n labels of row h from column w on; -1 at pixels that do not count.
-void load_labels(const Labels& x, int64_t n, int64_t h, int64_t w, IntsOut label, int count) {
-    int64_t at = n * x.stride_n + h * x.stride_h + w * x.stride_w;
-    auto load = [&](auto* data) {
-        load_labels(data + at, x.stride_w, x.num_classes, x.ignore_index, label, count);
-    };
-    if (x.dtype == UINT8) load(static_cast<const uint8_t*>(x.data));
-    if (x.dtype == INT16) load(static_cast<const int16_t*>(x.data));
-    if (x.dtype == INT32) load(static_cast<const int32_t*>(x.data));
-    if (x.dtype == INT64) load(static_cast<const int64_t*>(x.data));
-}
-
 // --- Rows ---------------------------------------------------------------------------------------
 
 struct Shape {
@@ -95,11 +49,6 @@ private:
     int64_t n_;
     std::vector<T> data_;
 };
-
-// Rows of an image lie so far apart that a processor does not guess the next one.
-inline void prefetch(const float* row, int n) {
-    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
-}
 
 // Row h of channel c from column w on, count numbers: in place where the image holds them so, else
 // in the buffer, which may hold any numbers beyond the image's width. next is the distance to the
@@ -273,9 +222,10 @@ public:
           march_(march),
           margin_(march.margin()),
           width_(round_up(tiling.columns(), LANES) + 2 * margin_),
+          given_(size_t(width_)),
           label_(march.num_rows(tiling.rows()), width_) {}
 
-    void load(const Labels& labels, const Tile& tile) {
+    void load(const Target& target, const Tile& tile) {
         first_ = int(margin_ - std::min<int64_t>(tile.w, march_.columns));
         int64_t beyond = std::min<int64_t>(shape_.w - tile.w - tile.columns, march_.columns);
         end_ = int(margin_ + tile.columns + beyond);
@@ -284,8 +234,9 @@ public:
             std::fill(label, label + width_, -1);
             int64_t h = march_.image_row(tile, i);
             if (h < 0 || h >= shape_.h) continue;
-            load_labels(
-                labels, tile.n, h, tile.w + first_ - margin_, label + first_, end_ - first_
+            load_classes(
+                target, tile.n, h, tile.w + first_ - margin_, end_ - first_, given_.data(),
+                label + first_
             );
         }
     }
@@ -306,6 +257,7 @@ private:
     const Shape& shape_;
     const March& march_;
     int64_t margin_, width_;
+    std::vector<int64_t> given_;
     Rows<int32_t> label_;
     int first_ = 0, end_ = 0;
 };
@@ -534,36 +486,40 @@ ROW_FUNCTION void dense_row(
     Floats u, Floats l, Floats p_free, Floats inverse_q_free, DenseSize* sizes, bool first,
     FloatsOut grad, int n
 ) {
-    const DenseSize s0 = sizes[0], s1 = sizes[K > 1 ? 1 : 0], s2 = sizes[K > 2 ? 2 : 0],
-                    s3 = sizes[K > 3 ? 3 : 0];
-    float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+    const DenseSize s0 = sizes[0], s1 = sizes[K > 1 ? 1 : 0], s2 = sizes[K > 2 ? 2 : 0];
+    float sum0 = 0, sum1 = 0, sum2 = 0;
     const int32_t bits_before = first ? 0 : -1;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+#pragma omp simd reduction(+ : sum0, sum1, sum2)
     for (int w = 0; w < n; w++) {
         float step0 = step_to_neighbours(u, s0.u, s0.box, s0.d, w);
         float step1 = K > 1 ? step_to_neighbours(u, s1.u, s1.box, s1.d, w) : 0.0f;
         float step2 = K > 2 ? step_to_neighbours(u, s2.u, s2.box, s2.d, w) : 0.0f;
-        float step3 = K > 3 ? step_to_neighbours(u, s3.u, s3.box, s3.d, w) : 0.0f;
         sum0 += l[w] * step0;
         sum1 += l[w] * step1;
         sum2 += l[w] * step2;
-        sum3 += l[w] * step3;
         if (GRADIENT) {
             float u_step = s0.coefficient * step0;
             if (K > 1) u_step += s1.coefficient * step1;
             if (K > 2) u_step += s2.coefficient * step2;
-            if (K > 3) u_step += s3.coefficient * step3;
             float l_step = s0.coefficient * step_to_neighbours(l, s0.l, s0.box, s0.d, w);
             if (K > 1) l_step += s1.coefficient * step_to_neighbours(l, s1.l, s1.box, s1.d, w);
             if (K > 2) l_step += s2.coefficient * step_to_neighbours(l, s2.l, s2.box, s2.d, w);
-            if (K > 3) l_step += s3.coefficient * step_to_neighbours(l, s3.l, s3.box, s3.d, w);
             float before = as_float(as_int(grad[w]) & bits_before);
             grad[w] = before + (u_step * inverse_q_free[w] + l_step * p_free[w]);
         }
     }
-    const float sums[] = {sum0, sum1, sum2, sum3};
+    const float sums[] = {sum0, sum1, sum2};
     for (int s = 0; s < K; s++) sizes[s].sum = sums[s];
 }
+
+constexpr int MOST_SIZES = 3;
+using DenseRow = decltype(&dense_row<1, true>);
+// By the number of sizes less 1, without and with the gradient.
+constexpr DenseRow DENSE_ROW[MOST_SIZES][2] = {
+    {dense_row<1, false>, dense_row<1, true>},
+    {dense_row<2, false>, dense_row<2, true>},
+    {dense_row<3, false>, dense_row<3, true>},
+};
 
 // --- Edges --------------------------------------------------------------------------------------
 
@@ -772,7 +728,7 @@ ROW_FUNCTION void finish_row(
 struct Problem {
     Shape shape;
     Images logits, top, rest;  // top and rest: (N, 1, H, W)
-    Labels labels;
+    Target target;
     int64_t num_sizes;
     float margin;
     Clamp clamp;
@@ -780,6 +736,7 @@ struct Problem {
     const float* grad_log_loss;  // (C,), or null
     const Images* grad;          // with grad_sums
 
+    bool gradient() const { return grad_sums != nullptr; }
     int64_t table_size() const { return (2 * num_sizes + 1) * shape.c; }
     int64_t edge_entry(int64_t c, int64_t k) const { return c * num_sizes + k; }
     int64_t non_edge_entry(int64_t c, int64_t k) const { return (shape.c + c) * num_sizes + k; }
@@ -821,7 +778,7 @@ public:
 
     void load(const Tile& tile) {
         tile_ = tile;
-        labels_.load(problem_.labels, tile);
+        labels_.load(problem_.target, tile);
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
         for (int i = 0; i < march_.num_rows(tile.rows); i++) {
             if (!in_image(i)) continue;
@@ -846,26 +803,20 @@ public:
 
     // Adds the sums of class c to the tables, and p times the gradient of p to the rows of grad,
     // [tile_rows, columns]; the first march overwrites them.
-    template <bool GRADIENT>
     void march(int32_t c, bool first, double* tables, float* grad, int64_t stride) {
         if (march_.sizes.empty()) {
-            for (int t = 0; GRADIENT && first && t < tile_.rows; t++) {
+            for (int t = 0; problem_.gradient() && first && t < tile_.rows; t++) {
                 std::fill_n(grad + t * stride, columns_, 0.0f);
             }
             return;
         }
         int computed = 0;
         for (int t = 0; t < tile_.rows; t++, grad += stride) {
-            for (; computed < march_.rows_before(t); computed++) compute_row<GRADIENT>(c, computed);
-            for (int s = 0; s < march_.num_sizes(); s += 4) {
-                int sizes = std::min(4, march_.num_sizes() - s);
-                bool sets = first && s == 0;
-                if (sizes == 1) add_dense<1, GRADIENT>(c, t, s, sets, tables, grad);
-                if (sizes == 2) add_dense<2, GRADIENT>(c, t, s, sets, tables, grad);
-                if (sizes == 3) add_dense<3, GRADIENT>(c, t, s, sets, tables, grad);
-                if (sizes == 4) add_dense<4, GRADIENT>(c, t, s, sets, tables, grad);
+            for (; computed < march_.rows_before(t); computed++) compute_row(c, computed);
+            for (int s = 0; s < march_.num_sizes(); s += MOST_SIZES) {
+                add_dense(c, t, s, first && s == 0, tables, grad);
             }
-            for (int s = 0; s < march_.num_sizes(); s++) add_edges<GRADIENT>(c, t, s, tables, grad);
+            for (int s = 0; s < march_.num_sizes(); s++) add_edges(c, t, s, tables, grad);
         }
     }
 
@@ -890,7 +841,6 @@ private:
 
     int32_t* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
 
-    template <bool GRADIENT>
     void compute_row(int32_t c, int i) {
         const int kept = kept_[i];
         float *u = u_.row(kept), *l = l_.row(kept);
@@ -910,7 +860,7 @@ private:
             x, top_.row(i), rest_.row(i), inverse_.row(i) + begin, log_total_.row(i) + begin, log_p,
             p, q, n
         );
-        const bool gradient = GRADIENT && march_.in_tile(i, tile_.rows);
+        const bool gradient = problem_.gradient() && march_.in_tile(i, tile_.rows);
         (gradient ? field_row<true> : field_row<false>)(
             log_p, p, q, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin, l + begin,
             log_q_.row(kept) + begin, p_free_.row(kept) + begin, inverse_q_free_.row(kept) + begin,
@@ -918,20 +868,21 @@ private:
         );
     }
 
-    template <int K, bool GRADIENT>
+    // The dense part of MOST_SIZES sizes from the given one on, or of those that are left.
     void add_dense(int32_t c, int t, int first_size, bool sets, double* tables, float* grad) {
+        const int num_sizes = std::min(MOST_SIZES, march_.num_sizes() - first_size);
         const int margin = labels_.margin();
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
         const int here = kept_[march_.here(t)];
-        DenseSize sizes[K];
-        for (int s = 0; s < K; s++) {
+        DenseSize sizes[MOST_SIZES];
+        for (int s = 0; s < num_sizes; s++) {
             const Size& size = march_.sizes[first_size + s];
             const int above = kept_[march_.above(t, size)], below = kept_[march_.below(t, size)];
             float *u_sum = u_sums_.row(first_size + s), *l_sum = l_sums_.row(first_size + s);
             add_rows(
                 u_.row(above) + begin, u_.row(here) + begin, u_.row(below) + begin, u_sum + begin, n
             );
-            if (GRADIENT) {
+            if (problem_.gradient()) {
                 add_rows(
                     l_.row(above) + begin, l_.row(here) + begin, l_.row(below) + begin,
                     l_sum + begin, n
@@ -941,17 +892,16 @@ private:
             sizes[s] = {box(first_size + s, t), u_sum + margin, l_sum + margin, size.columns,
                         coefficient, 0.0f};
         }
-        dense_row<K, GRADIENT>(
+        DENSE_ROW[num_sizes - 1][problem_.gradient()](
             u_.row(here) + margin, l_.row(here) + margin, p_free_.row(here) + margin,
             inverse_q_free_.row(here) + margin, sizes, sets, grad,
             int(round_up(tile_.columns, GROUP))
         );
-        for (int s = 0; s < K; s++) {
+        for (int s = 0; s < num_sizes; s++) {
             tables[problem_.non_edge_entry(c, march_.sizes[first_size + s].k)] += sizes[s].sum;
         }
     }
 
-    template <bool GRADIENT>
     void add_edges(int32_t c, int t, int s, double* tables, float* grad) {
         const Group *begin = edges_.begin(s, t), *end = edges_.end(s, t);
         if (begin == end) return;
@@ -959,7 +909,7 @@ private:
         const int64_t edge = problem_.edge_entry(c, size.k);
         const int64_t non_edge = problem_.non_edge_entry(c, size.k);
         const int margin = labels_.margin(), kept = kept_[march_.here(t)];
-        EdgeSums sums = edge_row<GRADIENT>(
+        EdgeSums sums = (problem_.gradient() ? edge_row<true> : edge_row<false>)(
             begin, end, pixel_row(march_.above(t, size)), pixel_row(march_.here(t)),
             pixel_row(march_.below(t, size)), size.columns, c, problem_.clamp.eps, problem_.margin,
             problem_.coefficient(edge), problem_.coefficient(non_edge),
@@ -1066,14 +1016,13 @@ private:
     std::vector<int32_t> largest_;
 };
 
-template <bool GRADIENT>
 void compute_tables(
     const Problem& problem, const std::vector<March>& all, const Tiling& tiling,
     std::vector<double>& tables, int64_t num_threads
 ) {
     const int64_t size = problem.table_size();
     // Rows of a tile's gradients, all classes side by side; without a gradient never used.
-    const int64_t row = GRADIENT ? problem.shape.c * tiling.columns() : 0;
+    const int64_t row = problem.gradient() ? problem.shape.c * tiling.columns() : 0;
     parallel(tiling.num_tasks(), num_threads, [&](Tasks& tasks) {
         std::vector<Marcher> marchers;
         marchers.reserve(all.size());
@@ -1088,12 +1037,12 @@ void compute_tables(
                     marcher.load(tile);
                     bool first = &marcher == &marchers.front();
                     for (int64_t c = 0; c < problem.shape.c; c++) {
-                        float* rows = grad.data() + (GRADIENT ? c * tiling.columns() : 0);
-                        marcher.template march<GRADIENT>(int32_t(c), first, sums, rows, row);
+                        float* rows = grad.data() + (row ? c * tiling.columns() : 0);
+                        marcher.march(int32_t(c), first, sums, rows, row);
                     }
                 }
                 add_log_loss(problem, marchers.back(), tile, sums);
-                for (int t = 0; GRADIENT && t < tile.rows; t++) {
+                for (int t = 0; problem.gradient() && t < tile.rows; t++) {
                     finisher.finish(marchers.back(), tile, t, grad.data() + t * row);
                 }
             }
@@ -1111,11 +1060,12 @@ int64_t threads_for(const Shape& shape, int64_t num_threads) {
 // Numbers of pairs (K,); counts (C, K + 1) as ops/affinity_field.py defines them; labels
 // (N, 1, H, W) of int16 or, where bytes_per_label is 4, int32; softmax statistics (N, 1, H, W).
 EXPORT void affinity_field_statistics(
-    const Images* logits, const Labels* target, const int64_t* shape_, int64_t num_sizes,
-    const int64_t* distances, int64_t* pairs, int64_t* counts, void* label, int64_t bytes_per_label,
-    const Images* top, float* rest, int64_t num_threads
+    const Images* logits, const Images* target, const int64_t* shape_, int64_t ignore_index,
+    int64_t num_sizes, const int64_t* distances, int64_t* pairs, int64_t* counts, void* label,
+    int64_t bytes_per_label, const Images* top, float* rest, int64_t num_threads
 ) {
     const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
+    const Target given{*target, shape.c, ignore_index};
     const std::vector<March> all = marches(shape, num_sizes, distances);
     const Tiling tiles = tiling_of_statistics(shape, all);
     const int64_t table_size = shape.c * (num_sizes + 1);
@@ -1132,7 +1082,7 @@ EXPORT void affinity_field_statistics(
             for (int64_t i = tiles.first_tile(task); i < tiles.first_tile(task + 1); i++) {
                 const Tile tile = tiles.tile(i);
                 for (size_t m = 0; m < all.size(); m++) {
-                    labels[m].load(*target, tile);
+                    labels[m].load(given, tile);
                     count_tile(
                         all[m], labels[m], tile, num_sizes, buffers, {table, table + num_sizes}
                     );
@@ -1163,22 +1113,21 @@ EXPORT void affinity_field_statistics(
 // Sums (2, C, K) and log loss (C,); and the gradient of the logits, if the gradients of the sums
 // are given. grad_log_loss may be null.
 EXPORT void affinity_field_compute(
-    const Images* logits, const Labels* label, const Images* top, const Images* rest,
+    const Images* logits, const Images* label, const Images* top, const Images* rest,
     const int64_t* shape_, int64_t num_sizes, const int64_t* distances, double margin, double eps,
     const float* grad_sums, const float* grad_log_loss, const Images* grad, float* sums,
     float* log_loss, int64_t num_threads
 ) {
     const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
     const Problem problem{
-        shape, *logits, *top, *rest, *label, num_sizes, float(margin), Clamp(eps), grad_sums,
-        grad_log_loss, grad
+        shape, *logits, *top, *rest, Target{*label, shape.c, -1}, num_sizes, float(margin),
+        Clamp(eps), grad_sums, grad_log_loss, grad
     };
     const std::vector<March> all = marches(shape, num_sizes, distances);
     const Tiling tiles = tiling_of_gradients(shape, all);
     const int64_t size = problem.table_size();
     std::vector<double> tables(size_t(tiles.num_tasks() * size));
-    const auto compute = grad_sums ? compute_tables<true> : compute_tables<false>;
-    compute(problem, all, tiles, tables, threads_for(shape, num_threads));
+    compute_tables(problem, all, tiles, tables, threads_for(shape, num_threads));
     std::vector<double> total(size);
     for (int64_t task = 0; task < tiles.num_tasks(); task++) {
         for (int64_t i = 0; i < size; i++) total[i] += tables[task * size + i];

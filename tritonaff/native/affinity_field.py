@@ -12,21 +12,6 @@ from tritonaff.native.library import images, integers, pointer
 from tritonaff.portable.blocks import grad_dtype, label_dtype
 
 NAME = "affinity_field"
-LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-
-
-class Labels(ctypes.Structure):
-    """Labels (N, H, W) as affinity_field.cpp takes them, with the same fields."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int64),
-        ("stride_n", ctypes.c_int64),
-        ("stride_h", ctypes.c_int64),
-        ("stride_w", ctypes.c_int64),
-        ("num_classes", ctypes.c_int64),
-        ("ignore_index", ctypes.c_int64),
-    )
 
 
 def statistics(
@@ -44,8 +29,9 @@ def statistics(
     rest = torch.empty(pixels, dtype=torch.float32)
     library.library(NAME).affinity_field_statistics(
         ctypes.byref(images(logits)),
-        ctypes.byref(_labels(target, c, ignore_index)),
+        ctypes.byref(images(target)),
         integers([n, c, height, width]),
+        ctypes.c_int64(ignore_index),
         ctypes.c_int64(k),
         _distances(kernel_sizes),
         pointer(pair_count),
@@ -88,7 +74,7 @@ def compute(
         grad_log_loss = grad_log_loss.float()
     library.library(NAME).affinity_field_compute(
         ctypes.byref(images(logits)),
-        ctypes.byref(_labels(label[:, 0], c, -1)),
+        ctypes.byref(images(label)),
         ctypes.byref(images(top)),
         ctypes.byref(images(rest)),
         integers([n, c, height, width]),
@@ -112,11 +98,6 @@ def scale_(grad: Tensor, scale: Tensor) -> None:
     """grad *= scale, in place. Nothing multiplies most losses: scale is 1."""
     if scale.item() != 1:
         grad.mul_(scale)
-
-
-def _labels(label: Tensor, num_classes: int, ignore_index: int) -> Labels:
-    dtype = LABEL_DTYPES.index(label.dtype)
-    return Labels(label.data_ptr(), dtype, *label.stride(), num_classes, ignore_index)
 
 
 def _distances(kernel_sizes: list[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -16,7 +16,6 @@
 #include "common.h"
 
 #include <array>
-#include <memory>
 #include <numeric>
 #include <utility>
 
@@ -32,22 +31,12 @@ namespace {
 // several times as long: hence vectors of the compiler's own, which all compilers have.
 // PASS_CLASSES are the classes that a vector of pixels sums up at a time: enough to hide the time
 // that a multiplication takes, few enough that what the pixels of a row read stays in the cache.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, PASS_CLASSES = 11;
-#elif defined(__AVX__)
-constexpr int LANES = 8, PASS_CLASSES = 10;
-#else
-constexpr int LANES = 4, PASS_CLASSES = 10;
-#endif
+constexpr int LANES = VECTOR_BYTES / 4, PASS_CLASSES = VECTOR_BYTES == 64 ? 11 : 10;
 constexpr int CACHE_LINE = 16;  // numbers
 
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float InMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
 
-inline Vector load(const float* x) { return *reinterpret_cast<const InMemory*>(x); }
-inline void store(float* x, Vector v) { *reinterpret_cast<InMemory*>(x) = v; }
-
-inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline Vector load(const float* x) { return load<Vector>(x); }
 
 // The arguments of an operation.
 struct Options {
@@ -113,12 +102,12 @@ public:
         if (int64_t(kind_of_row_.size()) == num_rows) return;  // as in the last set
         kinds_.clear();
         kind_of_row_.clear();
-        std::vector<int64_t> cuts{0, divided_up(width, LANES)};
+        std::vector<int64_t> cuts{0, divide_up(width, LANES)};
         for (const Neighbor& neighbor : neighbors) {
             if (replicates_) break;
             for (int64_t dx : {neighbor.dx, -neighbor.dx}) {
                 cuts.push_back(std::max<int64_t>(0, -dx) / LANES);
-                cuts.push_back(divided_up(std::min(width, width - dx), LANES));
+                cuts.push_back(divide_up(std::min(width, width - dx), LANES));
             }
         }
         std::sort(cuts.begin(), cuts.end());
@@ -142,7 +131,7 @@ public:
                 for (auto [k, dy] : here) {
                     int64_t dx = backwards_ ? -neighbors[k].dx : neighbors[k].dx;
                     int64_t first = std::max<int64_t>(0, -dx) / LANES;
-                    int64_t last = divided_up(std::min(width, width - dx), LANES);
+                    int64_t last = divide_up(std::min(width, width - dx), LANES);
                     if (replicates_ || (segment.first >= first && segment.first < last)) {
                         segment.sources.push_back({dy * plane + dx, k * LANES});
                     }
@@ -237,7 +226,7 @@ void run(
     const std::array<Kernel, PASS_CLASSES>& kernels, Row row, const std::vector<Segment>& segments,
     int64_t num_classes
 ) {
-    int64_t passes = divided_up(num_classes, PASS_CLASSES);
+    int64_t passes = divide_up(num_classes, PASS_CLASSES);
     for (; passes > 0; passes--) {
         int64_t classes = num_classes / passes;
         for (const Segment& segment : segments) kernels[classes - 1](row, segment);
@@ -355,7 +344,7 @@ struct Layout {
         : options(options), neighbors(neighbors_inside(options)) {
         num_classes = options.num_classes;
         num_neighbors = int64_t(neighbors.size());
-        vectors = divided_up(options.width, LANES);
+        vectors = divide_up(options.width, LANES);
         int64_t divisor = 0, furthest = 0;
         for (const Neighbor& neighbor : neighbors) {
             divisor = std::gcd(divisor, neighbor.dy);
@@ -363,9 +352,9 @@ struct Layout {
         }
         if (divisor == 0) divisor = options.height;
         if (options.replicates) divisor = 1;  // border rows are neighbours of any rows
-        margin = options.replicates ? divided_up(furthest, CACHE_LINE) * CACHE_LINE : 0;
+        margin = options.replicates ? divide_up(furthest, CACHE_LINE) * CACHE_LINE : 0;
         // An odd number of cache lines: rows and classes begin in different sets of the cache.
-        pitch = (divided_up((vectors + 1) * LANES + 2 * margin, CACHE_LINE) | 1) * CACHE_LINE;
+        pitch = (divide_up((vectors + 1) * LANES + 2 * margin, CACHE_LINE) | 1) * CACHE_LINE;
 
         int64_t image = num_classes * options.height * options.width;
         int64_t products = image * num_neighbors * options.iterations * options.num_images;
@@ -376,22 +365,12 @@ struct Layout {
         row_step = enough_sets ? divisor : 1;
         set_threads = enough_sets ? threads : 1;
         row_threads = enough_sets ? 1 : threads;
-        most_rows = divided_up(options.height, row_step);
+        most_rows = divide_up(options.height, row_step);
     }
 
     int64_t num_sets() const { return options.num_images * row_step; }
     int64_t plane() const { return num_classes * pitch; }              // a row of all classes
     int64_t gates() const { return vectors * num_neighbors * LANES; }  // a row of all gates
-};
-
-// Numbers that nobody has written yet.
-class Memory {
-public:
-    explicit Memory(int64_t size) : data_(new float[size]) {}
-    float* get() { return data_.get(); }
-
-private:
-    std::unique_ptr<float[]> data_;
 };
 
 // Planes [rows, C, pitch], with zeros beside the vectors of a row, which nobody overwrites.
@@ -400,7 +379,7 @@ public:
     Planes(const Layout& layout, int64_t count)
         : size_(layout.most_rows * layout.plane()),
           before_(CACHE_LINE + layout.margin),
-          memory_(before_ + count * size_) {
+          memory_(make_buffer<float>(before_ + count * size_)) {
         std::fill_n(memory_.get(), before_, 0.0f);
         int64_t written = layout.vectors * LANES;
         for (int64_t at = 0; at < count * size_; at += layout.pitch) {
@@ -413,7 +392,7 @@ public:
 
 private:
     int64_t size_, before_;
-    Memory memory_;
+    Buffer<float> memory_;
 };
 
 // Every row_step-th row of an image, from the first one on.
@@ -424,7 +403,7 @@ public:
           options_(layout.options),
           image_(set / layout.row_step),
           first_(set % layout.row_step),
-          num_rows_(divided_up(options_.height - first_, layout.row_step)) {}
+          num_rows_(divide_up(options_.height - first_, layout.row_step)) {}
 
     int64_t num_rows() const { return num_rows_; }
 
@@ -438,8 +417,8 @@ public:
     template <class Each>
     void rows(const Each& each) const {
         int64_t threads = layout_.row_threads;
-        int64_t rows_of_task = threads == 1 ? num_rows_ : divided_up(num_rows_, 4 * threads);
-        parallel(divided_up(num_rows_, rows_of_task), threads, [&](Tasks& tasks) {
+        int64_t rows_of_task = threads == 1 ? num_rows_ : divide_up(num_rows_, 4 * threads);
+        parallel(divide_up(num_rows_, rows_of_task), threads, [&](Tasks& tasks) {
             for (int64_t task; tasks.next(task);) {
                 int64_t stop = std::min(num_rows_, (task + 1) * rows_of_task);
                 for (int64_t row = task * rows_of_task; row < stop; row++) each(row);
@@ -561,13 +540,13 @@ private:
 
     // Copies the vectors of a line with columns in [first, last) to the gates of a row.
     void scatter(const float* line, int64_t first, int64_t last, float* out) const {
-        for (int64_t v = first / LANES; v < divided_up(last, LANES); v++) {
+        for (int64_t v = first / LANES; v < divide_up(last, LANES); v++) {
             store(out + v * layout_.num_neighbors * LANES, load(line + v * LANES));
         }
     }
 
     void gather(const float* in, int64_t first, int64_t last, float* line) const {
-        for (int64_t v = first / LANES; v < divided_up(last, LANES); v++) {
+        for (int64_t v = first / LANES; v < divide_up(last, LANES); v++) {
             store(line + v * LANES, load(in + v * layout_.num_neighbors * LANES));
         }
     }
@@ -626,7 +605,8 @@ void forward(
 ) {
     int64_t rows = layout.most_rows, pitch = layout.pitch;
     Planes planes(layout, 2);
-    Memory gates(rows * layout.gates()), statistics(4 * rows * pitch);
+    Buffer<float> gates = make_buffer<float>(rows * layout.gates());
+    Buffer<float> statistics = make_buffer<float>(4 * rows * pitch);
     Iteration at[2];
     for (int i = 0; i < 2; i++) {
         float* numbers = statistics.get() + 2 * i * rows * pitch;
@@ -654,7 +634,8 @@ void backward(
     int64_t rows = layout.most_rows, plane = layout.plane(), pitch = layout.pitch;
     int64_t iterations = layout.options.iterations;
     Planes planes(layout, iterations + 3);
-    Memory gates(3 * rows * layout.gates()), statistics(2 * (iterations + 1) * rows * pitch);
+    Buffer<float> gates = make_buffer<float>(3 * rows * layout.gates());
+    Buffer<float> statistics = make_buffer<float>(2 * (iterations + 1) * rows * pitch);
     std::vector<Iteration> at(iterations + 1);
     for (int64_t t = 0; t <= iterations; t++) {
         float* numbers = statistics.get() + 2 * t * rows * pitch;

@@ -9,8 +9,6 @@
 // So the result does not depend on the number of threads.
 #include "common.h"
 
-#include <memory>
-#include <new>
 #include <numeric>
 
 namespace {
@@ -27,28 +25,14 @@ constexpr int64_t LEAST_TASK = 2048, TASK_PER_CLASS = 16;
 constexpr int64_t LEAST_WORK = 1 << 16;
 
 // Vectors, and how many rows are multiplied by how many: the sums stay in registers.
-#if defined(__AVX512F__)
-constexpr int LANES = 8, ROWS = 4, COLUMNS = 6, OUT_ROWS = 10;
-#elif defined(__AVX__)
-constexpr int LANES = 4, ROWS = 4, COLUMNS = 3, OUT_ROWS = 5;
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int ROWS = 4, COLUMNS = 3, OUT_ROWS = 5;  // 16 registers, not 32
 #else
-constexpr int LANES = 2, ROWS = 4, COLUMNS = 6, OUT_ROWS = 10;
+constexpr int ROWS = 4, COLUMNS = 6, OUT_ROWS = 10;
 #endif
-typedef double Doubles __attribute__((vector_size(8 * LANES)));
-typedef float Wide __attribute__((vector_size(8 * LANES)));
-constexpr int WIDE = 2 * LANES;
-
-template <class Vector, class T>
-inline Vector load(const T* x) {
-    Vector vector;
-    std::memcpy(&vector, x, sizeof vector);
-    return vector;
-}
-
-template <class Vector>
-inline void store(float* x, Vector vector) {
-    std::memcpy(x, &vector, sizeof vector);
-}
+constexpr int LANES = VECTOR_BYTES / 8, WIDE = VECTOR_BYTES / 4;
+typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
+typedef float Wide __attribute__((vector_size(VECTOR_BYTES)));
 
 inline double total(Doubles x) {
     double sum = 0;
@@ -56,31 +40,7 @@ inline double total(Doubles x) {
     return sum;
 }
 
-template <class T>
-struct Free {
-    void operator()(T* x) const { ::operator delete[](x, std::align_val_t(64)); }
-};
-
-// Memory for n numbers, not initialised, at the start of a cache line.
-template <class T>
-using Buffer = std::unique_ptr<T[], Free<T>>;
-
-template <class T>
-Buffer<T> make_buffer(int64_t n) {
-    size_t bytes = sizeof(T) * size_t(std::max<int64_t>(n, 1));
-    return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(64))));
-}
-
 // --- Points -------------------------------------------------------------------------------------
-
-// A tensor (N, H, W) of uint8, int32 or int64; strides in elements. The launcher has the same
-// fields.
-struct Labels {
-    const void* data;
-    int64_t bytes;
-    int64_t stride_n, stride_h, stride_w;
-    int64_t ignore_index;
-};
 
 // The rows or columns of grids of some sizes over an axis.
 struct Axis {
@@ -192,6 +152,7 @@ void each_run(
 ROW_FUNCTION void find_offsets(
     const Place& place, int64_t stride_h, int64_t stride_w, int64_t* RESTRICT offsets
 ) {
+    #pragma omp simd
     for (int m = 0; m < place.n; m++) offsets[m] = place.h[m] * stride_h + place.w[m] * stride_w;
 }
 
@@ -199,6 +160,7 @@ template <class T>
 ROW_FUNCTION void gather(
     const T* RESTRICT x, const int64_t* RESTRICT offsets, T* RESTRICT out, int n
 ) {
+    #pragma omp simd
     for (int m = 0; m < n; m++) out[m] = x[offsets[m]];
 }
 
@@ -209,44 +171,28 @@ ROW_FUNCTION void scatter(
     for (int m = 0; m < n; m++) out[offsets[m]] = x[m];
 }
 
-// Labels as int32, -1 where a point does not count.
-template <class T>
-ROW_FUNCTION void load_labels(
-    const T* RESTRICT x, int64_t stride, int64_t num_classes, int64_t ignore, IntsOut out, int n
+// The labels of a block of points, -1 where a point does not count.
+void load_classes_of(
+    const Target& target, const Points& points, const Place& place, int64_t n, int32_t* label
 ) {
-    for (int w = 0; w < n; w++) {
-        int64_t label = x[w * stride];
-        out[w] = (label >= 0) & (label < num_classes) & (label != ignore) ? int32_t(label) : -1;
-    }
-}
-
-template <class T>
-void labels_of(
-    const Labels& target, const Points& points, const Place& place, int64_t n, int64_t num_classes,
-    int32_t* label
-) {
-    const T* x = static_cast<const T*>(target.data) + n * target.stride_n;
+    int64_t given[BLOCK];
+    const Images& x = target.labels;
     if (points.num_grids) {
-        T raw[BLOCK];
         int64_t offsets[BLOCK];
-        find_offsets(place, target.stride_h, target.stride_w, offsets);
-        gather(x, offsets, raw, place.n);
-        load_labels(raw, 1, num_classes, target.ignore_index, label, place.n);
+        find_offsets(place, x.stride_h, x.stride_w, offsets);
+        with_integers(x, x.offset(n, 0, 0, 0), [&](auto* data) {
+            for (int m = 0; m < place.n; m++) given[m] = int64_t(data[offsets[m]]);
+        });
+        class_row(given, target.num_classes, target.ignore_index, label, place.n);
         return;
     }
-    each_run(points, place, target.stride_h, target.stride_w,
+    each_run(points, place, x.stride_h, x.stride_w,
         [&](int at, int64_t h, int64_t w, int count) {
-            const T* row = x + h * target.stride_h + w * target.stride_w;
-            load_labels(row, target.stride_w, num_classes, target.ignore_index, label + at, count);
+            load_classes(target, n, h, w, count, given, label + at);
         });
 }
 
 // --- Square roots of probabilities --------------------------------------------------------------
-
-// Asks for the next block of a row. So many rows at once are too many for the machine to foresee.
-inline void prefetch(const float* x, int n) {
-    for (int w = 0; w < n; w += 16) __builtin_prefetch(x + w, 0, 2);
-}
 
 ROW_FUNCTION void copy_and_top(Floats x, FloatsOut out, FloatsOut top, int n) {
     #pragma omp simd
@@ -325,7 +271,7 @@ struct Block {
     // Loads the points from first on, before end. Without a target all points count, and S takes
     // the place of D.
     void load(
-        const Images& logits, const Labels* target, const Points& points, int64_t image,
+        const Images& logits, const Target* target, const Points& points, int64_t image,
         int64_t first, int64_t end
     ) {
         place.move(points, first, end);
@@ -333,11 +279,7 @@ struct Block {
         whole = (n + WHOLE - 1) & -WHOLE;
         std::fill(label, label + whole, -1);
         if (target) {
-            (target->bytes == 8   ? labels_of<int64_t>
-             : target->bytes == 4 ? labels_of<int32_t>
-                                  : labels_of<uint8_t>)(
-                *target, points, place, image, num_classes, label
-            );
+            load_classes_of(*target, points, place, image, label);
         } else {
             std::fill(label, label + n, num_classes);  // no channel's
         }
@@ -498,7 +440,7 @@ struct Sums {
 
 // The sums of every image; the memory holds [N, Sums::size].
 Buffer<double> sums_of(
-    const Images& logits, const Labels& target, const Points& points, int64_t num_images, int64_t c,
+    const Images& logits, const Target& target, const Points& points, int64_t num_images, int64_t c,
     int64_t num_threads
 ) {
     int64_t tasks = points.num_tasks(c), task_size = points.task_size(c), size = Sums::size(c);
@@ -758,6 +700,7 @@ private:
         for (const Run& run : block.runs) {
             int64_t l = run.label * int64_t(num_classes);
             float subtracted = center[l], filled = shift[l];
+            #pragma omp simd
             for (int w = run.from; w < run.to; w++) {
                 without[w] = d[w] - subtracted;
                 shifts[w] = filled;
@@ -773,23 +716,24 @@ private:
     }
 };
 
-// The arguments that all functions here share: N, C, H, W, the number of threads, and the sizes of
-// the grids, none for every pixel.
+// The arguments that all functions here share: N, C, H, W, the ignored label, the number of
+// threads, and the sizes of the grids, none for every pixel.
 struct Shape {
-    int64_t num_images, num_classes, height, width, num_threads, num_grids;
+    int64_t num_images, num_classes, height, width, ignore_index, num_threads, num_grids;
     const int64_t* sizes;
 
     explicit Shape(const int64_t* x)
-        : num_images(x[0]), num_classes(x[1]), height(x[2]), width(x[3]), num_threads(x[4]),
-          num_grids(x[5]), sizes(x + 6) {}
+        : num_images(x[0]), num_classes(x[1]), height(x[2]), width(x[3]), ignore_index(x[4]),
+          num_threads(x[5]), num_grids(x[6]), sizes(x + 7) {}
     Points points() const { return Points(height, width, sizes, num_grids); }
+    Target target(const Images& labels) const { return {labels, num_classes, ignore_index}; }
 
     int64_t threads_for(int64_t work) const { return work < LEAST_WORK ? 1 : num_threads; }
 };
 
 // Fills gram [N, 3, C, C], and unless null the number of points (N).
 void fill_gram(
-    const Images& logits, const Labels& target, const Shape& shape, const Points& points,
+    const Images& logits, const Target& target, const Shape& shape, const Points& points,
     double* gram, int64_t* number
 ) {
     int64_t c = shape.num_classes, work = shape.num_images * points.count * c;
@@ -812,14 +756,14 @@ int64_t bytes_of(const Images& grad, const Shape& shape) {
 
 // Fills squared_error (N), pair_count (N) and, unless null, gram (N, 3, C, C).
 EXPORT void forward(
-    const Images& logits, const Labels& target, const int64_t* integers, float* squared_error,
+    const Images& logits, const Images& labels, const int64_t* integers, float* squared_error,
     int64_t* pair_count, double* gram
 ) {
     Shape shape(integers);
     int64_t matrices = 3 * shape.num_classes * shape.num_classes;
     Buffer<double> own = make_buffer<double>(gram ? 0 : shape.num_images * matrices);
     if (!gram) gram = own.get();
-    fill_gram(logits, target, shape, shape.points(), gram, pair_count);
+    fill_gram(logits, shape.target(labels), shape, shape.points(), gram, pair_count);
     for (int64_t n = 0; n < shape.num_images; n++) {
         squared_error[n] = float(squared_error_of(gram + n * matrices, shape.num_classes));
         pair_count[n] *= pair_count[n];
@@ -829,10 +773,11 @@ EXPORT void forward(
 // Fills the gradient; with grids, the pixels of their points. Without gram (N, 3, C, C), the
 // matrices are computed again.
 EXPORT void backward(
-    const Images& logits, const Labels& target, const int64_t* integers,
+    const Images& logits, const Images& labels, const int64_t* integers,
     const float* grad_squared_error, const double* gram, const Images& grad
 ) {
     Shape shape(integers);
+    Target target = shape.target(labels);
     Points points = shape.points();
     int64_t c = shape.num_classes, matrix = c * c;
     Buffer<double> own = make_buffer<double>(gram ? 0 : shape.num_images * 3 * matrix);

@@ -11,20 +11,6 @@ from torch import Tensor
 from tritonaff.native.library import images, integers, library, pointer
 
 NAME = "affinity_regression"
-LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
-
-
-class Labels(ctypes.Structure):
-    """Labels (N, H, W) as the kernels take them; the C++ file holds the same fields."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("bytes", ctypes.c_int64),
-        ("stride_n", ctypes.c_int64),
-        ("stride_h", ctypes.c_int64),
-        ("stride_w", ctypes.c_int64),
-        ("ignore_index", ctypes.c_int64),
-    )
 
 
 def forward(
@@ -36,14 +22,13 @@ def forward(
     computes the Gram matrices again, and the returned tensor is (N, 0, C, C).
     """
     n, c = logits.shape[:2]
-    target = readable(target)
     squared_error = torch.empty(n)
     pair_count = torch.empty(n, dtype=torch.int64)
     gram = torch.empty(n, 0 if grid_sizes else 3, c, c, dtype=torch.float64)
     library(NAME).forward(
         byref(images(logits)),
-        byref(labels(target, ignore_index)),
-        shape(logits, grid_sizes),
+        byref(images(target)),
+        shape(logits, grid_sizes, ignore_index),
         pointer(squared_error),
         pointer(pair_count),
         pointer(None if grid_sizes else gram),
@@ -60,12 +45,11 @@ def backward(
     ignore_index: int,
 ) -> Tensor:
     """The gradient of the logits, given the gradient (N,) of the squared errors."""
-    target = readable(target)
     grad = torch.zeros_like(logits) if grid_sizes else torch.empty_like(logits)
     library(NAME).backward(
         byref(images(logits)),
-        byref(labels(target, ignore_index)),
-        shape(logits, grid_sizes),
+        byref(images(target)),
+        shape(logits, grid_sizes, ignore_index),
         pointer(grad_squared_error),
         pointer(None if grid_sizes else gram),
         byref(images(grad)),
@@ -82,14 +66,8 @@ def square_root_affinity(logits: Tensor, grid_sizes: list[int]) -> Tensor:
     return torch.bmm(s.mT, s)
 
 
-def readable(target: Tensor) -> Tensor:
-    return target if target.dtype in LABEL_DTYPES else target.to(torch.int64)
-
-
-def labels(target: Tensor, ignore_index: int) -> Labels:
-    """The fields of a target (N, H, W), which must outlive them."""
-    return Labels(target.data_ptr(), target.element_size(), *target.stride(), ignore_index)
-
-
-def shape(logits: Tensor, grid_sizes: list[int]) -> ctypes.Array[ctypes.c_int64]:
-    return integers([*logits.shape, torch.get_num_threads(), len(grid_sizes), *grid_sizes])
+def shape(
+    logits: Tensor, grid_sizes: list[int], ignore_index: int = 0
+) -> ctypes.Array[ctypes.c_int64]:
+    threads = torch.get_num_threads()
+    return integers([*logits.shape, ignore_index, threads, len(grid_sizes), *grid_sizes])

@@ -1,4 +1,4 @@
-// What every native kernel needs: images of any dtype and strides, exp and log, threads.
+// What every native kernel needs: images of any dtype and strides, exp and log, memory, threads.
 //
 // Kernels compute in float32, row by row. A row function takes __restrict__ pointers, is not
 // inlined, and holds one loop: then compilers vectorise the loop. Built without -ffast-math, so
@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -32,8 +34,26 @@ using FloatsOut = float* RESTRICT;
 using Ints = const int32_t* RESTRICT;
 using IntsOut = int32_t* RESTRICT;
 
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
 inline float as_float(int32_t i) { float f; std::memcpy(&f, &i, 4); return f; }
 inline int32_t as_int(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
+
+// Conditions are masks, -1 or 0, as wide as the numbers beside them: compilers vectorise masks
+// better than bool.
+inline int32_t mask(bool condition) { return condition ? -1 : 0; }
+
+// x, or 0 where the mask is 0.
+inline float masked(float x, int32_t mask) { return as_float(as_int(x) & mask); }
+
+inline int64_t divide_up(int64_t x, int64_t step) { return (x + step - 1) / step; }
+inline int64_t round_up(int64_t x, int64_t step) { return divide_up(x, step) * step; }
 
 // --- Functions ----------------------------------------------------------------------------------
 
@@ -69,11 +89,23 @@ inline float log_of_positive(float x) {
     return m + y + exponent * 0.693359375f;
 }
 
+// log(1 + e) for e in [0, 1]: e times a polynomial, with a relative error of at most 1.6e-7.
+inline float log_of_1_plus(float e) {
+    float e2 = e * e, e4 = e2 * e2;
+    float a = 3.3321324e-1f * e - 4.9999648e-1f;
+    float b = 1.9153655e-1f * e - 2.4857163e-1f;
+    float c = 7.9204522e-2f * e - 1.3753802e-1f;
+    float d = 5.3648213e-3f * e - 3.0065781e-2f;
+    return ((d * e2 + c) * e4 + (b * e2 + a)) * e2 + e;
+}
+
 // --- Images -------------------------------------------------------------------------------------
 
-enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+// Numbers of the dtypes in library.py.
+enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT64 };
 
-// A tensor (N, C, H, W); strides in elements. library.py holds the same fields.
+// A tensor (N, C, H, W), of which labels have one channel; strides in elements. library.py holds
+// the same fields.
 struct Images {
     void* data;
     int64_t dtype;
@@ -85,15 +117,18 @@ struct Images {
 };
 
 ROW_FUNCTION void load_strided(Floats x, int64_t stride, FloatsOut out, int n) {
+    #pragma omp simd
     for (int w = 0; w < n; w++) out[w] = x[w * stride];
 }
 
 ROW_FUNCTION void load_bfloat16(const uint16_t* RESTRICT x, int64_t stride, FloatsOut out, int n) {
+    #pragma omp simd
     for (int w = 0; w < n; w++) out[w] = as_float(int32_t(uint32_t(x[w * stride]) << 16));
 }
 
 // The product with 2^112 moves the exponent's bias and normalises subnormal numbers.
 ROW_FUNCTION void load_float16(const uint16_t* RESTRICT x, int64_t stride, FloatsOut out, int n) {
+    #pragma omp simd
     for (int w = 0; w < n; w++) {
         uint32_t half = x[w * stride], size = half & 0x7fffu;
         uint32_t sign = (half & 0x8000u) << 16;
@@ -121,11 +156,13 @@ inline const float* load_row(
 }
 
 ROW_FUNCTION void store_strided(Floats x, float* RESTRICT out, int64_t stride, int n) {
+    #pragma omp simd
     for (int w = 0; w < n; w++) out[w * stride] = x[w];
 }
 
 // Rounded to nearest, ties to even; NaN stays NaN.
 ROW_FUNCTION void store_bfloat16(Floats x, uint16_t* RESTRICT out, int64_t stride, int n) {
+    #pragma omp simd
     for (int w = 0; w < n; w++) {
         uint32_t bits = uint32_t(as_int(x[w]));
         uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -134,6 +171,7 @@ ROW_FUNCTION void store_bfloat16(Floats x, uint16_t* RESTRICT out, int64_t strid
 }
 
 ROW_FUNCTION void store_float16(Floats x, uint16_t* RESTRICT out, int64_t stride, int n) {
+    #pragma omp simd
     for (int w = 0; w < n; w++) {
         uint32_t bits = uint32_t(as_int(x[w])), sign = (bits >> 16) & 0x8000u;
         uint32_t size = bits & 0x7fffffffu;
@@ -168,6 +206,82 @@ inline void store_row(
     }
 }
 
+// --- Labels -------------------------------------------------------------------------------------
+
+// Calls use(pointer) with the integers of an image from an offset on.
+template <class Use>
+auto with_integers(const Images& x, int64_t at, const Use& use) {
+    switch (x.dtype) {
+        case UINT8: return use(static_cast<const uint8_t*>(x.data) + at);
+        case INT8: return use(static_cast<const int8_t*>(x.data) + at);
+        case INT16: return use(static_cast<const int16_t*>(x.data) + at);
+        case INT32: return use(static_cast<const int32_t*>(x.data) + at);
+        default: return use(static_cast<const int64_t*>(x.data) + at);
+    }
+}
+
+template <class To, class From>
+ROW_FUNCTION void load_integers(const From* RESTRICT x, int64_t stride, To* RESTRICT out, int n) {
+    #pragma omp simd
+    for (int w = 0; w < n; w++) out[w] = To(x[w * stride]);
+}
+
+// Row h of channel c from column w on, n integers: in place where the image holds them so, else in
+// the buffer.
+template <class To>
+const To* load_integers(
+    const Images& x, int64_t n, int64_t c, int64_t h, int64_t w, int count, To* buffer
+) {
+    return with_integers(x, x.offset(n, c, h, w), [&](auto* row) {
+        if (sizeof *row == sizeof(To) && x.stride_w == 1) return reinterpret_cast<const To*>(row);
+        load_integers(row, x.stride_w, buffer, count);
+        return static_cast<const To*>(buffer);
+    });
+}
+
+// Labels (N, 1, H, W) of classes.
+struct Target {
+    Images labels;
+    int64_t num_classes, ignore_index;
+};
+
+// Labels as they count, -1 where a pixel does not.
+ROW_FUNCTION void class_row(
+    const int64_t* RESTRICT label, int64_t num_classes, int64_t ignore_index, IntsOut out, int n
+) {
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        int64_t k = label[w];
+        bool counts = (k >= 0) & (k < num_classes) & (k != ignore_index);
+        out[w] = counts ? int32_t(k) : -1;
+    }
+}
+
+// The classes of row h from column w on; the buffer holds count numbers.
+inline void load_classes(
+    const Target& x, int64_t n, int64_t h, int64_t w, int count, int64_t* buffer, int32_t* out
+) {
+    const int64_t* row = load_integers(x.labels, n, 0, h, w, count, buffer);
+    class_row(row, x.num_classes, x.ignore_index, out, count);
+}
+
+// --- Memory -------------------------------------------------------------------------------------
+
+template <class T>
+struct Free {
+    void operator()(T* x) const { ::operator delete[](x, std::align_val_t(64)); }
+};
+
+// Memory for n numbers, not initialised, at the start of a cache line.
+template <class T>
+using Buffer = std::unique_ptr<T[], Free<T>>;
+
+template <class T>
+Buffer<T> make_buffer(int64_t n) {
+    size_t bytes = sizeof(T) * size_t(std::max<int64_t>(n, 1));
+    return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(64))));
+}
+
 // Large new memory is fetched page by page, which takes longer than writing it: huge pages are 512
 // times fewer.
 inline void ask_for_huge_pages(void* memory, int64_t bytes) {
@@ -181,6 +295,25 @@ inline void ask_for_huge_pages(void* memory, int64_t bytes) {
 #else
     (void)memory, (void)bytes;
 #endif
+}
+
+// A vector of the compiler's own, anywhere in memory.
+template <class Vector, class T>
+inline Vector load(const T* x) {
+    Vector vector;
+    std::memcpy(&vector, x, sizeof vector);
+    return vector;
+}
+
+template <class Vector>
+inline void store(float* x, Vector vector) {
+    std::memcpy(x, &vector, sizeof vector);
+}
+
+// Asks for a row that will be read soon. Rows of an image lie so far apart that a processor does
+// not guess the next one.
+inline void prefetch(const float* row, int n) {
+    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
 }
 
 // --- Threads ------------------------------------------------------------------------------------

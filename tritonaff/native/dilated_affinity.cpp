@@ -12,11 +12,7 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
+constexpr int LANES = VECTOR_BYTES / 4;
 constexpr int STRIP = 512;         // columns of a patch
 constexpr int ROWS = 8;            // of a patch
 constexpr int BAND_PIXELS = 2048;  // least size of a task
@@ -25,26 +21,18 @@ constexpr int CATEGORIES = 9;
 constexpr int IGNORED = -1;
 constexpr int SIGN = INT32_MIN;
 
-inline int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-inline float masked(float x, int32_t mask) { return as_float(as_int(x) & mask); }
+inline int64_t whole_vectors(int64_t n) { return round_up(n, LANES); }
 
 // --- Labels -------------------------------------------------------------------------------------
 
-// Labels (N, H, W) of uint8, int32 or int64; strides in elements.
-struct Target {
-    const void* data;
-    int64_t item_size;
-    int64_t stride_n, stride_h, stride_w;
-};
-
 // Writes the labels of a row as int32; nonzero if some label does not fit.
-template <class Label>
 ROW_FUNCTION int64_t label_row(
-    const Label* RESTRICT label, int64_t stride, int64_t ignore_index, IntsOut id, int64_t n
+    const int64_t* RESTRICT label, int64_t ignore_index, IntsOut id, int64_t n
 ) {
     int64_t beyond = 0;
+    #pragma omp simd reduction(| : beyond)
     for (int64_t w = 0; w < n; w++) {
-        int64_t k = label[w * stride];
+        int64_t k = label[w];
         int64_t ignored = (k < 0) | (k == ignore_index) ? -1 : 0;
         id[w] = int32_t(k | ignored);
         beyond |= k & ~ignored & ~int64_t(INT32_MAX);
@@ -57,7 +45,7 @@ ROW_FUNCTION int64_t label_row(
 class Labels {
 public:
     Labels(
-        const Target& target, int64_t num_images, int64_t height, int64_t width,
+        const Images& target, int64_t num_images, int64_t height, int64_t width,
         int64_t ignore_index, int64_t num_threads
     )
         : height_(height),
@@ -68,10 +56,13 @@ public:
         int64_t rows = num_images * height, num_tasks = (rows + rows_of_task - 1) / rows_of_task;
         std::atomic<bool> beyond{false};
         parallel(num_tasks, num_threads, [&](Tasks& tasks) {
+            std::vector<int64_t> buffer(width);
             for (int64_t task; tasks.next(task);) {
                 int64_t stop = std::min(rows, (task + 1) * rows_of_task);
                 for (int64_t i = task * rows_of_task; i < stop; i++) {
-                    if (copy_row(target, i / height, i % height, ignore_index)) beyond = true;
+                    int64_t n = i / height, h = i % height;
+                    auto given = load_integers(target, n, 0, h, 0, int(width), buffer.data());
+                    if (label_row(given, ignore_index, row(n, h), width)) beyond = true;
                 }
             }
         });
@@ -88,27 +79,12 @@ public:
 private:
     int32_t* row(int64_t n, int64_t h) { return ids_.data() + LANES + (n * height_ + h) * pitch_; }
 
-    bool copy_row(const Target& x, int64_t n, int64_t h, int64_t ignore_index) {
-        int64_t at = n * x.stride_n + h * x.stride_h, stride = x.stride_w;
-        int32_t* id = row(n, h);
-        if (x.item_size == 1) {
-            auto label = static_cast<const uint8_t*>(x.data) + at;
-            return label_row(label, stride, ignore_index, id, width_);
-        }
-        if (x.item_size == 4) {
-            auto label = static_cast<const int32_t*>(x.data) + at;
-            return label_row(label, stride, ignore_index, id, width_);
-        }
-        auto label = static_cast<const int64_t*>(x.data) + at;
-        return label_row(label, stride, ignore_index, id, width_);
-    }
-
     // Labels beyond int32 are replaced by their ranks among the labels of the image.
-    void rank(const Target& x, int64_t n, int64_t ignore_index) {
-        auto label_of = [&](int64_t h, int64_t w) -> int64_t {
-            int64_t at = n * x.stride_n + h * x.stride_h + w * x.stride_w;
-            if (x.item_size == 4) return static_cast<const int32_t*>(x.data)[at];
-            return static_cast<const int64_t*>(x.data)[at];
+    void rank(const Images& x, int64_t n, int64_t ignore_index) {
+        auto label_of = [&](int64_t h, int64_t w) {
+            return with_integers(
+                x, x.offset(n, 0, h, w), [](auto* label) { return int64_t(*label); }
+            );
         };
         std::vector<int64_t> labels;
         for (int64_t h = 0; h < height_; h++) {
@@ -135,32 +111,12 @@ private:
 
 // --- The focal loss of a signal -----------------------------------------------------------------
 
-// Writes e = exp(-|x|), at least exp(-87); NaN stays NaN. A loop of its own: the shorter the loop
-// bodies, the more of them a processor works on at once, and the functions here are long chains.
-// Polynomials are evaluated in pairs for the same reason.
+// Writes e = exp(-|x|). A loop of its own: the shorter the loop bodies, the more of them a
+// processor works on at once, and the functions here are long chains.
 ROW_FUNCTION void exp_row(Floats logit, FloatsOut e, int n) {
     n &= -LANES;
     #pragma omp simd
-    for (int w = 0; w < n; w++) {
-        float x = as_float(as_int(logit[w]) | SIGN);
-        x = x < -87.0f ? -87.0f : x;
-        float shifted = x * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127
-        float r = x - (shifted - 12583039.0f) * 0.693147181f, r2 = r * r;
-        float low = 1.6667114198e-1f * r + 4.9999231100e-1f;
-        float high = 8.3125242963e-3f * r + 4.1890121996e-2f;
-        float p = (high * r2 + low) * r2 + (r + 1.0f);
-        e[w] = p * as_float(as_int(shifted) << 23);
-    }
-}
-
-// log(1 + e) for e in [0, 1]: e times a polynomial fitted to log(1 + e) / e.
-inline float log_of_1_plus(float e) {
-    float e2 = e * e, e4 = e2 * e2;
-    float a = 3.3321324e-1f * e - 4.9999648e-1f;
-    float b = 1.9153655e-1f * e - 2.4857163e-1f;
-    float c = 7.9204522e-2f * e - 1.3753802e-1f;
-    float d = 5.3648213e-3f * e - 3.0065781e-2f;
-    return ((d * e2 + c) * e4 + (b * e2 + a)) * e2 + e;
+    for (int w = 0; w < n; w++) e[w] = exp_of_negative(-std::fabs(logit[w]));
 }
 
 // With u = x for a same and -x for a different signal, pt = sigmoid(u) and q = 1 - pt. A signal
@@ -287,6 +243,7 @@ ROW_FUNCTION void coefficient_row(
     Ints different, Floats table, FloatsOut different_grad, FloatsOut same_grad, int n
 ) {
     n &= -LANES;
+    #pragma omp simd
     for (int w = 0; w < n; w++) {
         int32_t k = NEIGHBORS - different[w];
         different_grad[w] = table[2 * k];
@@ -403,9 +360,9 @@ struct Batch {
     }
 };
 
-// A buffer of a thread, one number for each pixel of a patch's row.
+// One number for each pixel of a patch's row.
 template <class Number>
-struct alignas(64) Buffer {
+struct alignas(64) Line {
     Number data[STRIP] = {};
 
     Number* at(int column) { return data + column; }
@@ -414,8 +371,8 @@ struct alignas(64) Buffer {
 
 template <bool GAMMA_IS_2>
 void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
-    Buffer<float> logit, e, different_sum, same_sum;
-    Buffer<int32_t> counts, category;
+    Line<float> logit, e, different_sum, same_sum;
+    Line<int32_t> counts, category;
     for (int64_t task; tasks.next(task);) {
         Entry* table = tables + task * batch.num_rates * CATEGORIES;
         batch.patches(task, [&](const Patch& patch) {
@@ -451,8 +408,8 @@ template <bool GAMMA_IS_2>
 void write_gradient(
     const Batch& batch, Tasks& tasks, const float* grad_loss_sum, const Images& grad
 ) {
-    Buffer<float> logit, e, result, different_grad[ROWS], same_grad[ROWS];
-    Buffer<int32_t> different;
+    Line<float> logit, e, result, different_grad[ROWS], same_grad[ROWS];
+    Line<int32_t> different;
     for (int64_t task; tasks.next(task);) {
         batch.patches(task, [&](const Patch& patch) {
             int columns = int(whole_vectors(patch.columns));
@@ -504,7 +461,7 @@ int64_t threads_for(const Batch& batch, int64_t num_threads) {
 // Adds to the tables, which have room for 0s: loss sums [R, 9, 2], signal counts [R, 9, 2], correct
 // counts [R, 9, 2] and pixel counts [R, 9]. The shape is N, R, H, W.
 EXPORT void dilated_affinity_tables(
-    const Images* logits, const Target* target, const int64_t* shape, const int64_t* offsets,
+    const Images* logits, const Images* target, const int64_t* shape, const int64_t* offsets,
     double gamma, int64_t ignore_index, int64_t num_threads, float* loss_sum,
     int64_t* signal_count, int64_t* correct_count, int64_t* pixel_count
 ) {
@@ -530,7 +487,7 @@ EXPORT void dilated_affinity_tables(
 
 // Writes the gradient of the logits, given the gradient [R, 9, 2] of the loss sums.
 EXPORT void dilated_affinity_gradient(
-    const float* grad_loss_sum, const Images* logits, const Target* target, const int64_t* shape,
+    const float* grad_loss_sum, const Images* logits, const Images* target, const int64_t* shape,
     const int64_t* offsets, double gamma, int64_t ignore_index, int64_t num_threads,
     const Images* grad
 ) {

@@ -15,18 +15,6 @@ from tritonaff.native.library import images, integers, library, pointer
 NAME = "dilated_affinity"
 
 
-class Target(ctypes.Structure):
-    """Labels (N, H, W) as the kernels take them; dilated_affinity.cpp holds the same fields."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("item_size", ctypes.c_int64),
-        ("stride_n", ctypes.c_int64),
-        ("stride_h", ctypes.c_int64),
-        ("stride_w", ctypes.c_int64),
-    )
-
-
 def forward(
     logits: Tensor,
     target: Tensor,
@@ -69,10 +57,9 @@ def _arguments(
     logits: Tensor, target: Tensor, offsets: list[int], gamma: float, ignore_index: int
 ) -> tuple[object, ...]:
     n, channels, height, width = logits.shape
-    labels = Target(target.data_ptr(), target.element_size(), *target.stride())
     return (
         ctypes.byref(images(logits)),
-        ctypes.byref(labels),
+        ctypes.byref(images(target)),
         integers([n, channels // 8, height, width]),
         integers(offsets),
         ctypes.c_double(gamma),

@@ -1,6 +1,8 @@
 // Instance affinities on a CPU: tables and gradient of logits [N, K, D, H, W], from ids
 // [N, D, H, W].
 //
+// Ids are images whose channels are the planes.
+//
 // Channel k at a voxel is the pair of this voxel and the one a step (dz, dy, dx) away. A task is a
 // few rows of one image, for all channels: ids stay in the cache. Within a task the work goes by
 // channels and rows, and within a row by segments: first the targets of all pairs of the segment,
@@ -21,8 +23,6 @@ constexpr int64_t SMALL = 1 << 15;
 // Sums of a pair's -log pt, 1 - pt, (1 - pt)^2, (1 - pt)^gamma (-log pt), and number of pairs.
 constexpr int TERMS = 5;
 
-enum IdDtype : int64_t { UINT8, INT8, INT16, INT32, INT64 };
-
 // Logits [N, K, D, H, W] or their gradient; strides in elements. instance_affinity.py holds the
 // same fields.
 struct Volumes {
@@ -38,13 +38,6 @@ struct Volumes {
     }
 };
 
-// Ids [N, D, H, W].
-struct Ids {
-    void* data;
-    int64_t dtype;
-    int64_t stride_n, stride_d, stride_h, stride_w;
-};
-
 // Everything about a call but the tensors.
 struct Call {
     int64_t num_images, num_channels, depth, height, width;
@@ -58,29 +51,6 @@ enum Focus { NONE, SQUARE, ANY };
 
 // --- Targets of pairs ---------------------------------------------------------------------------
 
-template <class Id, class Narrow>
-ROW_FUNCTION void load_ids_as(const Narrow* RESTRICT ids, int64_t stride, Id* RESTRICT out, int n) {
-    for (int w = 0; w < n; w++) out[w] = Id(ids[w * stride]);
-}
-
-// A segment of ids as int32 or int64: in place where memory holds them so, else in the buffer.
-template <class Id>
-const Id* load_ids(const Ids& ids, int64_t at, int n, Id* buffer) {
-    int64_t stride = ids.stride_w;
-    if (ids.dtype == (sizeof(Id) == 8 ? INT64 : INT32)) {
-        const Id* row = static_cast<const Id*>(ids.data) + at;
-        if (stride == 1) return row;
-        load_ids_as(row, stride, buffer, n);
-    } else if (ids.dtype == INT16) {
-        load_ids_as(static_cast<const int16_t*>(ids.data) + at, stride, buffer, n);
-    } else if (ids.dtype == INT8) {
-        load_ids_as(static_cast<const int8_t*>(ids.data) + at, stride, buffer, n);
-    } else {
-        load_ids_as(static_cast<const uint8_t*>(ids.data) + at, stride, buffer, n);
-    }
-    return buffer;
-}
-
 // The targets of a segment's pairs: 1 for same, -1 for different, 0 where the pair does not count.
 // Without a background or an ignored id, the flag is -1, all bits: the comparison has no effect.
 template <class Id>
@@ -88,6 +58,7 @@ ROW_FUNCTION void find_targets(
     const Id* RESTRICT ids, const Id* RESTRICT others, int n,
     Id background, Id ignored, Id no_background, Id no_ignored, IntsOut target
 ) {
+#pragma omp simd
     for (int w = 0; w < n; w++) {
         Id same = -Id(ids[w] == others[w]) & (-Id(ids[w] != background) | no_background);
         Id counts = (-Id(ids[w] != ignored) & -Id(others[w] != ignored)) | no_ignored;
@@ -96,19 +67,6 @@ ROW_FUNCTION void find_targets(
 }
 
 // --- Terms of pairs -----------------------------------------------------------------------------
-
-// log(1 + e) for 0 <= e <= 1: e times a polynomial, with a relative error of at most 1.6e-7.
-inline float log1p_of_fraction(float e) {
-    float p = 0.005364821292459965f;
-    p = p * e - 0.030065780505537987f;
-    p = p * e + 0.07920452207326889f;
-    p = p * e - 0.13753801584243774f;
-    p = p * e + 0.191536545753479f;
-    p = p * e - 0.24857163429260254f;
-    p = p * e + 0.3332132399082184f;
-    p = p * e - 0.49999648332595825f;
-    return (p * e + 1.0f) * e;
-}
 
 // The logit u of pt, the probability of the target; 0 where the pair does not count, for the logit
 // may be NaN there. ``side`` is 1 if the network says 1 for same, -1 if for different.
@@ -134,7 +92,7 @@ ROW_FUNCTION void add_terms(Floats x, Ints target, int n, float side, float gamm
     for (int w = 0; w < n; w++) {
         float u = logit_of_target(x[w], target[w], side);
         float e = exp_of_negative(-std::fabs(u));
-        float log = log1p_of_fraction(e);
+        float log = log_of_1_plus(e);
         float loss = (u < 0.0f ? -u : 0.0f) + log;
         bool is_same = target[w] > 0, is_different = target[w] < 0;
         num_same += is_same;
@@ -178,6 +136,7 @@ ROW_FUNCTION void slopes(
     float square_different = 2.0f * different[2], focal_different = different[3];
     float log_same = same[0], miss_same = same[1];
     float square_same = 2.0f * same[2], focal_same = same[3];
+#pragma omp simd
     for (int w = 0; w < n; w++) {
         float u = logit_of_target(x[w], target[w], side);
         float e = exp_of_negative(-std::fabs(u));
@@ -192,7 +151,7 @@ ROW_FUNCTION void slopes(
                 slope += ((is_same ? miss_same : miss_different) + of_square * miss) * pt * miss;
             }
             if (FOCUS != NONE) {
-                float log = log1p_of_fraction(e);
+                float log = log_of_1_plus(e);
                 float loss = (u < 0.0f ? -u : 0.0f) + log;
                 float minus_log_miss = (u > 0.0f ? u : 0.0f) + log;
                 float focal = power<FOCUS>(miss, minus_log_miss, gamma);
@@ -250,19 +209,36 @@ int64_t threads_for(const Call& call, int64_t num_threads) {
 }
 
 // Buffers of a thread.
-template <class Id>
 struct Buffers {
-    Id ids[SEGMENT], others[SEGMENT];
     int32_t target[SEGMENT];
     float x[SEGMENT], grad[SEGMENT];
 };
 
+// Where a segment begins.
+struct Voxel {
+    int64_t n, z, h, w;
+};
+
+// Fills the targets of n pairs, computed in the narrowest of int32 and int64 that holds the ids.
+template <class Id>
+void fill_targets(
+    const Call& call, const Images& ids, const Voxel& from, const Voxel& to, int n, int32_t* target
+) {
+    Id here[SEGMENT], there[SEGMENT];
+    find_targets(
+        load_integers(ids, from.n, from.z, from.h, from.w, n, here),
+        load_integers(ids, to.n, to.z, to.h, to.w, n, there), n,
+        Id(call.background), Id(call.ignored), Id(call.has_background ? 0 : -1),
+        Id(call.has_ignored ? 0 : -1), target
+    );
+}
+
 // Goes through the rows of channel k in a band: inside(z, h, first, end) for the columns of a row
 // whose other voxel is inside, with the targets in the buffers, SEGMENT columns at most;
 // outside(z, h, first, end) for the columns of a row whose other voxel is outside.
-template <class Id, class Inside, class Outside>
+template <class Inside, class Outside>
 void for_each_segment(
-    const Call& call, const Ids& ids, const Band& band, int64_t k, Buffers<Id>& buffers,
+    const Call& call, const Images& ids, const Band& band, int64_t k, Buffers& buffers,
     const Inside& inside, const Outside& outside
 ) {
     const int64_t* step = call.steps + 3 * k;
@@ -275,19 +251,12 @@ void for_each_segment(
         if (!there || begin == end) {
             outside(z, h, 0, call.width);
         } else {
-            // Only here: a step that leads outside may be too long to multiply.
-            int64_t other =
-                step[0] * ids.stride_d + step[1] * ids.stride_h + step[2] * ids.stride_w;
             outside(z, h, 0, begin);
             for (int64_t w = begin; w < end; w += SEGMENT) {
                 int count = int(std::min<int64_t>(SEGMENT, end - w));
-                int64_t at = band.n * ids.stride_n + z * ids.stride_d + h * ids.stride_h
-                    + w * ids.stride_w;
-                find_targets(
-                    load_ids(ids, at, count, buffers.ids),
-                    load_ids(ids, at + other, count, buffers.others), count,
-                    Id(call.background), Id(call.ignored), Id(call.has_background ? 0 : -1),
-                    Id(call.has_ignored ? 0 : -1), buffers.target
+                (ids.dtype == INT64 ? fill_targets<int64_t> : fill_targets<int32_t>)(
+                    call, ids, {band.n, z, h, w}, {band.n, other_z, other_h, w + step[2]}, count,
+                    buffers.target
                 );
                 inside(z, h, w, count);
             }
@@ -297,9 +266,8 @@ void for_each_segment(
     }
 }
 
-template <class Id>
 void forward(
-    const Call& call, const Volumes& logits, const Ids& ids, double* tables, int64_t num_threads
+    const Call& call, const Volumes& logits, const Images& ids, double* tables, int64_t num_threads
 ) {
     AddTerms add = call.misses ? choose_add_terms<true>(focus_of(call))
                                : choose_add_terms<false>(focus_of(call));
@@ -308,8 +276,8 @@ void forward(
     int64_t table_size = call.num_channels * 2 * TERMS;
     std::vector<double> partial(size_t(num_tasks * table_size));
     parallel(num_tasks, threads_for(call, num_threads), [&](Tasks& tasks) {
-        std::vector<Buffers<Id>> memory(1);
-        Buffers<Id>& buffers = memory[0];
+        auto memory = std::make_unique<Buffers>();
+        Buffers& buffers = *memory;
         for (int64_t task; tasks.next(task);) {
             Band band = band_of(call, task);
             for (int64_t k = 0; k < call.num_channels; k++) {
@@ -330,9 +298,8 @@ void forward(
     }
 }
 
-template <class Id>
 void backward(
-    const Call& call, const float* coefficients, const Volumes& logits, const Ids& ids,
+    const Call& call, const float* coefficients, const Volumes& logits, const Images& ids,
     const Volumes& grad, int64_t num_threads
 ) {
     Slopes slope = call.misses ? choose_slopes<true>(focus_of(call))
@@ -340,8 +307,8 @@ void backward(
     float side = call.invert ? -1.0f : 1.0f;
     int64_t num_tasks = call.num_images * tasks_per_image(call);
     parallel(num_tasks, threads_for(call, num_threads), [&](Tasks& tasks) {
-        std::vector<Buffers<Id>> memory(1);
-        Buffers<Id>& buffers = memory[0];
+        auto memory = std::make_unique<Buffers>();
+        Buffers& buffers = *memory;
         for (int64_t task; tasks.next(task);) {
             Band band = band_of(call, task);
             for (int64_t k = 0; k < call.num_channels; k++) {
@@ -373,22 +340,18 @@ void backward(
 
 // Adds to tables [N, K, TERMS, (different, same)].
 EXPORT void instance_affinity_forward(
-    const Call* call, const Volumes* logits, const Ids* ids, double* tables, int64_t num_threads
+    const Call* call, const Volumes* logits, const Images* ids, double* tables, int64_t num_threads
 ) {
-    (ids->dtype == INT64 ? forward<int64_t> : forward<int32_t>)(
-        *call, *logits, *ids, tables, num_threads
-    );
+    forward(*call, *logits, *ids, tables, num_threads);
 }
 
 // Writes the gradient of all logits; coefficients [N, K, (different, same), 4].
 EXPORT void instance_affinity_backward(
-    const Call* call, const float* coefficients, const Volumes* logits, const Ids* ids,
+    const Call* call, const float* coefficients, const Volumes* logits, const Images* ids,
     const Volumes* grad, int64_t num_threads
 ) {
     // The memory of a gradient: its elements lie side by side.
     int64_t size = call->num_images * call->num_channels * call->depth * call->height * call->width;
     ask_for_huge_pages(grad->data, size * (grad->dtype == FLOAT32 ? 4 : 2));
-    (ids->dtype == INT64 ? backward<int64_t> : backward<int32_t>)(
-        *call, coefficients, *logits, *ids, *grad, num_threads
-    );
+    backward(*call, coefficients, *logits, *ids, *grad, num_threads);
 }

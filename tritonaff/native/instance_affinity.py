@@ -7,11 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from tritonaff.native.library import DTYPES, integers, library, pointer
+from tritonaff.native.library import CODES, images, integers, library, pointer
 
 NAME = "instance_affinity"
 TERMS = 5
-ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # A step that leads outside any volume, from any voxel, and does not overflow 64 bits.
 FAR = 1 << 62
 
@@ -23,16 +22,6 @@ class Volumes(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("dtype", ctypes.c_int64),
         *((f"stride_{axis}", ctypes.c_int64) for axis in "nkdhw"),
-    )
-
-
-class Ids(ctypes.Structure):
-    """Ids (N, D, H, W); instance_affinity.cpp holds the same fields."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int64),
-        *((f"stride_{axis}", ctypes.c_int64) for axis in "ndhw"),
     )
 
 
@@ -66,7 +55,7 @@ def forward(
     library(NAME).instance_affinity_forward(
         ctypes.byref(call),
         ctypes.byref(_volumes(logits)),
-        ctypes.byref(_ids(ids)),
+        ctypes.byref(images(ids)),
         pointer(tables),
         ctypes.c_int64(torch.get_num_threads()),
     )
@@ -94,7 +83,7 @@ def backward(
         ctypes.byref(call),
         pointer(coefficients),
         ctypes.byref(_volumes(logits)),
-        ctypes.byref(_ids(ids)),
+        ctypes.byref(images(ids)),
         ctypes.byref(_volumes(grad)),
         ctypes.c_int64(torch.get_num_threads()),
     )
@@ -119,8 +108,4 @@ def _call(
 
 
 def _volumes(tensor: Tensor) -> Volumes:
-    return Volumes(tensor.data_ptr(), DTYPES.index(tensor.dtype), *tensor.stride())
-
-
-def _ids(tensor: Tensor) -> Ids:
-    return Ids(tensor.data_ptr(), ID_DTYPES.index(tensor.dtype), *tensor.stride())
+    return Volumes(tensor.data_ptr(), CODES[tensor.dtype], *tensor.stride())

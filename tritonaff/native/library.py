@@ -34,12 +34,15 @@ OPERATIONS = (
     "instance_affinity",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# The numbers of dtypes in common.h.
+CODES = {dtype: code for code, dtype in enumerate((*DTYPES, *INTEGERS))}
 COMPILERS = ("c++", "g++", "clang++")
 # -ffast-math is not among the flags: NaN must stay NaN. -fopenmp is not among them either: the
 # kernels take their threads from the runtime that torch has loaded, see common.h.
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
@@ -70,8 +73,10 @@ class Images(ctypes.Structure):
 
 
 def images(tensor: Tensor) -> Images:
-    """The fields of a tensor (N, C, H, W), which must outlive them."""
-    return Images(tensor.data_ptr(), DTYPES.index(tensor.dtype), *tensor.stride())
+    """The fields of a tensor (N, C, H, W), or of labels (N, H, W), which must outlive them."""
+    stride_n, *stride_c, stride_h, stride_w = tensor.stride()
+    strides = stride_n, *(stride_c or (0,)), stride_h, stride_w
+    return Images(tensor.data_ptr(), CODES[tensor.dtype], *strides)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
