@@ -718,15 +718,15 @@ MUTANTS = [
         ("pairs of whole rows", "tl.cdiv(W, 2), BLOCK_PAIRS)", "W // 2, BLOCK_PAIRS)"),
         (
             "pixels beyond a row",
-            "valid = tl.where(inside & (label != ignore_index), valid, 0)",
-            "valid = tl.where(label != ignore_index, valid, 0)",
+            "tl.where(inside & (label >= 0)",
+            "tl.where((label >= 0)",
         ),
         (
             "ignored pixels",
-            "valid = tl.where(inside & (label != ignore_index), valid, 0)",
-            "valid = tl.where(inside, valid, 0)",
+            "valid = tl.where(inside & (label >= 0) & (label != ignore_index), valid, 0)",
+            "valid = tl.where(inside & (label >= 0), valid, 0)",
         ),
-        ("ignored neighbours", "there & (label_j != ignore_index)", "there"),
+        ("ignored neighbours", " & (label_j != ignore_index)", ""),
         (
             "offsets of the first rate",
             "dy = tl.where(rate == r, OFFSETS[2 * (8 * r + s)], dy)",
@@ -925,7 +925,11 @@ MUTANTS = [
         "portable/affinity_propagation",
         "test_affinity_propagation test_portable_does_not_depend_on_its_blocks"
         " test_the_largest_passes_its_gradient_to_the_first_of_equals[portable]",
-        ("neighbours across the side", "plane[:, :, beyond(neighbor.dx, width)].zero_()", "pass"),
+        (
+            "neighbours across the side",
+            "beyond(neighbor.dx, width, left)",
+            "beyond(0, width, left)",
+        ),
         ("gates without their derivative", "grad.mul_(gate).mul_(1 - gate)", "grad.mul_(gate)"),
         (
             "self weight of the gradient",
@@ -938,7 +942,7 @@ MUTANTS = [
             "start, stop = start - shift, stop - shift",
             "start, stop = start + shift, stop + shift",
         ),
-        ("steps to the left", "slice(0, -step) if step < 0", "slice(0, -step - 1) if step < 0"),
+        ("steps to the left", "slice(0, over) if step < 0", "slice(0, over - 1) if step < 0"),
         (
             "pixels of a block",
             "yield slice(i, min(i + step, num_pixels))",
@@ -1278,7 +1282,11 @@ MUTANTS = [
             "int64_t last = divide_up(std::min(width, width - dx), LANES);",
             "int64_t last = std::min(width, width - dx) / LANES;",
         ),
-        ("backwards as forwards", "if (backwards_) dy = -dy, dx = -dx;", ""),
+        (
+            "backwards as forwards",
+            "backwards_ ? -neighbors[k].dx : neighbors[k].dx",
+            "neighbors[k].dx",
+        ),
         (
             "rows that are not like the last",
             "if (row == 0 || here != before)",
