@@ -157,6 +157,51 @@ def test_lightning(batch):
     torch.testing.assert_close(module.model.state_dict(), step.state_dict())
 
 
+def test_terratorch(batch):
+    """A task that takes a module as its loss."""
+    import_torchvision()
+    tasks = pytest.importorskip("terratorch.tasks", exc_type=ImportError)
+    from lightning.pytorch import Trainer
+    from terratorch.models.model import ModelOutput
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Step().net
+
+        def forward(self, images):
+            return ModelOutput(self.net(images))
+
+    network, expected = Network(), Network()
+    loss = tritonaff.AffinityFieldLoss((3, 5), cross_entropy=True)
+    task = tasks.SemanticSegmentationTask(
+        model_args={"num_classes": 4},
+        model=network,
+        loss=loss,
+        ignore_index=255,
+        optimizer="SGD",
+        lr=0.1,
+    )
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    images, target = batch
+    data = [{"image": images, "mask": target}] * 2
+    trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=None))
+
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(expected(images).output, target).backward()
+        optimizer.step()
+    torch.testing.assert_close(network.state_dict(), expected.state_dict())
+
+
 # -------------------------------------------------------------------------------- Apple's GPUs
 
 

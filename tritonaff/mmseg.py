@@ -74,7 +74,9 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
     ) -> Tensor:
         for name, value in (("weight", weight), ("avg_factor", avg_factor)):
             if value is not None:
-                raise ValueError(f"{name} must be None, got {type(value).__name__}")
+                raise ValueError(
+                    f"{name} must be None, got {type(value).__name__}: {checks.NO_PIXEL_WEIGHTS}"
+                )
         if reduction_override is not None:
             checks.check_option("reduction_override", reduction_override, ("mean",))
         if ignore_index is not None:
