@@ -1378,6 +1378,138 @@ MUTANTS = [
             "return grad.to(like.dtype)",
         ),
     ),
+    # --- One channel, several labels ------------------------------------------------------------
+    *of(
+        NATIVE_FIELD,
+        "test_sigmoid test_binary_cross_entropy_beside_it test_every_backend_matches_the_reference",
+        ("the class of a channel", "one_channel() ? 1 : channel", "channel"),
+        ("the labels of a channel", "std::max<int64_t>(c, 2)", "c"),
+        (
+            "the logit of the first class",
+            "std::fill_n(top, whole, 0.0f);",
+            "std::fill_n(top, whole, 1.0f);",
+        ),
+        ("the lesser probability", "less = rest[w] * inverse[w]", "less = rest[w]"),
+        ("p of a channel", "p = x[w] > 0.0f ? inverse[w] : less", "p = less"),
+        ("q of a channel", "q = x[w] > 0.0f ? less : inverse[w]", "q = 1.0f"),
+        ("sign of label 0", "(label[w] == 1 ? -q : p)", "(label[w] == 1 ? -q : -p)"),
+        ("log loss of label 1", "log_total[w] + (top[w] - x[w])", "log_total[w] + top[w]"),
+        ("a channel's pixels that do not count", "masked(result, mask(", "masked(result, ~mask("),
+    ),
+    *of(
+        "ops/affinity_field",
+        "test_sigmoid test_binary_cross_entropy_beside_it"
+        " test_one_channel_is_the_softmax_over_two test_sizes_are_learned_by_channel",
+        ("gradient of the second class", "copy_(grad[:, 1:])", "copy_(grad[:, :1])"),
+        ("the second class's sums alone", "F.pad(grad_sums, (0, 0, 1, 0))", "grad_sums"),
+        ("log losses of the channels", "of_log_loss = log_loss_coefficients.unbind()", "pass"),
+        (
+            "totals of the channels",
+            "torch.stack(self.entry_counts()).sum(dim=1)",
+            "torch.stack(self.entry_counts()).amax(dim=1)",
+        ),
+    ),
+    # --- Conventions that people bring ----------------------------------------------------------
+    *of(
+        "api/affinity_field",
+        "test_conventions test_label_smoothing_is_torchs test_without_the_background"
+        " test_terms_add_up_to_the_loss test_names_of_terms",
+        ("smoothing of the own label", " + smoothing.sum(), smoothing", ", smoothing"),
+        ("pixels that count alone", "return above.where(label >= 0, 0)", "return above"),
+        (
+            "counts of the background",
+            "torch.stack(counted.entry_counts())[:, 1:]",
+            "torch.stack(counted.entry_counts())",
+        ),
+        ("sums of the background", "F.pad(coefficients[:, 1:], (0, 0, 1, 0))", "coefficients"),
+    ),
+    *of(
+        "api/labels",
+        "test_conventions test_labels_resized_to_any_size test_which_pixel_of_513_is_taken"
+        " test_ids_of_volumes_are_resized",
+        ("the middle of a pixel", "(2 * i + 1) * m", "2 * i * m"),
+        ("the nearest corner", "(m - 1) + n - 1)", "(m - 1))"),
+        ("a single pixel", "max(2 * (n - 1), 1)", "max(2 * (n - 1), 2 * n)"),
+        ("one size for both axes", "range(-len(sizes), 0)", "range(1, len(sizes) + 1)"),
+    ),
+    *of(
+        "api/deep_supervision",
+        "test_conventions test_deep_supervision_is_a_weighted_sum"
+        " test_deep_supervision_hands_progress_on_and_learns_sizes",
+        ("the sum of the factors", "2 - 0.5 ** (number - 1)", "2"),
+        ("the factors", "tuple(0.5**i / total", "tuple(1 / total"),
+        (
+            "labels at each resolution",
+            "isinstance(target, Tensor):\n                labels",
+            "labels is None:\n                labels",
+        ),
+        ("progress", "{} if progress is None", "{} if True"),
+    ),
+    *of(
+        "monai",
+        "test_adapters test_words_of_monai test_background_of_monai",
+        (
+            "pixels ignored in all channels",
+            "label.where(ignored, ",
+            "label.where(ignored & ~ignored, ",
+        ),
+        ("a channel for each class", "(label == classes)", "(label != classes)"),
+        (
+            "no label is ignored by default",
+            "ignore_index: int | None = None",
+            "ignore_index: int | None = 1",
+        ),
+        ("channels without the background", "input[:, 1:], target[:, 1:]", "input, target"),
+    ),
+    *of(
+        "hf",
+        "test_adapters test_calling_convention_of_a_trainer test_one_label_of_transformers"
+        " test_trainer_of_transformers",
+        ("a batch's share", "sum() / num_items_in_batch", "sum() / labels.numel()"),
+        ("outputs by name", 'outputs["logits"] if isinstance(outputs, Mapping) else', ""),
+        ("logits of the labels' size", 'mode="bilinear"', 'mode="nearest"'),
+        ("labels of the logits' size", 'if self.resolution == "logits"', "if False"),
+    ),
+    *of(
+        "nnunet",
+        "test_adapters test_field_beside_a_loss_of_nnunet test_trainer_of_nnunet_on_a_stand_in",
+        (
+            "pixels ignored in regions",
+            "target[:, num_channels:] != 0",
+            "target[:, num_channels:] < 0",
+        ),
+        ("slices of a volume", "volume.transpose(1, 2).flatten(0, 1)", "volume.flatten(0, 1)"),
+        ("nnU-Net's own loss", "return loss + self.field(", "return self.field("),
+        ("the decay", "self.current_epoch / self.num_epochs", "0.0"),
+    ),
+    *of(
+        "smp",
+        "test_training_loops test_calling_convention_of_segmentation_models_pytorch"
+        " test_several_labels_in_segmentation_models_pytorch"
+        " test_ignore_index_of_segmentation_models_pytorch"
+        " test_half_probabilities_are_read_in_float32",
+        (
+            "the library's ignore_index",
+            "label.masked_fill(label == ignored, ignored_by_loss)",
+            "label",
+        ),
+        ("log odds of a probability", " - _log(1 - probs)", ""),
+        ("the class without a channel", "(torch.zeros_like(y_pred), y_pred)", "(y_pred, y_pred)"),
+        ("half precision", "torch.promote_types(y_pred.dtype, torch.float32)", "y_pred.dtype"),
+    ),
+    *of(
+        "mmseg",
+        "test_training_loops test_calling_convention_of_mmsegmentation"
+        " test_the_registry_of_mmengine",
+        ("the factor of the loss", "return self.loss_weight * super()", "return super()"),
+        (
+            "the head's ignore_index",
+            "self.ignore_index = checks.check_ignore_index(ignore_index)",
+            "pass",
+        ),
+        ("weights of pixels", "if value is not None:", "if False:"),
+        ("the name in the log", "self.loss_name = loss_name", 'self.loss_name = "loss_aaf"'),
+    ),
 ]
 
 

@@ -59,6 +59,11 @@ def may_hold(mask: Tensor) -> bool:
     return mask.device.type != "cpu" or bool(mask.any())
 
 
+def num_labels(num_channels: int) -> int:
+    """The number of labels; those of a single channel are 0 and 1."""
+    return 2 if num_channels == 1 else num_channels
+
+
 def label_dtype(num_classes: int) -> torch.dtype:
     """The dtype of labels that live until the backward pass."""
     return torch.int16 if num_classes <= torch.iinfo(torch.int16).max else torch.int32
