@@ -6,7 +6,7 @@
     python study/study.py cost --camvid FOLDER                  # time and memory of a step
 
 After an interrupt, ``train`` and ``score`` resume: a run takes a minute, and every finished run is
-a file. ``plan`` lists the runs; docs/study.md has the results.
+a file; runs that docs/results/study/study.json has are not repeated. ``plan`` lists the runs.
 
 The backbone, an EfficientNet-Lite0 with ImageNet weights, comes through the package index:
 
@@ -61,6 +61,8 @@ class Study:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.output: Path = options.output
         self.output.mkdir(parents=True, exist_ok=True)
+        self.path: Path = options.results / "study.json"
+        self.collected = json.loads(self.path.read_text()) if self.path.exists() else {}
         paths = {name: getattr(options, name) for name in plan.FULL}
         self.folders = {k: ImageFolder(k, path) for k, path in paths.items() if path is not None}
         self.backbone = EfficientNetLite0().to(self.device)
@@ -74,7 +76,8 @@ class Study:
         return Data(name, self.folders["camvid" if name == "daylight" else name])
 
     def results(self) -> Results:
-        return {
+        """The runs that study.json has, and the runs' files."""
+        return self.collected.get("runs", {}) | {
             path.stem: json.loads(path.read_text())
             for path in self.output.glob("*-seed*.json")
             if not path.stem.endswith(".scores")
@@ -116,6 +119,8 @@ class Study:
         for k, run in enumerate(runs):
             self.bars.update(self.task, description=run.name, total=len(runs), completed=k)
             path = self.output / f"{run.name}.scores.json"
+            if "scores" in results[run.name]:
+                continue
             if not path.exists():
                 data = self.data(run.data)
                 network, _ = make(run, data, self.backbone, self.device)
@@ -124,15 +129,16 @@ class Study:
                 whole = any(run in tables.get(name, ()) for name in plan.FULL)
                 write_json(path, score(run, network, data, self.device, whole))
             results[run.name]["scores"] = json.loads(path.read_text())
+        data = {name: self.description(name) for name in self.folders}
+        names = {
+            name: [run.name for run in runs if run.name in results] for name, runs in tables.items()
+        }
         write_json(
-            self.output / "study.json",
+            self.path,
             {
                 "tolerance": TOLERANCE,
-                "data": {name: self.description(name) for name in self.folders},
-                "tables": {
-                    name: [run.name for run in runs if run.name in results]
-                    for name, runs in tables.items()
-                },
+                "data": self.collected.get("data", {}) | data,
+                "tables": self.collected.get("tables", {}) | names,
                 "runs": results,
             },
         )
@@ -182,7 +188,7 @@ def cost(study: Study) -> None:
     }
     facts = {"data": name, "batch_size": base.batch_size}
     facts |= {"machine": machine(device, study.options.compile), "losses": losses}
-    write_json(study.output / "cost.json", facts)
+    write_json(study.options.results / "cost.json", facts)
 
 
 def main() -> int:
@@ -240,19 +246,20 @@ def parse_arguments() -> argparse.Namespace:
         )
     command = commands.add_parser("report", help="write study.md and its plots")
     command.add_argument(
-        "--results",
-        type=Path,
-        default=Path("docs/results/study"),
-        metavar="FOLDER",
-        help="where study.json and cost.json are (default: %(default)s)",
-    )
-    command.add_argument(
         "--docs",
         type=Path,
         default=Path("docs"),
         metavar="FOLDER",
         help="where the page and its plots go (default: %(default)s)",
     )
+    for command in commands.choices.values():
+        command.add_argument(
+            "--results",
+            type=Path,
+            default=Path("docs/results/study"),
+            metavar="FOLDER",
+            help="where study.json and cost.json are (default: %(default)s)",
+        )
     options = parser.parse_args()
     if options.command != "report" and options.camvid is None and options.isbi is None:
         parser.error("--camvid or --isbi, or both")

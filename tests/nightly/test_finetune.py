@@ -1,6 +1,7 @@
 """Networks that are trained end to end, in small: drawn cracks, and a stand-in for the backbone."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -214,17 +215,21 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
         return train(*arguments)
 
     monkeypatch.setattr(finetune, "train", dies)
-    folders, output = {"crackforest": cracks}, tmp_path / "runs"
-    with pytest.raises(KeyboardInterrupt):
-        finetune.train_missing(folders, output)
-    assert len(finetune.finished(output)) == 3
-    finetune.train_missing(folders, output)
-    rates, losses = len(finetune.LEARNING_RATES), len(finetune.FIRST) + len(finetune.THEN)
-    assert count - 1 == len(finetune.finished(output)) == rates - 1 + 2 * losses
-
-    results = tmp_path / "results"
+    folders, output, results = {"crackforest": cracks}, tmp_path / "runs", tmp_path / "results"
     results.mkdir()
-    finetune.collect(output, results / "finetune.json")
+    collected = results / "finetune.json"
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train_missing(folders, output, collected)
+    assert len(finetune.finished(output, collected)) == 3
+    finetune.collect(output, collected)
+    output = tmp_path / "another machine"  # which has the collected runs alone
+    finetune.train_missing(folders, output, collected)
+    rates, losses = len(finetune.LEARNING_RATES), len(finetune.FIRST) + len(finetune.THEN)
+    everything = finetune.finished(output, collected)
+    assert count - 1 == len(everything) == rates - 1 + 2 * losses
+    assert len(list(output.glob("*.json"))) == len(everything) - 3
+    finetune.collect(output, collected)
+    assert len(json.loads(collected.read_text())["runs"]) == len(everything)
     shown = STUDY.parent / "docs/results/study"
     for name in ("study.json", "cost.json"):
         (results / name).write_text((shown / name).read_text())

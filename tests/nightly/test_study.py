@@ -405,7 +405,7 @@ def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
 # ---------------------------------------------------------------------------- the whole study
 
 
-def test_the_plan_follows_what_the_validation_split_says(study, losses):
+def test_the_plan_follows_what_the_validation_split_says(study):
     results, planned = {}, 0
     while True:
         tables = study.plan.make_plan(["camvid", "isbi"], results)
@@ -420,8 +420,11 @@ def test_the_plan_follows_what_the_validation_split_says(study, losses):
     assert planned == len(results) == len({run.name for run in runs}) == len(runs)
     for data in ("camvid", "isbi"):
         table = tables[data]
-        assert len(table) == len(losses.LOSSES) * len(study.plan.SEEDS)
-        assert [run.loss for run in table[: len(losses.LOSSES)]] == ["ce", *study.plan.WEIGHTS]
+        assert len(table) == (1 + len(study.plan.WEIGHTS)) * len(study.plan.SEEDS)
+        assert [run.loss for run in table[: 1 + len(study.plan.WEIGHTS)]] == [
+            "ce",
+            *study.plan.WEIGHTS,
+        ]
         assert {run.learning_rate for run in table} == {1e-2}
         weights = {run.loss: run.weight for run in table}
         assert weights.pop("ce") == 1
@@ -449,9 +452,10 @@ def small(study, camvid, monkeypatch):
     monkeypatch.setattr(study.plan, "WEIGHTS", weights)
     monkeypatch.setattr(study.plan, "ablations", lambda chosen: {})
 
-    def make(output):
+    def make(output, results=Path("nowhere")):
         arguments = ["study.py", "train", "--camvid", str(camvid), "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", [*arguments, "--no-compile"])
+        arguments += ["--results", str(results), "--no-compile"]
+        monkeypatch.setattr(sys, "argv", arguments)
         bars = study.Progress("{task.fields[status]}", disable=True)
         return study.Study(study.parse_arguments(), bars)
 
@@ -494,10 +498,15 @@ def test_a_killed_training_goes_on_to_the_same_end(study, small, tmp_path, monke
 
 
 def test_from_training_to_the_page(study, small, tmp_path, monkeypatch):
-    one = small(tmp_path / "runs")
+    one = small(tmp_path / "files", tmp_path / "runs")
     one.train()
     one.score()
     study.cost(one)
+    again = small(tmp_path / "another machine", tmp_path / "runs")  # which has study.json alone
+    monkeypatch.setattr(study, "train", None)
+    again.train()
+    again.score()
+    assert again.collected["runs"] == again.results()
     found = json.loads((tmp_path / "runs/study.json").read_text())
     assert list(found["tables"]) == ["camvid learning rate", "camvid weights", "camvid"]
     for name in found["tables"]["camvid"]:
