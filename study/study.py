@@ -4,6 +4,7 @@
     python study/study.py score --camvid FOLDER --isbi FOLDER   # metrics of the trained networks
     python study/study.py report                                # docs/study.md and its plots
     python study/study.py cost --camvid FOLDER                  # time and memory of a step
+    python study/study.py propagation --camvid FOLDER --isbi FOLDER  # why it harms, and settings
 
 After an interrupt, ``train`` and ``score`` resume: a run takes a minute, and every finished run is
 a file; runs that docs/results/study/study.json has are not repeated. ``plan`` lists the runs.
@@ -25,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +34,21 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see examples/train.py
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
+import numpy as np
 import plan
 import torch
-from architecture import EfficientNetLite0
+from architecture import STRIDE, EfficientNetLite0, Network
 from dataset import DataError
 from images import IGNORE_INDEX, Data, ImageFolder, batches
 from losses import LOSSES, REGRESSION_FROM
-from plan import Plan, Results, is_choice
+from plan import Plan, Results, Run, is_choice
+from propagation import SETTINGS, SURE, Example, by_category, search
 from report import write
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scoring import TOLERANCE, score
 from tables import TITLE
-from training import compiled_objective, machine, make, make_optimizer, objective, train
+from training import compiled_objective, machine, make, make_optimizer, objective, outputs, train
 
 from tritonaff.bench.measure import peak_bytes
 from tritonaff.bench.tables import write_json
@@ -75,6 +79,9 @@ class Study:
     def data(self, name: str) -> Data:
         return Data(name, self.folders["camvid" if name == "daylight" else name])
 
+    def weights(self, run: Run) -> Path:
+        return self.output / f"{run.name}.pt"
+
     def results(self) -> Results:
         """The runs that study.json has, and the runs' files."""
         return self.collected.get("runs", {}) | {
@@ -95,21 +102,28 @@ class Study:
             if not missing:
                 return
             run = missing[0]
-            self.bars.update(self.task, description=run.name)
-            result, network = train(
-                run,
-                self.data(run.data),
-                self.backbone,
-                self.device,
-                self.options.compile,
-                self.say,
-            )
-            torch.save(network.state_dict(), self.output / f"{run.name}.pt")
+            result, _ = self.train_one(run)
             # Last: this file says that the run is complete.
             write_json(self.output / f"{run.name}.json", result)
             if not self.bars.console.is_terminal:
                 line = f"{run.name}: {result['seconds']} s, val mIoU {result['val'][-1]['miou']}"
                 self.bars.console.print(line, highlight=False, soft_wrap=True)
+
+    def train_one(self, run: Run) -> tuple[dict[str, Any], Network]:
+        """Trains, and keeps the weights."""
+        self.bars.update(self.task, description=run.name)
+        data, compiled = self.data(run.data), self.options.compile
+        result, network = train(run, data, self.backbone, self.device, compiled, self.say)
+        torch.save(network.state_dict(), self.weights(run))
+        return result, network
+
+    def trained(self, run: Run) -> Network:
+        """The network of a run; trained again where its weights are elsewhere."""
+        if not self.weights(run).exists():
+            return self.train_one(run)[1]
+        network, _ = make(run, self.data(run.data), self.backbone, self.device)
+        network.load_state_dict(torch.load(self.weights(run), map_location=self.device))
+        return network
 
     def score(self) -> None:
         """Scores every trained run that has no scores; then writes one file for the report."""
@@ -122,12 +136,9 @@ class Study:
             if "scores" in results[run.name]:
                 continue
             if not path.exists():
-                data = self.data(run.data)
-                network, _ = make(run, data, self.backbone, self.device)
-                weights = self.output / f"{run.name}.pt"
-                network.load_state_dict(torch.load(weights, map_location=self.device))
                 whole = any(run in tables.get(name, ()) for name in plan.FULL)
-                write_json(path, score(run, network, data, self.device, whole))
+                data = self.data(run.data)
+                write_json(path, score(run, self.trained(run), data, self.device, whole))
             results[run.name]["scores"] = json.loads(path.read_text())
         data = {name: self.description(name) for name in self.folders}
         names = {
@@ -148,6 +159,34 @@ class Study:
         images = {split: len(pairs) for split, pairs in folder.pairs.items()}
         height, width = folder.size
         return {"classes": folder.classes, "images": images, "height": height, "width": width}
+
+
+def propagation(study: Study) -> None:
+    """Writes propagation.json: networks with dilated affinity, one for each set and seed."""
+    networks = []
+    for name in study.folders:
+        for run in study.tables()[name]:
+            if run.loss == "ce+dilated":
+                data, network = study.data(name), study.trained(run)
+                facts = network.affinity.rates, data.folder.ignore_index
+                study.bars.update(study.task, description=f"propagation of {run.name}")
+                splits = {
+                    split: list(examples(study, data, network, getattr(data, split)))
+                    for split in ("val", "test")
+                }
+                found = {split: search(some, *facts) for split, some in splits.items()}
+                found |= by_category(splits["test"], *facts)
+                networks.append({"data": name, "seed": run.seed, "rates": facts[0], **found})
+    content = {"sure": SURE, "settings": SETTINGS, "networks": networks}
+    write_json(study.options.results / "propagation.json", content)
+
+
+def examples(study: Study, data: Data, network: Network, items: list) -> Iterator[Example]:
+    """Probabilities, affinity and labels of images, at the logits' resolution."""
+    for some, output in outputs(network, data, items, study.device):
+        labels = np.stack([data.folder.target(item, False, STRIDE) for item in some])
+        probs = output.logits.softmax(dim=1)
+        yield probs.cpu(), output.affinity.cpu(), torch.from_numpy(labels)
 
 
 def cost(study: Study) -> None:
@@ -208,7 +247,9 @@ def main() -> int:
     try:
         with bars:
             study = Study(options, bars)
-            {"train": Study.train, "score": Study.score, "cost": cost}[options.command](study)
+            commands = {"train": Study.train, "score": Study.score}
+            commands |= {"cost": cost, "propagation": propagation}
+            commands[options.command](study)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -222,6 +263,7 @@ def parse_arguments() -> argparse.Namespace:
         ("train", "train every run that is missing"),
         ("score", "score every trained run, and write study.json"),
         ("cost", "measure a step with each loss, and write cost.json"),
+        ("propagation", "search settings of propagation, and write propagation.json"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         for data, ignore_index in IGNORE_INDEX.items():

@@ -189,7 +189,7 @@ def test_all_weights_learn_and_the_backbone_of_the_next_run_does_not(finetune, c
     data = finetune.load(cracks, finetune.SETTINGS["crackforest"])
     backbone = Backbone()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    for loss in (*finetune.FIRST, *finetune.THEN):
+    for loss in finetune.FIRST | finetune.THEN | finetune.LAST:
         run = finetune.Run("crackforest", loss, 6, 1e-2)
         start, _ = finetune.make(run, data, backbone)
         result, network = finetune.train(run, data, backbone)
@@ -224,7 +224,8 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
     finetune.collect(output, collected)
     output = tmp_path / "another machine"  # which has the collected runs alone
     finetune.train_missing(folders, output, collected)
-    rates, losses = len(finetune.LEARNING_RATES), len(finetune.FIRST) + len(finetune.THEN)
+    rates = len(finetune.LEARNING_RATES)
+    losses = len(finetune.FIRST | finetune.THEN | finetune.LAST)
     everything = finetune.finished(output, collected)
     assert count - 1 == len(everything) == rates - 1 + 2 * losses
     assert len(list(output.glob("*.json"))) == len(everything) - 3
@@ -255,6 +256,10 @@ def test_the_first_look_tells_the_learning_rate(finetune):
     best = max(finetune.LEARNING_RATES)
     others = [run for run in runs if run.loss != "ce" or run.seed]
     assert {run.learning_rate for run in others} == {best}
-    assert len(results) == len({*order}) == 2 * (1 + 3 * len(finetune.FIRST | finetune.THEN))
+    assert (
+        len(results)
+        == len({*order})
+        == 2 * (1 + 3 * len(finetune.FIRST | finetune.THEN | finetune.LAST))
+    )
     firsts = [name.split("-")[0] for name in order[: 2 + 3 * 3 - 1]]
     assert set(firsts) == {"crackforest"}
