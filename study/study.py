@@ -64,7 +64,8 @@ class Study:
         self.task = bars.add_task("", total=None, status="")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.output: Path = options.output
-        self.output.mkdir(parents=True, exist_ok=True)
+        for folder in (self.output, options.results):
+            folder.mkdir(parents=True, exist_ok=True)
         self.path: Path = options.results / "study.json"
         self.collected = json.loads(self.path.read_text()) if self.path.exists() else {}
         paths = {name: getattr(options, name) for name in plan.FULL}
