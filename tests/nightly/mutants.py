@@ -915,7 +915,7 @@ MUTANTS = [
             "slice(above + dy, above + dy + height)",
             "slice(above, above + height)",
         ),
-        ("gates without their derivative", "self.gates * (1 - self.gates)", "self.gates"),
+        ("gates without their derivative", ".mul_(1 - self.gates)", ""),
         ("the self weight of the gradient", "self.self_weight * grad_p", "grad_p"),
         (
             "all classes are the largest",
