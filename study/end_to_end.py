@@ -213,7 +213,8 @@ SETTINGS = """\
   there are two classes, one channel with a sigmoid: crack against road, membrane against cell.
 - Weights: affinity fields and AAF 1, affinity regression 0.1 in the last third of the steps, Dice
   1, U-Net's w0 3, dilated affinity 0.1 with the rates 8 and 16 pixels (CamVid) or 2 and 4. Of two
-  learning rates, cross-entropy with the first seed chose one on the validation split.
+  learning rates, 0.003 and 0.01, cross-entropy with the first seed chose on the validation split;
+  CamVid has CrackForest's choice.
 - F1 counts a predicted pixel as right within 2 pixels of a labelled one and the reverse, clDice
   compares skeletons (scikit-image), IoU is of the thin class; all pool the split. "At 0.5" and
   boundary scores call a pixel thin from the probability 0.5; all other scores from the threshold,

@@ -402,6 +402,17 @@ def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
         study.main()
 
 
+def test_a_crf_clears_a_speck_and_reads_an_image_that_it_may_not_write(study):
+    pytest.importorskip("pydensecrf.densecrf")
+    image = np.full((20, 30, 3), 200, np.uint8)
+    image[:, 15:] = 20
+    true = np.arange(30) // 15 * np.ones((20, 1), int)
+    probs = np.where(true == np.arange(2)[:, None, None], 0.7, 0.3).astype(np.float32)
+    probs[:, 8, 5] = probs[::-1, 8, 5]
+    image.flags.writeable = False
+    assert (sys.modules["crf"].refined(probs, image).argmax(axis=0) == true).all()
+
+
 # ---------------------------------------------------------------------------- the whole study
 
 
