@@ -39,6 +39,7 @@ from PIL import Image
 from thin import THRESHOLDS, ThinScore
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import rounded
 
 from tritonaff import affinity_propagation
 from tritonaff.bench.machine import describe
@@ -357,13 +358,6 @@ def score(run: Run, network: Network, data: Dataset) -> dict[str, Any]:
     if accuracy is not None:
         result["affinity_accuracy"] = rounded(accuracy.by_category())
     return result
-
-
-def rounded(values: Tensor) -> Any:
-    """For JSON, null for NaN."""
-    if values.dim():
-        return [rounded(row) for row in values]
-    return None if values.isnan() else round(values.item(), 4)
 
 
 # ------------------------------------------------------------------------------ command line
