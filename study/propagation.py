@@ -220,7 +220,7 @@ REMEDY = (
     "Settings, {count} in all: λ, μ, the number of iterations, and the pixels that take the "
     'result: "all"; "unsure", whose largest probability is below {sure:g}; "inside", whose '
     'predicted affinity is "same" with every neighbour. For each kind of pixels the '
-    "paper's setting, then the setting whose least change over the sets, on the validation split, "
-    "is the greatest. mIoU minus mIoU without propagation, at the logits' resolution:"
+    "paper's λ and μ, then the setting that is best with its worst seed on the validation split of "
+    "its worst set. mIoU minus mIoU without propagation, at the logits' resolution:"
 )
 SCORED = (0, 1, 3, 6, 10)  # iterations, see scoring.py
