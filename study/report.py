@@ -6,6 +6,7 @@ verdict on a loss or on a claim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import end_to_end
@@ -41,12 +42,29 @@ def write(results: Path, docs: Path) -> Path:
 
 
 def headline(page: Page) -> Panels:
-    """The metrics of the first page, by title."""
+    """The metrics of the first page, by title: of networks trained end to end where there are."""
     found: Panels = {}
     for name in end_to_end.data_sets(page):
         rows = end_to_end.rows_of(page, name)
-        for title, metric in list(end_to_end.metrics_of(page, name).items())[:2]:
-            found[f"{title} ({TITLE[name]}, end to end)"] = rows, metric
+        for title, metric in end_to_end.metrics_of(page, name).items():
+            if title in FIRST_PAGE:
+                found[f"{title} ({TITLE[name]})"] = rows, metric
+    return found or frozen_headline(page)
+
+
+FIRST_PAGE = (
+    "F1 at 2 pixels",
+    "IoU",
+    "IoU at 0.5",
+    "mIoU",
+    "IoU of thin classes",
+    "boundary F, 1 pixel",
+)
+
+
+def frozen_headline(page: Page) -> Panels:
+    """Likewise, of decoders on frozen features."""
+    found: Panels = {}
     for name in page.study["data"]:
         rows = page.rows(name)
         if len(rows) > 1:
@@ -88,6 +106,7 @@ def first_page(page: Page) -> None:
         "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range of "
         "cross-entropy over seeds: a bar within the band is no difference. Propagation is left "
         "out, because its bars would set the scale.",
+        *([THRESHOLD] if any("at 0.5" in title for title in found) else ()),
         READING,
     )
 
@@ -97,41 +116,53 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
     runs = len(page.study["runs"]) + len(page.finetune["runs"] if page.finetune else ())
     seeds = {len(seeds) for rows, _ in found.values() for seeds in rows.values()}
     counts = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-    fields = [
-        f"{NAMES[loss].removeprefix('+ ')} {verdict(found, loss)}"
-        for loss in ("ce+affinity", "ce+aaf")
-        if loss in losses
-    ]
-    others = [
-        f"{NAMES[loss].removeprefix('+ ')} {verdict(found, loss)}"
-        for loss in losses
-        if loss not in ("ce", "ce+affinity", "ce+aaf", "ce+dilated", PROPAGATED)
-        and not loss.startswith("ce+dilated, ")
-    ]
+    frozen, sets = frozen_headline(page), end_to_end.data_sets(page)
+    others = [x for x in losses if x not in ("ce", *FIELDS, "ce+dilated") and "," not in x]
     told = [
         f"**Five sentences.** {runs} trainings, {counts} seeds for each loss, compare losses on "
         "the same network with the same batches.",
-        f"Against cross-entropy alone, {'; '.join(fields)}.",
-        f"Beside them, {'; '.join(others)}.",
+        f"Against cross-entropy alone{', end to end' * bool(sets)}, {verdicts(found, FIELDS)}.",
     ]
-    if "ce+dilated" in losses:
-        after = f"; with propagation after it, dilated affinity {verdict(found, PROPAGATED)}"
-        told.append(
-            f"Dilated affinity {verdict(found, 'ce+dilated')}{after * (PROPAGATED in losses)}."
-        )
+    if others:
+        told.append(f"Beside them, {verdicts(found, others)}.")
+    dilated = [
+        x for x in ("ce+dilated", PROPAGATED) if any(x in rows for rows, _ in frozen.values())
+    ]
+    told.append(
+        f"With a small decoder on frozen features, "
+        f"{verdicts(frozen, [*(FIELDS if sets else ()), *dilated])}."
+    )
     if page.cost is not None:
         base = page.cost["losses"]["ce"]["ms"]
         ratios = [
             f"{page.cost['losses'][loss]['ms'] / base:.2f} ({NAMES[loss].removeprefix('+ ')})"
-            for loss in ("ce+affinity", "ce+aaf", "ce+ar", "ce+dilated")
+            for loss in (*FIELDS, "ce+ar", "ce+dilated")
+        ]
+        whole = [
+            f"{times[loss] / times['ce']:.2f} ({NAMES[loss].removeprefix('+ ')})"
+            for times in [end_to_end.step_times(page, name) for name in sets[:1]]
+            for loss in FIELDS
         ]
         told.append(
             f"A step of the small decoder takes {listed(ratios)} times as long as with "
-            "cross-entropy, and inference takes no longer, but for a CRF and propagation."
+            f"cross-entropy{f', end to end {listed(whole)}' if whole else ''}; inference takes no "
+            "longer, but for a CRF and propagation."
         )
     return told
 
 
+FIELDS = "ce+affinity", "ce+aaf"
+
+
+def verdicts(found: Panels, losses: Sequence[str]) -> str:
+    return "; ".join(f"{NAMES[x].removeprefix('+ ')} {verdict(found, x)}" for x in losses)
+
+
+THRESHOLD = (
+    "F1 and IoU of cracks and membranes are at the threshold of the probability that is best on "
+    'the validation split. "At 0.5" there is no choice: a loss that moves probabilities towards 0 '
+    "and 1, and segments no better, gains there alone."
+)
 READING = (
     "**How to read the rest.** Numbers are percent, of the test split if nothing else is said: the "
     "mean over seeds and, in brackets, the smallest and the largest. Tables of differences "
