@@ -11,9 +11,10 @@ from dataset import DataError, Pair, load_folder
 from skimage.measure import label
 
 MEMBRANE, IGNORED = 0, -1  # ids of voxels without an instance
+LONGEST_OFFSET = 27  # a mutex watershed refuses smaller images
 # Of the drawn volumes; planes are four times as far apart as rows and columns.
-SIZE, SPACING = np.array((12, 96, 96)), np.array((4, 1, 1))
-NUM_SEEDS = 60
+SIZE, SPACING = np.array((8, 64, 64)), np.array((4, 1, 1))
+NUM_SEEDS = 25
 
 
 class Cells(NamedTuple):
@@ -38,7 +39,15 @@ def load_cells(folder: Path, ignore_index: int) -> Cells:
             ids[labels == ignore_index] = IGNORED
             pairs.append((image, ids))
         if any((ids <= MEMBRANE).all() for _, ids in pairs):
-            raise DataError(f"expected a cell in every image of {folder / 'labels' / name}")
+            raise DataError(
+                f"expected a cell in every image, got none in {folder / 'labels' / name}"
+            )
+        height, width = np.min([ids.shape for _, ids in pairs], axis=0)
+        if min(height, width) <= LONGEST_OFFSET:
+            raise DataError(
+                f"expected images larger than {LONGEST_OFFSET}x{LONGEST_OFFSET}, the longest "
+                f"offset, got {width}x{height} in {folder / 'images' / name}"
+            )
         return pairs
 
     return Cells(data.name, split("train"), split("val"), split("test"))

@@ -42,7 +42,6 @@ from train import rate, whole
 import tritonaff
 from tritonaff.files import check_writable, replacing
 
-THRESHOLDS = 0.3, 0.5, 0.7
 SMALLEST = 50  # voxels of a segment
 
 # ----------------------------------------------------------------------------------- methods
@@ -52,6 +51,7 @@ class Affinities:
     """The probability that a voxel and another one, at each of the offsets, are of one cell."""
 
     title = "affinities"
+    thresholds = 0.4, 0.5, 0.6
 
     def __init__(self, dimensions: int) -> None:
         self.offsets = tritonaff.instance_offsets(f"mutex_watershed_{dimensions}d")
@@ -71,22 +71,24 @@ class Boundaries:
     """The probability of a membrane."""
 
     title = "boundaries"
+    thresholds = 0.05, 0.1, 0.2, 0.3, 0.5
     channels = 1
 
     def __init__(self, dimensions: int) -> None:
         pass
 
     def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
-        counted = ids != IGNORED
-        membrane = (ids == MEMBRANE).float()
-        return F.binary_cross_entropy_with_logits(logits[:, 0][counted], membrane[counted])
+        counted, membrane = (ids != IGNORED).float(), (ids == MEMBRANE).float()
+        x = logits[:, 0]
+        total = F.binary_cross_entropy_with_logits(x, membrane, counted, reduction="sum")
+        return total / counted.sum().clamp(min=1)
 
     def segment(self, probs: np.ndarray, threshold: float) -> np.ndarray:
         return grow(label(probs[0] < threshold, connectivity=1), probs[0])
 
 
 def grow(segments: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """Gives voxels without a segment, and small segments, to neighbours, the lowest voxels first."""
+    """Gives voxels without a segment, and small segments, to neighbours: lowest voxels first."""
     sizes = np.bincount(segments.ravel())
     sizes[MEMBRANE] = 0
     return watershed(height, np.where(sizes[segments] >= SMALLEST, segments, 0))
@@ -109,14 +111,14 @@ class Result(NamedTuple):
 def train(name: str, cells: Cells, options: argparse.Namespace) -> Result:
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dimensions = cells.train[0][1].ndim
-    method = METHODS[name](dimensions)
+    shape = cells.train[0][1].shape
+    method = METHODS[name](len(shape))
     torch.manual_seed(options.seed)
-    network = SmallUNet(method.channels, dimensions=dimensions).to(device)
+    network = SmallUNet(method.channels, dimensions=len(shape)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate)
     steps = options.steps
     poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 0.9)
-    size = (*cells.train[0][1].shape[:-2], *options.size)
+    size = np.minimum(shape, (*shape[:-2], *options.size))  # all planes of a volume
     chosen = {**vars(options), "size": size, "ignore_index": IGNORED}
     crops = random_crops(cells.train, argparse.Namespace(**chosen))
     for step, (images, ids) in enumerate(islice(crops, steps)):
@@ -129,8 +131,7 @@ def train(name: str, cells: Cells, options: argparse.Namespace) -> Result:
             print(f"{method.title}: step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
 
     val = [predict(network, image) for image, _ in cells.val]
-    by_threshold = {t: score(method, val, cells.val, t)[0][0] for t in THRESHOLDS}
-    threshold = min(THRESHOLDS, key=lambda t: by_threshold[t])
+    threshold = min(method.thresholds, key=lambda t: score(method, val, cells.val, t)[0][0])
     test = [predict(network, image) for image, _ in cells.test]
     scores, segments = score(method, test, cells.test, threshold)
     seconds = time.perf_counter() - start
@@ -142,9 +143,8 @@ def predict(network: SmallUNet, image: np.ndarray) -> np.ndarray:
     """Probabilities of all channels, (K, H, W) or (K, D, H, W)."""
     device = next(network.parameters()).device
     network.eval()
-    return (
-        network(to_input(torch.from_numpy(image[None]), device)).logits[0].sigmoid().cpu().numpy()
-    )
+    x = to_input(torch.from_numpy(image[None]), device)
+    return network(x).logits[0].sigmoid().cpu().numpy()
 
 
 def score(
@@ -167,8 +167,9 @@ def draw(path: Path, image: np.ndarray, ids: np.ndarray, results: list[Result]) 
     columns = [("image", image[plane], "ids", paint(ids, ids)[plane])]
     for result in results:
         probs = np.stack([prob[plane] for prob in result.probs])
-        # The nearest voxel above and those far above and to the left; or the membrane.
-        shown = probs[[0, 2, 3]].transpose(1, 2, 0) if len(probs) > 1 else probs[0]
+        # Red, green and blue: the voxel above, nine above, nine to the left. Gray: the membrane.
+        channels = [ids.ndim - 2, -10, -9] if len(probs) > 1 else [0]
+        shown = probs[channels].transpose(1, 2, 0)
         segments = paint(result.segments, ids)[plane]
         columns.append((result.title, shown, f"segments of {result.title}", segments))
     figure = Figure((3 * len(columns), 6.4), layout="constrained")
@@ -212,10 +213,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.data:
-        cells = load_cells(options.data, options.ignore_index)
-    else:  # the same volumes for every --seed
-        cells = draw_cells()
+    cells = load_cells(options.data, options.ignore_index) if options.data else draw_cells()
     picture = options.output / f"{cells.name}-instances.png"
     check_writable(picture)
     results = [train(name, cells, options) for name in METHODS]
@@ -226,7 +224,7 @@ def run(options: argparse.Namespace) -> None:
         table.add_column(heading, justify="right")
     for result in results:
         scores = (f"{value:.3f}" for value in result.scores)
-        table.add_row(result.title, *scores, f"{result.threshold:.1f}", f"{result.seconds:.0f}")
+        table.add_row(result.title, *scores, f"{result.threshold}", f"{result.seconds:.0f}")
     console.print(table)
     draw(picture, *cells.test[-1], results)
     print(f"picture: {picture}")
@@ -241,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ignore-index", type=whole(2, 255), default=255, help="label of pixels that never count")
     add("--steps", type=whole(1), default=400, help="of each training")
     add("--batch-size", type=whole(1), default=4, help="crops in a batch")
-    add("--size", type=whole(1), nargs=2, default=[160, 160], metavar=("H", "W"), help="of a crop")
+    add("--size", type=whole(16), nargs=2, default=[160, 160], metavar=("H", "W"), help="of a crop")
     add("--learning-rate", type=rate, default=3e-3, help="at the first step")
     add("--seed", type=whole(0), default=0, help="of initial weights and crops")
     add("--output", type=Path, default=Path("runs"), help="folder of the picture")
