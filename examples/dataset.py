@@ -98,21 +98,22 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def random_crops(pairs: list[Pair], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of images (N, H, W, 3) and labels (N, H, W), half of them mirrored."""
+    """Endless batches of images (N, H, W, 3) and labels (N, H, W), half of them mirrored; of
+    volumes, (N, D, H, W, 3) and (N, D, H, W).
+    """
     rng = np.random.default_rng(options.seed)
     shape = (options.batch_size, *options.size)
-    _, height, width = shape
     while True:
         images = np.zeros((*shape, 3), np.uint8)
-        labels = np.full(shape, options.ignore_index, np.uint8)
+        labels = np.full(shape, options.ignore_index, pairs[0][1].dtype)
         for k, index in enumerate(rng.integers(len(pairs), size=len(images))):
             image, label = pairs[index]
-            y = rng.integers(max(label.shape[0] - height, 0) + 1)
-            x = rng.integers(max(label.shape[1] - width, 0) + 1)
-            window = np.s_[y : y + height, x : x + width]
-            mirror = np.s_[:, :: rng.choice((1, -1))]
+            spare = [max(n - size, 0) for n, size in zip(label.shape, options.size, strict=True)]
+            starts = [rng.integers(length + 1) for length in spare]
+            window = tuple(slice(x, x + n) for x, n in zip(starts, options.size, strict=True))
+            mirror = slice(None, None, rng.choice((1, -1)))
             # An image smaller than the crop fills a corner; the rest of the crop is ignored.
-            corner = np.s_[k, : label.shape[0], : label.shape[1]]
-            images[corner] = image[window][mirror]
-            labels[corner] = label[window][mirror]
+            corner = (k, *map(slice, label.shape))
+            images[corner] = image[window][..., mirror, :]
+            labels[corner] = label[window][..., mirror]
         yield torch.from_numpy(images), torch.from_numpy(labels)

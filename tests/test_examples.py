@@ -549,3 +549,119 @@ def test_a_crack_may_be_two_pixels_off(cracks):
     scores = cracks.score([probs], [(None, labels)], 0.5, 255)
     assert scores.precision == 8 / 24  # the column three pixels off
     assert scores.recall == 10 / 16
+
+
+# ----------------------------------------------------------------------------------- instances
+
+
+@pytest.fixture
+def instances(script):
+    pytest.importorskip("mwatershed")
+    pytest.importorskip("skimage")
+    return importlib.import_module("instances")
+
+
+@pytest.fixture
+def membranes(tmp_path):
+    """Bright cells of 13 x 13 pixels between dark membranes, with a few ignored pixels."""
+    root, rng = tmp_path / "membranes", np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for k in range(2):
+            y, x = np.mgrid[:45, :60] + rng.integers(0, 15, (2, 1, 1))
+            labels = ((y % 15 > 1) & (x % 15 > 1)).astype(np.uint8)
+            image = (60 + 100 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
+            labels[:3, :3] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{k}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
+    (root / "classes.txt").write_text("membrane\ncell\n")
+    return root
+
+
+@pytest.fixture
+def segment_cells(instances, tmp_path, monkeypatch, capsys):
+    """Runs the script in this process, on torch operations: exit status, output and errors."""
+
+    def run(*arguments):
+        sizes = ["--batch-size", 2, "--size", 32, 48, "--output", tmp_path / "runs"]
+        arguments = ["instances.py", *sizes, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+        with tritonaff.use_backend("portable"):
+            status = instances.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def rand_errors(output):
+    number = r"\|\s*(\d\.\d{3})\s*" * 3
+    rows = re.findall(rf"\| (\w+)\s*{number}\|\s*0\.\d+ \|\s*\d+ \|", output)
+    return {title: float(error) for title, error, *_ in rows}
+
+
+def test_cells_are_found(segment_cells, membranes, tmp_path):
+    status, output, errors = segment_cells(membranes, "--steps", 40)
+    assert status == 0, errors
+    found = rand_errors(output)
+    assert list(found) == ["affinities", "boundaries"]
+    assert max(found.values()) < 0.05, output
+    assert max(map(len, output.splitlines()[:-1])) <= 80
+    picture = tmp_path / "runs/membranes-instances.png"
+    assert output.endswith(f"picture: {picture}\n")
+    assert Image.open(picture).size[0] > 900
+
+
+@pytest.mark.nightly
+def test_cells_of_drawn_volumes(segment_cells, tmp_path):
+    status, output, errors = segment_cells("--steps", 3)
+    assert status == 0, errors
+    assert list(rand_errors(output)) == ["affinities", "boundaries"]
+    assert Image.open(tmp_path / "runs/volume-instances.png").size[0] > 900
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_segments_of_sure_networks_are_the_cells(instances, dimensions):
+    """Cells are the segments of their own targets: offsets, anchor and sign fit the watershed."""
+    _, ids = instances.draw_cells().test[0]
+    ids = ids if dimensions == 3 else ids[4]
+    volume = torch.from_numpy(ids)[None]
+    methods = instances.Affinities(dimensions), instances.Boundaries(dimensions)
+    target = tritonaff.instance_affinity_target(volume, methods[0].offsets)[0]
+    probs = torch.where(target == 255, 0.5, target.double()), (volume == 0).double()
+    for method, prob in zip(methods, probs, strict=True):
+        scores, segments = instances.score(method, [prob.numpy()], [(None, ids)], 0.5)
+        # Cells of fewer voxels than a segment go to a neighbour.
+        assert scores.max() < 0.01
+        assert (segments > 0).all()
+
+
+def test_membranes_are_learnt_where_labels_count(instances):
+    ids = torch.randint(-1, 3, (2, 9, 12))
+    logits = torch.randn(2, 1, 9, 12)
+    counted = ids != instances.IGNORED
+    membrane = (ids[counted] == instances.MEMBRANE).float()
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0][counted], membrane)
+    torch.testing.assert_close(instances.Boundaries(2).loss(logits, ids), expected)
+    assert instances.Boundaries(2).loss(logits, torch.full_like(ids, -1)) == 0
+
+
+def test_data_sets_without_cells_are_refused(segment_cells, membranes, instances, monkeypatch):
+    monkeypatch.setattr(instances, "train", lambda *args: pytest.fail("it trained"))
+    label = membranes / "labels/val/1.png"
+    kept = label.read_bytes()
+    Image.fromarray(np.zeros((45, 60), np.uint8)).save(label)
+    assert segment_cells(membranes)[2] == (
+        f"error: expected a cell in every image, got none in {membranes}/labels/val\n"
+    )
+    label.write_bytes(b"no image")
+    assert segment_cells(membranes)[2].startswith(f"error: cannot read {label}: ")
+    label.write_bytes(kept)
+    for path in membranes.glob("*/test/0.png"):
+        Image.open(path).crop((0, 0, 60, 27)).save(path)
+    assert segment_cells(membranes)[2] == (
+        f"error: expected images larger than 27x27, the longest offset, got 60x27 in "
+        f"{membranes}/images/test\n"
+    )
+    (membranes / "classes.txt").write_text("membrane\ncell\nblood\n")
+    assert segment_cells(membranes)[2] == "error: expected two classes, membrane first, got 3\n"
