@@ -12,6 +12,7 @@ from opchecks import opcheck
 from torch.nn import functional as F
 
 import tritonaff
+from tritonaff.kernels.blocks import override
 from tritonaff.native.library import find_compiler
 from tritonaff.portable import box_pairwise as portable
 from tritonaff.reference import box_pairwise as reference
@@ -143,8 +144,9 @@ def case_with(dilation, labels):
     """The operation, the sums of its masks weighted differently."""
 
     def tables(logits, bits, boxes, image_index):
+        given = None if labels is None else labels.to(logits.device)
         return tritonaff.box_pairwise_terms(
-            logits, bits, boxes, image_index, labels=labels, dilation=dilation
+            logits, bits, boxes, image_index, labels=given, dilation=dilation
         )
 
     def loss(count, log_loss):
@@ -196,6 +198,26 @@ def test_native_matches_the_reference(values):
         pytest.skip("no C++ compiler")
     tensors, case = values
     check_parity(case, "native", *tensors)
+
+
+@given(inputs([torch.float32, torch.bfloat16, torch.float16]), rows=10)
+def test_triton_matches_the_reference(values):
+    pytest.importorskip("triton", minversion="3.6")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors, case = values
+    check_parity(case, "triton", *(x.to(device) for x in tensors))
+
+
+@pytest.mark.parametrize("pixels", [16, 64])
+def test_tiles_do_not_depend_on_their_blocks(device, pixels):
+    """Blocks of less than a row, of several rows, at both ends of a box."""
+    pytest.importorskip("triton", minversion="3.6")
+    logits, bits, _, _ = CASE.make_inputs((2, 2, 9, 21), device=device)
+    boxes = torch.tensor([[3, 2, 17, 3], [0, 0, 20, 8], [5, 4, 6, 7], [12, 3, 30, 5]])
+    index = torch.tensor([1, 0, 0, 1])
+    tensors = laid_out(logits, "cropped"), laid_out(bits, "transposed"), boxes, index
+    with override(box_pairwise={"pixels": pixels}):
+        check_parity(case_with(2, None), "triton", *(x.to(device) for x in tensors))
 
 
 @pytest.mark.parametrize("block", [1, 300, 1000])

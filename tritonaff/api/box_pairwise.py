@@ -14,6 +14,7 @@ from tritonaff.api.module import Loss
 from tritonaff.distributed import all_reduce
 from tritonaff.ops import box_pairwise as ops
 from tritonaff.options import BoxPairwiseOptions, ColorSpace, Reduction, box_pairwise_options
+from tritonaff.portable.blocks import at_least_float32
 
 
 class BoxPairwiseTerms(NamedTuple):
@@ -101,9 +102,9 @@ def color_similarity(
         checks.check_one_device("images", colors, "valid", valid)
         height, width = (size // stride for size in colors.shape[2:])
         valid = valid[:, stride // 2 :: stride, stride // 2 :: stride][:, :height, :width]
-    if stride > 1:
-        colors = F.avg_pool2d(colors, stride)
-    return ops.similarity(colors.detach(), valid, dilation, color_space, threshold)
+    colors = at_least_float32(colors.detach())
+    colors = F.avg_pool2d(colors, stride) if stride > 1 else colors
+    return ops.similarity(colors, valid, dilation, color_space, threshold)
 
 
 def box_pairwise_terms(

@@ -52,11 +52,15 @@ def color_similarity(
 def lab_of_rgb(images: Tensor) -> Tensor:
     """CIE L, a, b (N, 3, H, W) of sRGB images in [0, 1]."""
     linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055).pow_(2.4), images / 12.92)
-    matrix = torch.tensor(XYZ_OF_RGB, dtype=images.dtype).to(images.device, non_blocking=True)
-    xyz = (matrix[:, :, None, None] * linear[:, None]).sum(dim=2)
-    f = torch.where(xyz > 0.008856, xyz.pow(1 / 3), xyz.mul(7.787).add_(16 / 116))
-    f_x, f_y, f_z = f.unbind(dim=1)
+    r, g, b = linear.unbind(dim=1)
+    f_x, f_y, f_z = (
+        lab_function(of_r * r + of_g * g + of_b * b) for of_r, of_g, of_b in XYZ_OF_RGB
+    )
     return torch.stack((116 * f_y - 16, 500 * (f_x - f_y), 200 * (f_y - f_z)), dim=1)
+
+
+def lab_function(t: Tensor) -> Tensor:
+    return torch.where(t > 0.008856, t.pow(1 / 3), t.mul(7.787).add_(16 / 116))
 
 
 def bits_of(similarity: Tensor, threshold: float) -> Tensor:
