@@ -212,7 +212,8 @@ def check_masks(mask_logits: Any, boxes: Any, labels: Any) -> tuple[Tensor, Tens
     check_one_device("mask_logits", logits, "boxes", boxes)
     if labels is not None:
         dtypes, shape = tuple(TARGET_DTYPES), tuple(logits.shape)
-        labels = check_tensor("labels", labels, dtypes, shape, with_channel=True) != 0
+        labels = check_tensor("labels", labels, dtypes, shape, with_channel=True)
+        labels = _labels(labels, "labels") != 0
         check_one_device("mask_logits", logits, "labels", labels)
     return logits, boxes, labels
 
