@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tritonaff import checks
 
-# What each mode asks of the loss.
+# The options of the loss in each mode.
 ACTIVATIONS = {
     "multiclass": ("softmax",),
     "binary": ("sigmoid", "softmax"),

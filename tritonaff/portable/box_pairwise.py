@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import at_least_float32, block_size, precision, sum_dtype
+from tritonaff.portable.blocks import at_least_float32, groups, precision, sum_dtype
 from tritonaff.rates import DIRECTIONS
 
 # From linear RGB to X, Y, Z relative to the white of D65.
@@ -134,10 +134,8 @@ def blocks_of_pairs(
     mask_logits: Tensor, similarity: Tensor, boxes: Tensor, image_index: Tensor, dilation: int
 ) -> Iterator[tuple[slice, Iterator[Pairs]]]:
     """Blocks of masks, and their pairs in each of four directions."""
-    m, height, width = mask_logits.shape
-    step = max(1, block_size(mask_logits) // (height * width))
-    for first in range(0, m, step):
-        masks = slice(first, min(m, first + step))
+    _, height, width = mask_logits.shape
+    for masks in groups(mask_logits):
         bits = similarity[image_index[masks]] * inside_boxes(boxes[masks], height, width)
         yield masks, pairs_of_block(bits, dilation)
 
