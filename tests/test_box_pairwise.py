@@ -26,9 +26,9 @@ DIRECTIONS = [step for step in itertools.product((-1, 0, 1), repeat=2) if step !
 
 
 @pytest.mark.parametrize("lab_of_rgb", [reference.lab_of_rgb, portable.lab_of_rgb])
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 5e-4)])
 def test_lab_is_scikit_images(lab_of_rgb, dtype, atol):
-    """atol of float32: L is 116 f - 16, and f has a rounding or two."""
+    """float32: a is 500 (f_x - f_y), and both of at most 1 have a few roundings of 1.2e-7."""
     color = pytest.importorskip("skimage.color")
     torch.manual_seed(0)
     images = torch.rand(2, 3, 9, 11, dtype=dtype) ** 3  # dark ones too
@@ -315,7 +315,8 @@ def test_gradient_is_at_most_twice_as_far_off_as_eager(backend, device, confiden
 
 
 def test_opcheck(backend):
-    logits, bits, boxes, image_index = CASE.make_inputs((2, 2, 5, 6))
+    logits, bits, _, image_index = CASE.make_inputs((2, 2, 5, 6))
+    boxes = torch.tensor([[1, 0, 5, 4]]).repeat(4, 1)  # rows and columns in the image
     arguments = logits.requires_grad_(), bits, boxes, image_index, 2, backend
     opcheck(torch.ops.tritonaff.box_pairwise.default, arguments, backend)
     op = torch.ops.tritonaff.box_pairwise_backward.default
