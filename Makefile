@@ -5,7 +5,7 @@ TORCH :=
 BIN := $(VENV)/bin
 
 # Tests of the tiles as a GPU runs them, on a machine without a GPU.
-TILE_TESTS := backend affinity_field affinity_propagation affinity_regression dilated_affinity instance_affinity compile
+TILE_TESTS := backend affinity_field affinity_propagation affinity_regression box_pairwise dilated_affinity instance_affinity compile
 
 .PHONY: help demo test test-version test-ptx test-nightly bench docs lint format wheel clean
 

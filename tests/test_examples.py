@@ -665,3 +665,70 @@ def test_data_sets_without_cells_are_refused(segment_cells, membranes, instances
     )
     (membranes / "classes.txt").write_text("membrane\ncell\nblood\n")
     assert segment_cells(membranes)[2] == "error: expected two classes, membrane first, got 3\n"
+
+
+# --------------------------------------------------------------------------------------- boxes
+
+
+@pytest.fixture
+def boxes(script):
+    pytest.importorskip("scipy")
+    return importlib.import_module("boxes")
+
+
+@pytest.fixture
+def yard(tmp_path):
+    """Images of a dark and a bright disc on a gray ground, of two classes."""
+    root, rng = tmp_path / "yard", np.random.default_rng(0)
+    rows, columns = np.arange(48)[:, None], np.arange(72)
+    for split in ("train", "val", "test"):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for k in range(3):
+            labels = np.zeros((48, 72), np.uint8)
+            labels[(rows - 22) ** 2 + (columns - 18 - k) ** 2 < 150] = 1
+            labels[(rows - 25) ** 2 + (columns - 52 + k) ** 2 < 180] = 2
+            labels[2, 2] = 1  # too small
+            color = np.array([120, 20, 230])[labels] + rng.normal(0, 3, labels.shape)
+            Image.fromarray(color.astype(np.uint8)).save(root / "images" / split / f"{k}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
+    (root / "classes.txt").write_text("ground\ncar\npedestrian\n")
+    return root
+
+
+def test_masks_from_boxes_are_better_than_boxes(boxes, yard, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        small = ["--steps", 60, "--batch-size", 6, "--size", 32]
+        arguments = [yard, *small, "--output", tmp_path / "runs", *arguments]
+        monkeypatch.setattr(sys, "argv", ["boxes.py", *map(str, arguments)])
+        with tritonaff.use_backend("portable"):
+            status = boxes.main()
+        return status, *capsys.readouterr()
+
+    status, output, _ = run("--loss", "projection+pairwise")
+    assert status == 0
+    assert "6 training and 6 test instances" in output
+    cells = re.findall(r"\| ([a-z ,+]+?) *\| *([01]\.\d{3}) \|", output)
+    titles = ["boxes", "projections + pairwise", "coarse", "coarse, refined"]
+    assert [title for title, _ in cells] == titles
+    iou = {title: float(value) for title, value in cells}
+    assert iou["projections + pairwise"] > iou["boxes"] + 0.05  # a disc fills 0.79 of its box
+    assert iou["coarse, refined"] > iou["coarse"]
+    assert Image.open(tmp_path / "runs/yard-boxes.png").format == "PNG"
+
+    assert (
+        run("--classes", "tree")[2]
+        == "error: tree is none of the classes ground, car, pedestrian\n"
+    )
+    assert run("--least", "4000")[2].startswith("error: no instance of at least 4000 pixels")
+
+
+def test_boxes_of_instances(boxes, yard):
+    options = argparse.Namespace(least=50, size=40)
+    pairs = boxes.load_folder(yard, 255).test
+    found = boxes.find_instances(pairs, [1, 2], options)
+    for mask, box in zip(found.masks, found.boxes, strict=True):
+        left, top, right, bottom = box.tolist()
+        assert mask[top : bottom + 1, left : right + 1].sum() == mask.sum()
+        assert 0 < left < right < 39
+    assert boxes.mean_iou(found.masks, found) == 1

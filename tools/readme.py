@@ -46,6 +46,8 @@ OPERATIONS = {
     "dilated_affinity": "dilated affinity, 4 rates",
     "affinity_propagation": "propagation, 10 iterations, 4 rates",
     "instance_affinity": "instance affinity",
+    "box_pairwise": "masks from boxes",
+    "refinement": "refinement by colours, 10 iterations",
 }
 # The library's implementations on a CPU; the fastest that was measured is shown.
 OURS = ("native", "portable")

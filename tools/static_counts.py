@@ -32,6 +32,7 @@ from tritonaff.kernels import (
     affinity_field,
     affinity_propagation,
     affinity_regression,
+    box_pairwise,
     dilated_affinity,
     instance_affinity,
 )
@@ -310,6 +311,15 @@ def instances(images: tuple[int, int, int]) -> None:
     instance_affinity.backward(meta(n, PAIRS, 2, 4), logits, ids, *options)
 
 
+def boxes(images: tuple[int, int, int]) -> None:
+    """A mask for each image, of which the box is everything."""
+    n, height, width = images
+    logits, bits = meta(n, height, width), meta(n, height, width, dtype=torch.uint8)
+    places, index = meta(n, 4, dtype=torch.int64), meta(n, dtype=torch.int64)
+    box_pairwise.forward(logits, bits, places, index, 2)
+    box_pairwise.backward(meta(n), logits, bits, places, index, 2)
+
+
 OPERATIONS = (
     Operation("affinity_field_cross_entropy", affinity_field_pass, affinity_field_costs(False)),
     Operation(
@@ -397,6 +407,16 @@ OPERATIONS = (
             ),
             "gradient_kernel": lambda _: Cost(LOGIT + 8 / NEIGHBORS + GRAD, (8,), NEIGHBORS),
         },
+    ),
+    # Per pixel of a box, with its 8 pairs.
+    Operation(
+        "box_pairwise",
+        boxes,
+        {
+            "tables_kernel": lambda _: Cost(LOGIT + 1, (8,), 1),
+            "gradient_kernel": lambda _: Cost(LOGIT + 1 + GRAD, (8,), 1),
+        },
+        in_implied_times=False,
     ),
     Operation(
         "instance_affinity",

@@ -205,6 +205,29 @@ def refinement_options(num_iter: Any, dilations: Any) -> RefinementOptions:
     )
 
 
+ColorSpace = Literal["lab", "rgb"]
+
+
+class BoxPairwiseOptions(NamedTuple):
+    """See :func:`tritonaff.box_pairwise_loss`."""
+
+    threshold: float
+    dilation: int
+    stride: int
+    reduction: Reduction
+
+
+def box_pairwise_options(
+    *, threshold: Any = 0.3, dilation: Any = 2, stride: Any = 1, reduction: Any = "mean"
+) -> BoxPairwiseOptions:
+    return BoxPairwiseOptions(
+        checks.check_number("threshold", threshold, at_least=0, at_most=1),
+        checks.check_int("dilation", dilation, at_least=1),
+        checks.check_int("stride", stride, at_least=1),
+        checks.check_option("reduction", reduction, REDUCTIONS),
+    )
+
+
 Anchor = Literal["source", "destination"]
 Balance = Literal["none", "inverse", "clipped", "positive"]
 Channels = Literal["mean", "sum", "pooled"]
