@@ -14,8 +14,6 @@ from vision import import_torchvision
 
 import tritonaff
 
-import tritonaff
-
 ROOT = Path(__file__).parent.parent
 
 
