@@ -289,7 +289,7 @@ def draw_boundaries(axis: Axes, labels: Tensor, **line: Any) -> None:
     horizontal = torch.stack((below + _half(1, -1), below + _half(1, 1)), dim=1)
     segments = torch.cat((vertical, horizontal)).flip(-1)  # from (row, column) to (x, y)
     options = {"color": OKABE_ITO["yellow"], "linewidth": 0.8, **line}
-    axis.add_collection(LineCollection(segments.numpy(), **options), autolim=False)
+    axis.add_collection(LineCollection(list(segments.numpy()), **options), autolim=False)
 
 
 def draw_errors(
@@ -434,10 +434,10 @@ def draw_learned_sizes(axis: Axes, loss: AdaptiveAffinityFieldLoss, classes: Seq
             f"classes must have a name for each of {loss.num_classes} classes, got {len(classes)}"
         )
     kinds = zip(("edges", "non-edges"), "os", ("blue", "orange"), strict=True)
-    for (kind, marker, colour), sizes in zip(kinds, loss.effective_kernel_size(), strict=True):
-        xs, heights = sizes.tolist(), range(len(classes))
+    for (kind, marker, colour), means in zip(kinds, loss.effective_kernel_size(), strict=True):
+        xs, heights = means.tolist(), range(len(classes))
         axis.plot(xs, heights, marker, color=OKABE_ITO[colour], markersize=5, label=kind)
-    sizes = loss.kernel_sizes
+    sizes = loss.options.kernel_sizes
     axis.axvline(sum(sizes) / len(sizes), color="0.6", linestyle=":", zorder=0)
     axis.set_xticks(sizes)
     axis.set_xlabel("mean kernel size")
@@ -504,7 +504,7 @@ def affinity_field_map(
         total = logits.new_zeros(target.shape[0], *logits.shape[2:])
         for size in options.kernel_sizes:
             parts = torch.zeros_like(total), torch.zeros_like(total)  # edges, non-edges
-            counts = [0, 0]
+            counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
             for dy, dx in equations.DIRECTIONS:
                 shift = dy * (size - 1) // 2, dx * (size - 1) // 2
                 p_j = equations.shifted(p, *shift, 0.5)
@@ -535,8 +535,8 @@ def _name_classes(axis: Axes, classes: Sequence[str]) -> None:
 
 def _legend_below(axis: Axes, handles: Sequence[Any], titles: Sequence[str]) -> None:
     height = -0.1 if not axis.get_xlabel() else -0.2
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, height), "ncols": 2}
-    axis.legend(handles, titles, frameon=False, **place)
+    place = 0.5, height
+    axis.legend(handles, titles, loc="upper center", bbox_to_anchor=place, ncols=2, frameon=False)
 
 
 def _name_grids(axis: Axes, grids: Sequence[int]) -> None:

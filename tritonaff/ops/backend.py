@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch import Tensor
 from tritonaff.native.library import OPERATIONS
 from tritonaff.native.library import obstacle as native_obstacle
 
-BACKENDS = ("auto", "triton", "native", "portable", "reference")
+Backend = Literal["auto", "triton", "native", "portable", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "native", "portable", "reference")
 # Most tiles hold a pixel's classes in one block, of at most this size.
 MAX_TILE_CLASSES = 1024
 LEAST_TRITON = (3, 6)
@@ -27,7 +28,7 @@ LEAST_CAPABILITY = (7, 0)
 _current = "auto"
 
 
-def use_backend(backend: str) -> AbstractContextManager[None]:
+def use_backend(backend: Backend) -> AbstractContextManager[None]:
     """Chooses the implementation of every operation of this library inside a ``with`` block.
 
     Args:
