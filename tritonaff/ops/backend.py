@@ -115,7 +115,7 @@ def implementation(
 
 @cache
 def _module(room: str, name: str) -> Any:
-    return importlib.import_module(f"tritonaff.{room}.{name}")
+    return importlib.import_module(f"..{room}.{name}", __package__)
 
 
 def native_runs(name: str, backend: str, tensor: Tensor) -> bool:
