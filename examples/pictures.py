@@ -163,11 +163,11 @@ def draw_training(
         )
         for end in ends
     ]
-    largest = max(part.quantile(0.999).item() for part in parts)
+    largest = max(np.quantile(part.numpy(), 0.999) for part in parts) or 1.0
     for axis in maps:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, end, part in zip(maps, ends, parts, strict=False):
-        shown = axis.imshow(part[0], cmap="magma", vmin=0, vmax=largest)
+        shown = axis.imshow(part[0].numpy(), cmap="magma", vmin=0, vmax=largest)
         axis.set_title(f"affinity loss of {end.title}")
         axis.set_xlabel(f"{name_of(data, 0)}, sum {part.sum():.2f}")
         axis.xaxis.label.set_parse_math(False)

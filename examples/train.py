@@ -208,8 +208,9 @@ def run(options: argparse.Namespace) -> None:
         table.add_column(heading, justify="right")
     for result in results:
         iou, f = score(result.network, data.test, len(data.classes), options.ignore_index)
-        cells = f"{iou.nanmean():.3f}", f"{iou[thin].nanmean():.3f}", f"{f:.3f}"
-        table.add_row(result.title, *cells, f"{result.step_ms:.1f}")
+        of_thin = f"{iou[thin].nanmean():.3f}" if thin else "-"
+        cells = f"{iou.nanmean():.3f}", of_thin, f"{f:.3f}", f"{result.step_ms:.1f}"
+        table.add_row(result.title, *cells)
         ious[result.title] = iou
     console.print(table)
     print("thin classes:", ", ".join(data.classes[k] for k in thin) or "none")

@@ -83,7 +83,7 @@ def test_a_data_set_in_a_folder(folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     for title in TITLES:
-        cells = re.escape(title), r"0\.\d+", r"0\.\d+|nan", r"0\.\d+", r"\d+\.\d"
+        cells = re.escape(title), r"0\.\d+", r"(?:0\.\d+|-)", r"0\.\d+", r"\d+\.\d"
         row = re.search(r"\|\s*" + r"\s*\|\s*".join(cells) + r"\s*\|", result.stdout)
         assert row, result.stdout
     table = [line for line in result.stdout.splitlines() if line.startswith(("|", "+"))]
