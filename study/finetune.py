@@ -3,8 +3,9 @@
     python study/finetune.py train --crackforest FOLDER --camvid FOLDER --isbi FOLDER
     python study/finetune.py collect    # docs/results/study/finetune.json, for the report
 
-A run takes minutes on a core and leaves a file: after an interrupt, ``train`` goes on with the runs
-that are missing, the most informative first. study/study.py names the packages that it needs.
+A run takes minutes on a core and leaves a file: ``train`` goes on with the runs that have no file
+and are not in finetune.json, the most informative first. study/study.py names the packages that it
+needs.
 
 Unlike study.py, which trains a decoder on features of a frozen backbone, all weights learn here, on
 mirrored and resized crops; losses and scores are at the resolution of the image; and where there
@@ -62,7 +63,7 @@ class Setting:
 
 SETTINGS = {
     "crackforest": Setting(255, steps=300, thin=1, rates=(2, 4)),
-    "camvid": Setting(11, steps=400, every=4),
+    "camvid": Setting(11, steps=300, every=4),
     "isbi": Setting(255, steps=300, thin=0, cells=True, rates=(2, 4)),
 }
 LEARNING_RATES = (3e-3, 1e-2)
@@ -71,7 +72,8 @@ BATCH_SIZE, CROP = 4, 224
 # In the order of the runs, with the weight of each: of the papers, but for dilated affinity, whose
 # published 1.5 harms (docs/study.md).
 FIRST = {"ce": 1.0, "ce+affinity": 1.0, "ce+aaf": 1.0}
-THEN = {"ce+dice": 1.0, "unet": 3.0, "ce+dilated": 0.1, "ce+ar": 0.1}
+THEN = {"ce+dice": 1.0, "unet": 3.0}
+LAST = {"ce+dilated": 0.1, "ce+ar": 0.1}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ Results = dict[str, dict[str, Any]]  # contents of the runs' files, by name
 def plan(data: Sequence[str], results: Results) -> list[Run]:
     """The runs whose settings are known from the results so far, the most informative first."""
     runs = []
-    for losses in (FIRST, THEN):
+    for losses in (FIRST, THEN, LAST):
         for name in data:
             base = Run(name, "ce", SETTINGS[name].steps, LEARNING_RATES[0])
             rates = [replace(base, learning_rate=rate) for rate in LEARNING_RATES]
@@ -367,17 +369,20 @@ def rounded(values: Tensor) -> Any:
 # ------------------------------------------------------------------------------ command line
 
 
-def finished(folder: Path) -> Results:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+def finished(output: Path, collected: Path) -> Results:
+    """The runs that ``collect`` wrote earlier, and the runs' files."""
+    runs = json.loads(collected.read_text())["runs"] if collected.exists() else []
+    files = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
+    return dict(sorted(({Run(**run["run"]).name: run for run in runs} | files).items()))
 
 
-def train_missing(folders: dict[str, Path], output: Path) -> None:
+def train_missing(folders: dict[str, Path], output: Path, collected: Path) -> None:
     """Trains, scores and writes one run after the other until none is missing."""
     output.mkdir(parents=True, exist_ok=True)
     sets: dict[str, Dataset] = {}
     backbone = EfficientNetLite0()
     while True:
-        results = finished(output)
+        results = finished(output, collected)
         missing = [run for run in plan(list(folders), results) if run.name not in results]
         if not missing:
             return
@@ -393,7 +398,7 @@ def train_missing(folders: dict[str, Path], output: Path) -> None:
 
 def collect(output: Path, path: Path) -> None:
     """One file for the report."""
-    results = finished(output)
+    results = finished(output, path)
     write_json(path, {"thresholds": THRESHOLDS, "runs": list(results.values())})
 
 
@@ -406,14 +411,15 @@ def main() -> int:
     other = commands.add_parser("collect", help="write finetune.json for the report")
     for one in (command, other):
         one.add_argument("--output", type=Path, default=Path("runs/finetune"), metavar="FOLDER")
-    other.add_argument("--results", type=Path, default=Path("docs/results/study/finetune.json"))
+        one.add_argument("--results", type=Path, default=Path("docs/results/study/finetune.json"))
     options = parser.parse_args()
     try:
         if options.command == "collect":
             collect(options.output, options.results)
             return 0
         paths = {name: getattr(options, name) for name in SETTINGS}
-        train_missing({k: path for k, path in paths.items() if path is not None}, options.output)
+        folders = {name: path for name, path in paths.items() if path is not None}
+        train_missing(folders, options.output, options.results)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

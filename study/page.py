@@ -17,9 +17,10 @@ BESIDE = {"propagated": PROPAGATED, "crf": CRF}  # rows of their own, by the key
 class Page:
     def __init__(self, results: Path, docs: Path) -> None:
         self.study = json.loads((results / "study.json").read_text())
-        self.cost, self.finetune = (
+        self.cost, self.finetune, self.propagation = (
             json.loads(path.read_text()) if path.exists() else None
-            for path in (results / "cost.json", results / "finetune.json")
+            for name in ("cost", "finetune", "propagation")
+            for path in [results / f"{name}.json"]
         )
         self.docs, self.parts = docs, []
         self.docs.mkdir(parents=True, exist_ok=True)

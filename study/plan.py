@@ -54,7 +54,6 @@ WEIGHTS: dict[str, tuple[float, ...]] = {
     "ce+dilated": (0.1, 0.5, 1.5),
     "ce+contrastive": (0.1, 1.0, 10.0),
     "ce+gan": (0.01, 0.1, 1.0),
-    "ce+dice": (0.3, 1.0, 3.0),
     "unet": (1.0, 3.0, 10.0),
 }
 

@@ -332,7 +332,7 @@ def test_field_beside_a_loss_of_nnunet(batch):
 
 
 class DeepSupervisionWrapper(nn.Module):
-    """What nnU-Net 2.8 wraps a loss in."""
+    """As nnU-Net 2.8 wraps a loss."""
 
     def __init__(self, loss, weight_factors):
         super().__init__()

@@ -236,12 +236,10 @@ def test_larger_images_of_many_classes(backend, device, shape, confidence):
 
 @pytest.mark.parametrize("block", [1, 150])
 def test_portable_does_not_depend_on_its_blocks(monkeypatch, block):
-    """Blocks and bands of one class, one row, one image, and edge pairs in many steps."""
-    from tritonaff.portable import affinity_field as portable
+    """Blocks and bands of one class, one row, one image."""
     from tritonaff.portable import blocks
 
     monkeypatch.setattr(blocks, "CPU_BLOCK", block)
-    monkeypatch.setattr(portable, "CPU_PAIRS", 7)
     for case in (case_with((3, 7)), case_with((5,), variant="authors")):
         check_parity(case, "portable", *make_inputs((3, 4, 6, 7)))
 
@@ -287,7 +285,7 @@ def test_portable_without_selecting_pairs(monkeypatch):
     """Devices that cannot wait for the number of edges take all pairs, with weight 0 or 1."""
     from tritonaff.portable import affinity_field as portable
 
-    monkeypatch.setattr(portable, "_selects_pairs", lambda device: False)
+    monkeypatch.setattr(portable, "selects_pairs", lambda device: False)
     check_parity(case_with((3, 7)), "portable", *make_inputs((2, 4, 11, 9)))
 
 

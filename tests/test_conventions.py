@@ -1,4 +1,4 @@
-"""What people bring from other libraries: reductions, terms for logs, label smoothing, classes left
+"""Conventions of other libraries: reductions, terms for logs, label smoothing, classes left
 out, weights of pixels.
 """
 
@@ -14,7 +14,7 @@ RATES = ((1, 1), (2, 3))
 
 @pytest.fixture(autouse=True)
 def portable():
-    """What is tested here is arithmetic on tables: one backend stands for all."""
+    """The tests are about arithmetic on tables: one backend stands for all."""
     with tritonaff.use_backend("portable"):
         yield
 

@@ -41,7 +41,7 @@ LIBRARIES = "accelerate", "mmengine", "monai", "timm", "transformers"
 
 @pytest.fixture
 def names(device, tmp_path, monkeypatch):
-    """What the pages take for granted: a network, images, labels, and the names of tritonaff."""
+    """The names that the pages take for granted: a network, images, labels, tritonaff's."""
     images = torch.randn(2, 3, 16, 16, device=device)
     target = torch.randint(0, 4, (2, 16, 16), device=device)
     logits = torch.randn(2, 4, 16, 16, device=device, requires_grad=True)

@@ -726,7 +726,7 @@ def test_lightning_logs_them(tmp_path):
         enable_model_summary=False,
     )
     (logged,) = trainer.validate(Network(), loader, verbose=False)
-    # Of two images one boundary is right and one is a pixel off.
+    # One image's boundary is right, the other's is a pixel off.
     assert logged["boundary_f"] == pytest.approx(0.5)
     assert logged["accuracy"] == 1
     assert logged["val_boundary_f"] == 1

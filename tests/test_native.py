@@ -47,7 +47,7 @@ def nothing_compiled(monkeypatch, tmp_path):
 
 
 def start_again(monkeypatch):
-    """What a new process knows: nothing."""
+    """A new process, which knows nothing."""
     monkeypatch.setattr(library, "_loaded", {})
     monkeypatch.setattr(library, "_obstacles", {})
 

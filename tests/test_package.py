@@ -125,7 +125,8 @@ def test_the_same_file_name_is_the_same_operation():
     operations = {path.stem for path in files}
     assert {"affinity_field", "affinity_regression"} <= operations
     for name in operations:
-        for room in ("ops", "kernels", "portable"):
+        # Affinities of colours are a few torch operations on every device.
+        for room in ("ops", "portable", *(["kernels"] if name != "image_affinity" else [])):
             folder = ROOT / "tritonaff" / room
             assert (folder / f"{name}.py").exists() or (folder / name).is_dir()
         assert (ROOT / "tests" / f"test_{name}.py").exists()

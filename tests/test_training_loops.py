@@ -157,6 +157,51 @@ def test_lightning(batch):
     torch.testing.assert_close(module.model.state_dict(), step.state_dict())
 
 
+def test_terratorch(batch):
+    """A task that takes a module as its loss."""
+    import_torchvision()
+    tasks = pytest.importorskip("terratorch.tasks", exc_type=ImportError)
+    from lightning.pytorch import Trainer
+    from terratorch.models.model import ModelOutput
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Step().net
+
+        def forward(self, images):
+            return ModelOutput(self.net(images))
+
+    network, expected = Network(), Network()
+    loss = tritonaff.AffinityFieldLoss((3, 5), cross_entropy=True)
+    task = tasks.SemanticSegmentationTask(
+        model_args={"num_classes": 4},
+        model=network,
+        loss=loss,
+        ignore_index=255,
+        optimizer="SGD",
+        lr=0.1,
+    )
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    images, target = batch
+    data = [{"image": images, "mask": target}] * 2
+    trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=None))
+
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(expected(images).output, target).backward()
+        optimizer.step()
+    torch.testing.assert_close(network.state_dict(), expected.state_dict())
+
+
 # -------------------------------------------------------------------------------- Apple's GPUs
 
 
@@ -359,7 +404,9 @@ def test_calling_convention_of_mmsegmentation(batch):
     torch.testing.assert_close(loss_fn(logits, target, reduction_override="mean"), expected)
     assert loss_fn.ignore_index == 255
     assert loss_fn.loss_name == "loss_aaf"
-    with pytest.raises(ValueError, match="weight must be None, got Tensor"):
+    weighted = AAFLoss(4, class_weight=[1.0, 2.0, 0.0, 1.0], cross_entropy=True)
+    assert weighted.weight.tolist() == [1, 2, 0, 1]
+    with pytest.raises(ValueError, match=r"weight must be None, got Tensor.*masked_fill\(~mask"):
         loss_fn(logits, target, weight=torch.ones(2, 8, 12))
     with pytest.raises(ValueError, match="avg_factor must be None, got int"):
         loss_fn(logits, target, avg_factor=3)

@@ -5,7 +5,7 @@ compiled operations do not load there; networks and losses of segmentation do no
 import pytest
 import torch
 
-# What the import of torchvision 0.28 asks for; both have the arguments below.
+# The import of torchvision 0.28 asks for these; both have the arguments below.
 OPERATORS = ("nms", "qnms")
 _declared: list[torch.library.Library] = []  # as long as a library lives, so do its declarations
 

@@ -187,9 +187,11 @@ def against_cross_entropy(
     return side_by_side(step(loss, *inputs), step(cross_entropy, *inputs), bench)
 
 
-def instances(shape: Shape, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    """Against binary cross-entropy with given targets."""
-    case = CASES["instance_affinity"]
+def against_binary_cross_entropy(
+    name: str, shape: Shape, dtype: torch.dtype, bench: Bench
+) -> dict[str, Any]:
+    """A case against binary cross-entropy with given targets."""
+    case = CASES[name]
     inputs = case.make_inputs(shape, dtype, bench.device)
     rival, of_rival = case.yardstick(*inputs) if case.yardstick else (case.loss, inputs)
     return side_by_side(step(case.loss, *inputs), step(rival, *of_rival), bench)
@@ -360,7 +362,16 @@ ROWS = (
     Row("every_pixel", partial(against_cross_entropy, EVERY_PIXEL), ((1, 19, 1024, 2048),)),
     Row("many_classes", partial(against_cross_entropy, EVERY_PIXEL), (FIELD_SHAPES[4],)),
     Row("dilated", dilated, ((8, 32, 512, 512), (4, 32, 512, 1024))),
-    Row("instances", instances, ((2, 12, 32, 160, 160), (4, 12, 384, 384))),
+    Row(
+        "field_sigmoid",
+        partial(against_binary_cross_entropy, "affinity_field_sigmoid"),
+        CASES["affinity_field_sigmoid"].shapes,
+    ),
+    Row(
+        "instances",
+        partial(against_binary_cross_entropy, "instance_affinity"),
+        ((2, 12, 32, 160, 160), (4, 12, 384, 384)),
+    ),
     Row("field_against_eager", field_against_eager, FIELD_SHAPES),
     Row("propagation", propagation, ((4, 21, 513, 513),)),
     Row("field_launches", partial(launches, field), (SMALL,)),

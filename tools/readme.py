@@ -40,6 +40,7 @@ MARGIN = 3.0
 OPERATIONS = {
     "affinity_field": "affinity field, 3 sizes",
     "affinity_field_cross_entropy": "cross-entropy + affinity field, 3 sizes",
+    "affinity_field_sigmoid": "affinity field, sigmoid, 3 sizes",
     "affinity_regression": "affinity regression, 180 points",
     "affinity_regression_every_pixel": "affinity regression, every pixel",
     "dilated_affinity": "dilated affinity, 4 rates",

@@ -4,6 +4,7 @@ with ``custom_imports = dict(imports=["tritonaff.mmseg"])``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
             with ``loss_``.
         use_sigmoid: the option ``activation="sigmoid"`` by MMSegmentation's name: for a head of
             ``out_channels=1`` with ``num_classes=1`` here.
+        class_weight: the option ``weight`` by MMSegmentation's name, for ``cross_entropy=True``.
 
     Shapes:
         ``forward(cls_score, label, ...)`` with cls_score (N, C, H, W), label (N, H, W) gives a
@@ -55,10 +57,13 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         loss_weight: float = 1.0,
         loss_name: str = "loss_aaf",
         use_sigmoid: bool = False,
+        class_weight: Tensor | Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         if checks.check_bool("use_sigmoid", use_sigmoid):
             options["activation"] = "sigmoid"
+        if class_weight is not None:
+            options["weight"] = class_weight
         super().__init__(num_classes, **options)
         self.loss_weight = checks.check_number("loss_weight", loss_weight, at_least=0)
         self.loss_name = loss_name
@@ -75,7 +80,9 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         """The loss of a batch, as decode heads call it: cls_score (N, C, H, W), label (N, H, W)."""
         for name, value in (("weight", weight), ("avg_factor", avg_factor)):
             if value is not None:
-                raise ValueError(f"{name} must be None, got {type(value).__name__}")
+                raise ValueError(
+                    f"{name} must be None, got {type(value).__name__}: {checks.NO_PIXEL_WEIGHTS}"
+                )
         if reduction_override is not None:
             checks.check_option("reduction_override", reduction_override, ("mean",))
         if ignore_index is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritonaff import checks
 
 Mode = Literal["multiclass", "binary", "multilabel"]
-# What each mode asks of the loss.
+# The options of the loss in each mode.
 ACTIVATIONS: dict[Mode, tuple[str, ...]] = {
     "multiclass": ("softmax",),
     "binary": ("sigmoid", "softmax"),

@@ -718,15 +718,15 @@ MUTANTS = [
         ("pairs of whole rows", "tl.cdiv(W, 2), BLOCK_PAIRS)", "W // 2, BLOCK_PAIRS)"),
         (
             "pixels beyond a row",
-            "valid = tl.where(inside & (label != ignore_index), valid, 0)",
-            "valid = tl.where(label != ignore_index, valid, 0)",
+            "tl.where(inside & (label >= 0)",
+            "tl.where((label >= 0)",
         ),
         (
             "ignored pixels",
-            "valid = tl.where(inside & (label != ignore_index), valid, 0)",
-            "valid = tl.where(inside, valid, 0)",
+            "valid = tl.where(inside & (label >= 0) & (label != ignore_index), valid, 0)",
+            "valid = tl.where(inside & (label >= 0), valid, 0)",
         ),
-        ("ignored neighbours", "there & (label_j != ignore_index)", "there"),
+        ("ignored neighbours", " & (label_j != ignore_index)", ""),
         (
             "offsets of the first rate",
             "dy = tl.where(rate == r, OFFSETS[2 * (8 * r + s)], dy)",
@@ -853,96 +853,90 @@ MUTANTS = [
         "test_affinity_field test_portable_does_not_depend_on_its_blocks"
         " test_portable_without_selecting_pairs"
         " test_portable_matches_the_reference",
-        ("edges in one direction", "weight.to(counts.dtype), alpha=2)", "weight.to(counts.dtype))"),
-        ("a pixel as its own pair", "(valid * (boxes - 1)).sum", "(valid * boxes).sum"),
+        (
+            "edges in one direction",
+            "2 * sum_by_label(edges_of_pixel",
+            "sum_by_label(edges_of_pixel",
+        ),
+        ("pairs of edges only", "+= counted.sum()", "+= edges_of_pixel.sum()"),
         ("products of edges added", "product.to(sums.dtype), alpha=-1)", "product.to(sums.dtype))"),
         (
             "hinge of one centre",
-            "F.relu(margin - edge.kl_ab()).add_(F.relu(margin - edge.kl_ba()))",
-            "F.relu(margin - edge.kl_ab()).mul_(2)",
+            "(F.relu(margin - edges.kl_ab()) + F.relu(margin - edges.kl_ba()))",
+            "(2 * F.relu(margin - edges.kl_ab()))",
         ),
         (
             "gradient of the other centre",
-            "ab = torch.lt(edge.kl_ab(), margin",
-            "ab = torch.lt(edge.kl_ba(), margin",
+            "edge_grad * (edges.kl_ab() < margin)",
+            "edge_grad * (edges.kl_ba() < margin)",
         ),
-        (
-            "gradient through the clamp",
-            "torch.gt(block.p, eps, out=block.box)",
-            "torch.gt(block.p, 0, out=block.box)",
-        ),
-        (
-            "gradient through the upper clamp",
-            "torch.gt(block.q, eps, out=block.spare)",
-            "torch.gt(block.q, 0, out=block.spare)",
-        ),
-        ("sides of a box", "(0, d, 2 * d))\n    rows", "(0, d, d))\n    rows"),
-        ("one of the shifts", "shifts = (d, d * row - d,", "shifts = (d, d * row + d,"),
-        (
-            "sizes beyond the image",
-            "if d < max(valid.shape[-2:]):",
-            "if d < min(valid.shape[-2:]):",
-        ),
-        (
-            "classes of a block",
-            "sums[1, block.classes, k] += per_plane",
-            "sums[1, : len(per_plane[0]), k] += per_plane",
-        ),
+        ("gradient through the clamp", "valid[images] * (p > eps)", "valid[images]"),
+        ("gradient through the upper clamp", " * (q > eps)", ""),
+        ("sides of a box", "rows[..., d : d + width]", "rows[..., :width]"),
+        ("one direction twice", "dy * d), shifted(width, dx * d)", "dy * d), shifted(width, d)"),
+        ("sizes beyond the image", "if d < max(label.shape[-2:])", "if d < min(label.shape[-2:])"),
+        ("classes of a block", "sums[1, classes, k] +=", "sums[1, : p.shape[1], k] +="),
+        ("the own plane", "image * (num_classes - 1) + label", "image * num_classes + label"),
     ),
     *of(
         "portable/affinity_field",
         "test_affinity_field test_cross_entropy_keeps_its_digits",
-        ("cross-entropy of the label", "(1 - own_e).add_(rest[images, :, rows])", "(1 - own_e)"),
+        ("cross-entropy of the label", " + rest[images, :, rows]) / total", ") / total"),
     ),
     *of(
         "portable/affinity_field",
         "test_affinity_field test_several_largest_logits[portable]",
         (
             "only the largest in the sum",
-            "e.mul_(below).sum(dim=1, keepdim=True).add_(ties)",
-            "e.mul_(below).sum(dim=1, keepdim=True)",
+            "(e * below).sum(dim=1, keepdim=True) + ties",
+            "(e * below).sum(dim=1, keepdim=True)",
         ),
     ),
     *of(
         "portable/affinity_field_authors",
         "test_affinity_field test_authors_variant_equals_the_published_code",
         ("without the opposite pixel", " & (label[opposite] >= 0)", ""),
-        ("the row of the neighbour", "row = rows[here]\n", "row = rows[there]\n"),
         (
-            "clamp at both ends",
-            "div_(total).clamp_(eps, 1)\n    a = e",
-            "div_(total).clamp_(eps, 1 - eps)\n    a = e",
+            "the row of the neighbour",
+            "sum_by_label(value, label[images][here]",
+            "sum_by_label(value, label[images][there]",
         ),
-        ("the other gradient", "grad_a.sub_(grad_b)", "grad_a.add_(grad_b)"),
-        (
-            "gradient without its log",
-            "grad_b[there].addcmul_(kl_grad, log_b.add_(1))",
-            "grad_b[there].addcmul_(kl_grad, log_b)",
-        ),
-        ("edges among others", "kl * (pair - edge)\n", "kl * pair\n"),
+        ("clamp at both ends", "q.clamp(eps, 1)", "q.clamp(eps, 1 - eps)"),
+        ("the other gradient", " - grad_q * (q > eps)", " + grad_q * (q > eps)"),
+        ("gradient without its log", "kl_grad * (log_q + 1)", "kl_grad * log_q"),
+        ("edges among others", "kl * non_edge\n", "kl * pair\n"),
     ),
     *of(
         "portable/affinity_propagation",
         "test_affinity_propagation test_portable_does_not_depend_on_its_blocks"
         " test_the_largest_passes_its_gradient_to_the_first_of_equals[portable]",
-        ("neighbours across the side", "plane[:, :, beyond(neighbor.dx, width)].zero_()", "pass"),
-        ("gates without their derivative", "grad.mul_(gate).mul_(1 - gate)", "grad.mul_(gate)"),
         (
-            "self weight of the gradient",
-            "grad_p.addcmul_(grad_y_i, largest).mul_(self.self_weight)",
-            "grad_p.mul_(self.self_weight).addcmul_(grad_y_i, largest)",
+            "neighbours above",
+            "slice(above + dy, above + dy + height)",
+            "slice(above, above + height)",
         ),
-        ("the last of equals", "torch.arange(p.shape[1], 0, -1,", "torch.arange(0, p.shape[1],"),
+        ("gates without their derivative", "self.gates * (1 - self.gates)", "self.gates"),
+        ("the self weight of the gradient", "self.self_weight * grad_p", "grad_p"),
         (
-            "backward ranges",
-            "start, stop = start - shift, stop - shift",
-            "start, stop = start + shift, stop + shift",
+            "all classes are the largest",
+            ".scatter_add_(1, first, largest_grad)",
+            ".add_(largest_grad)",
         ),
-        ("steps to the left", "slice(0, -step) if step < 0", "slice(0, -step - 1) if step < 0"),
         (
-            "pixels of a block",
-            "yield slice(i, min(i + step, num_pixels))",
-            "yield slice(i, min(i + step, num_pixels - 1))",
+            "gates of the neighbour",
+            "framed[window].addcmul_(self.gates[:, k : k + 1], grad_y)",
+            "framed[window].add_(self.gates[:, k : k + 1])",
+        ),
+        ("a frame of the narrower step", "max((step[dim] for", "min((step[dim] for"),
+        (
+            "gradient of border pixels",
+            "            fold_frame(framed, self.frame)\n",
+            "            pass\n",
+        ),
+        (
+            "gradients without their mean",
+            "(grad_p - (grad_p * p).sum(dim=1, keepdim=True))",
+            "grad_p",
         ),
     ),
     *of(
@@ -1052,37 +1046,32 @@ MUTANTS = [
         "test_dilated_affinity test_portable_does_not_depend_on_its_blocks"
         " test_portable_matches_the_reference"
         " test_targets_and_counts_match_the_reference",
+        ("neighbours above", "above + dy : above + dy + height", "above : above + height"),
         (
-            "bands of the first rows",
-            "x[images, pad_h + band.start :, pad_w",
-            "x[images, pad_h:, pad_w",
+            "signals outside the image",
+            "left, above, above), value=-1)",
+            "left, above, above), value=0)",
         ),
-        ("signals outside the image", "                    valid_by_step[s].zero_()\n", ""),
         (
             "signals that are not valid",
-            "different.sub_(same.mul_(different))",
-            "different.sub_(same)",
+            "valid, equal = (own >= 0) & (neighbor",
+            "valid, equal = (neighbor",
+        ),
+        ("labels to ignore", " & (label != ignore_index), -1)", ", -1)"),
+        (
+            "labels beyond 32 bits",
+            "target[images].to(torch.int64)",
+            "target[images].to(torch.int32)",
         ),
         (
-            "steps of the transposed image",
-            "dy * window.stride(1) + dx * window.stride(2)",
-            "dx * window.stride(1) + dy * window.stride(2)",
+            "pixels without signals",
+            "(self.same | self.different).any(dim=1)",
+            "self.same[:, 0] >= 0",
         ),
-        ("labels that float32 confuses", "largest < EXACT_IN_FLOAT32:", "largest >= 0:"),
-        ("pixels without signals", "pixels[:, :, 1:].sum(dim=2)", "pixels.sum(dim=2)"),
-        (
-            "sign of same signals",
-            "addcmul_(block.same, same_grad, value=-1)",
-            "addcmul_(block.same, same_grad)",
-        ),
-        ("slope of the focus", "minus_log_pt, pt, value=gamma, out=x)", "minus_log_pt, pt, out=x)"),
-        (
-            "correct different signals",
-            "block.num_different - wrong, correct_same",
-            "wrong, correct_same",
-        ),
+        ("sign of same signals", " - same_grad * block.same", " + same_grad * block.same"),
+        ("slope of the focus", "miss - gamma * pt * F", "miss - pt * F"),
+        ("correct different signals", "correct = (x > 0) == block.same", "correct = x > 0"),
     ),
-    # --- Instance affinities ----------------------------------------------------------------------
     *of(
         INSTANCE + "pairs",
         INSTANCE_TILES,
@@ -1278,7 +1267,11 @@ MUTANTS = [
             "int64_t last = divide_up(std::min(width, width - dx), LANES);",
             "int64_t last = std::min(width, width - dx) / LANES;",
         ),
-        ("backwards as forwards", "if (backwards_) dy = -dy, dx = -dx;", ""),
+        (
+            "backwards as forwards",
+            "backwards_ ? -neighbors[k].dx : neighbors[k].dx",
+            "neighbors[k].dx",
+        ),
         (
             "rows that are not like the last",
             "if (row == 0 || here != before)",
@@ -1384,6 +1377,138 @@ MUTANTS = [
             "return torch.empty_like(logits, dtype=dtype).copy_(grad)",
             "return grad.to(like.dtype)",
         ),
+    ),
+    # --- One channel, several labels ------------------------------------------------------------
+    *of(
+        NATIVE_FIELD,
+        "test_sigmoid test_binary_cross_entropy_beside_it test_every_backend_matches_the_reference",
+        ("the class of a channel", "one_channel() ? 1 : channel", "channel"),
+        ("the labels of a channel", "std::max<int64_t>(c, 2)", "c"),
+        (
+            "the logit of the first class",
+            "std::fill_n(top, whole, 0.0f);",
+            "std::fill_n(top, whole, 1.0f);",
+        ),
+        ("the lesser probability", "less = rest[w] * inverse[w]", "less = rest[w]"),
+        ("p of a channel", "p = x[w] > 0.0f ? inverse[w] : less", "p = less"),
+        ("q of a channel", "q = x[w] > 0.0f ? less : inverse[w]", "q = 1.0f"),
+        ("sign of label 0", "(label[w] == 1 ? -q : p)", "(label[w] == 1 ? -q : -p)"),
+        ("log loss of label 1", "log_total[w] + (top[w] - x[w])", "log_total[w] + top[w]"),
+        ("a channel's pixels that do not count", "masked(result, mask(", "masked(result, ~mask("),
+    ),
+    *of(
+        "ops/affinity_field",
+        "test_sigmoid test_binary_cross_entropy_beside_it"
+        " test_one_channel_is_the_softmax_over_two test_sizes_are_learned_by_channel",
+        ("gradient of the second class", "copy_(grad[:, 1:])", "copy_(grad[:, :1])"),
+        ("the second class's sums alone", "F.pad(grad_sums, (0, 0, 1, 0))", "grad_sums"),
+        ("log losses of the channels", "of_log_loss = log_loss_coefficients.unbind()", "pass"),
+        (
+            "totals of the channels",
+            "torch.stack(self.entry_counts()).sum(dim=1)",
+            "torch.stack(self.entry_counts()).amax(dim=1)",
+        ),
+    ),
+    # --- Conventions that people bring ----------------------------------------------------------
+    *of(
+        "api/affinity_field",
+        "test_conventions test_label_smoothing_is_torchs test_without_the_background"
+        " test_terms_add_up_to_the_loss test_names_of_terms",
+        ("smoothing of the own label", " + smoothing.sum(), smoothing", ", smoothing"),
+        ("pixels that count alone", "return above.where(label >= 0, 0)", "return above"),
+        (
+            "counts of the background",
+            "torch.stack(counted.entry_counts())[:, 1:]",
+            "torch.stack(counted.entry_counts())",
+        ),
+        ("sums of the background", "F.pad(coefficients[:, 1:], (0, 0, 1, 0))", "coefficients"),
+    ),
+    *of(
+        "api/labels",
+        "test_conventions test_labels_resized_to_any_size test_which_pixel_of_513_is_taken"
+        " test_ids_of_volumes_are_resized",
+        ("the middle of a pixel", "(2 * i + 1) * m", "2 * i * m"),
+        ("the nearest corner", "(m - 1) + n - 1)", "(m - 1))"),
+        ("a single pixel", "max(2 * (n - 1), 1)", "max(2 * (n - 1), 2 * n)"),
+        ("one size for both axes", "range(-len(sizes), 0)", "range(1, len(sizes) + 1)"),
+    ),
+    *of(
+        "api/deep_supervision",
+        "test_conventions test_deep_supervision_is_a_weighted_sum"
+        " test_deep_supervision_hands_progress_on_and_learns_sizes",
+        ("the sum of the factors", "2 - 0.5 ** (number - 1)", "2"),
+        ("the factors", "tuple(0.5**i / total", "tuple(1 / total"),
+        (
+            "labels at each resolution",
+            "isinstance(target, Tensor):\n                labels",
+            "labels is None:\n                labels",
+        ),
+        ("progress", "{} if progress is None", "{} if True"),
+    ),
+    *of(
+        "monai",
+        "test_adapters test_words_of_monai test_background_of_monai",
+        (
+            "pixels ignored in all channels",
+            "label.where(ignored, ",
+            "label.where(ignored & ~ignored, ",
+        ),
+        ("a channel for each class", "(label == classes)", "(label != classes)"),
+        (
+            "no label is ignored by default",
+            "ignore_index: int | None = None",
+            "ignore_index: int | None = 1",
+        ),
+        ("channels without the background", "input[:, 1:], target[:, 1:]", "input, target"),
+    ),
+    *of(
+        "hf",
+        "test_adapters test_calling_convention_of_a_trainer test_one_label_of_transformers"
+        " test_trainer_of_transformers",
+        ("a batch's share", "sum() / num_items_in_batch", "sum() / labels.numel()"),
+        ("outputs by name", 'outputs["logits"] if isinstance(outputs, Mapping) else', ""),
+        ("logits of the labels' size", 'mode="bilinear"', 'mode="nearest"'),
+        ("labels of the logits' size", 'if self.resolution == "logits"', "if False"),
+    ),
+    *of(
+        "nnunet",
+        "test_adapters test_field_beside_a_loss_of_nnunet test_trainer_of_nnunet_on_a_stand_in",
+        (
+            "pixels ignored in regions",
+            "target[:, num_channels:] != 0",
+            "target[:, num_channels:] < 0",
+        ),
+        ("slices of a volume", "volume.transpose(1, 2).flatten(0, 1)", "volume.flatten(0, 1)"),
+        ("nnU-Net's own loss", "return loss + self.field(", "return self.field("),
+        ("the decay", "self.current_epoch / self.num_epochs", "0.0"),
+    ),
+    *of(
+        "smp",
+        "test_training_loops test_calling_convention_of_segmentation_models_pytorch"
+        " test_several_labels_in_segmentation_models_pytorch"
+        " test_ignore_index_of_segmentation_models_pytorch"
+        " test_half_probabilities_are_read_in_float32",
+        (
+            "the library's ignore_index",
+            "label.masked_fill(label == ignored, ignored_by_loss)",
+            "label",
+        ),
+        ("log odds of a probability", " - _log(1 - probs)", ""),
+        ("the class without a channel", "(torch.zeros_like(y_pred), y_pred)", "(y_pred, y_pred)"),
+        ("half precision", "torch.promote_types(y_pred.dtype, torch.float32)", "y_pred.dtype"),
+    ),
+    *of(
+        "mmseg",
+        "test_training_loops test_calling_convention_of_mmsegmentation"
+        " test_the_registry_of_mmengine",
+        ("the factor of the loss", "return self.loss_weight * super()", "return super()"),
+        (
+            "the head's ignore_index",
+            "self.ignore_index = checks.check_ignore_index(ignore_index)",
+            "pass",
+        ),
+        ("weights of pixels", "if value is not None:", "if False:"),
+        ("the name in the log", "self.loss_name = loss_name", 'self.loss_name = "loss_aaf"'),
     ),
 ]
 

@@ -1,6 +1,7 @@
 """Networks that are trained end to end, in small: drawn cracks, and a stand-in for the backbone."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_all_weights_learn_and_the_backbone_of_the_next_run_does_not(finetune, c
     data = finetune.load(cracks, finetune.SETTINGS["crackforest"])
     backbone = Backbone()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    for loss in (*finetune.FIRST, *finetune.THEN):
+    for loss in finetune.FIRST | finetune.THEN | finetune.LAST:
         run = finetune.Run("crackforest", loss, 6, 1e-2)
         start, _ = finetune.make(run, data, backbone)
         result, network = finetune.train(run, data, backbone)
@@ -214,17 +215,22 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
         return train(*arguments)
 
     monkeypatch.setattr(finetune, "train", dies)
-    folders, output = {"crackforest": cracks}, tmp_path / "runs"
-    with pytest.raises(KeyboardInterrupt):
-        finetune.train_missing(folders, output)
-    assert len(finetune.finished(output)) == 3
-    finetune.train_missing(folders, output)
-    rates, losses = len(finetune.LEARNING_RATES), len(finetune.FIRST) + len(finetune.THEN)
-    assert count - 1 == len(finetune.finished(output)) == rates - 1 + 2 * losses
-
-    results = tmp_path / "results"
+    folders, output, results = {"crackforest": cracks}, tmp_path / "runs", tmp_path / "results"
     results.mkdir()
-    finetune.collect(output, results / "finetune.json")
+    collected = results / "finetune.json"
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train_missing(folders, output, collected)
+    assert len(finetune.finished(output, collected)) == 3
+    finetune.collect(output, collected)
+    output = tmp_path / "another machine"  # which has the collected runs alone
+    finetune.train_missing(folders, output, collected)
+    rates = len(finetune.LEARNING_RATES)
+    losses = len(finetune.FIRST | finetune.THEN | finetune.LAST)
+    everything = finetune.finished(output, collected)
+    assert count - 1 == len(everything) == rates - 1 + 2 * losses
+    assert len(list(output.glob("*.json"))) == len(everything) - 3
+    finetune.collect(output, collected)
+    assert len(json.loads(collected.read_text())["runs"]) == len(everything)
     shown = STUDY.parent / "docs/results/study"
     for name in ("study.json", "cost.json"):
         (results / name).write_text((shown / name).read_text())
@@ -250,6 +256,10 @@ def test_the_first_look_tells_the_learning_rate(finetune):
     best = max(finetune.LEARNING_RATES)
     others = [run for run in runs if run.loss != "ce" or run.seed]
     assert {run.learning_rate for run in others} == {best}
-    assert len(results) == len({*order}) == 2 * (1 + 3 * len(finetune.FIRST | finetune.THEN))
+    assert (
+        len(results)
+        == len({*order})
+        == 2 * (1 + 3 * len(finetune.FIRST | finetune.THEN | finetune.LAST))
+    )
     firsts = [name.split("-")[0] for name in order[: 2 + 3 * 3 - 1]]
     assert set(firsts) == {"crackforest"}

@@ -405,7 +405,7 @@ def test_a_broken_folder_and_a_missing_backbone_are_named_in_a_line(
 # ---------------------------------------------------------------------------- the whole study
 
 
-def test_the_plan_follows_what_the_validation_split_says(study, losses):
+def test_the_plan_follows_what_the_validation_split_says(study):
     results, planned = {}, 0
     while True:
         tables = study.plan.make_plan(["camvid", "isbi"], results)
@@ -420,8 +420,11 @@ def test_the_plan_follows_what_the_validation_split_says(study, losses):
     assert planned == len(results) == len({run.name for run in runs}) == len(runs)
     for data in ("camvid", "isbi"):
         table = tables[data]
-        assert len(table) == len(losses.LOSSES) * len(study.plan.SEEDS)
-        assert [run.loss for run in table[: len(losses.LOSSES)]] == ["ce", *study.plan.WEIGHTS]
+        assert len(table) == (1 + len(study.plan.WEIGHTS)) * len(study.plan.SEEDS)
+        assert [run.loss for run in table[: 1 + len(study.plan.WEIGHTS)]] == [
+            "ce",
+            *study.plan.WEIGHTS,
+        ]
         assert {run.learning_rate for run in table} == {1e-2}
         weights = {run.loss: run.weight for run in table}
         assert weights.pop("ce") == 1
@@ -449,9 +452,10 @@ def small(study, camvid, monkeypatch):
     monkeypatch.setattr(study.plan, "WEIGHTS", weights)
     monkeypatch.setattr(study.plan, "ablations", lambda chosen: {})
 
-    def make(output):
+    def make(output, results=None):
         arguments = ["study.py", "train", "--camvid", str(camvid), "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", [*arguments, "--no-compile"])
+        arguments += ["--results", str(results or output / "results"), "--no-compile"]
+        monkeypatch.setattr(sys, "argv", arguments)
         bars = study.Progress("{task.fields[status]}", disable=True)
         return study.Study(study.parse_arguments(), bars)
 
@@ -494,10 +498,19 @@ def test_a_killed_training_goes_on_to_the_same_end(study, small, tmp_path, monke
 
 
 def test_from_training_to_the_page(study, small, tmp_path, monkeypatch):
-    one = small(tmp_path / "runs")
+    one = small(tmp_path / "files", tmp_path / "runs")
     one.train()
     one.score()
     study.cost(one)
+    again = small(tmp_path / "another machine", tmp_path / "runs")  # which has study.json alone
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "train", None)
+        again.train()
+        again.score()
+    assert again.collected["runs"] == again.results()
+    study.propagation(one)
+    networks = json.loads((tmp_path / "runs/propagation.json").read_text())["networks"]
+    assert [network["seed"] for network in networks] == [0, 10]
     found = json.loads((tmp_path / "runs/study.json").read_text())
     assert list(found["tables"]) == ["camvid learning rate", "camvid weights", "camvid"]
     for name in found["tables"]["camvid"]:
@@ -517,6 +530,8 @@ def test_from_training_to_the_page(study, small, tmp_path, monkeypatch):
     page = (tmp_path / "docs/study.md").read_text()
     for heading in ("CamVid", "Cost of a step", "Propagation", "Failures"):
         assert f"## {heading}" in page
+    assert "| CamVid, rate 16, n8 |" in page
+    assert "| unsure: λ 6, μ 7, 10 iterations |" in page
     for picture in ("camvid", "sizes", "affinity"):
         assert f"(study-{picture}.png)" in page
         assert (tmp_path / f"docs/study-{picture}.png").stat().st_size > 0
@@ -567,6 +582,53 @@ def report_label(mask):
     from scipy import ndimage
 
     return ndimage.label(mask, np.ones((3, 3)))
+
+
+def test_a_search_along_the_true_affinity_and_along_none(study):
+    propagation = sys.modules["propagation"]
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.zeros(2, 16, 24, dtype=torch.int64)
+    labels[:, :, 9:] = 1
+    labels[0, :2, :3] = 255
+    probs = (F.one_hot(labels.clamp(max=1), 2).movedim(-1, 1) * 0.2).float()
+    probs = (probs + torch.rand(probs.shape, generator=rng)).softmax(dim=1)
+    truth = tritonaff.dilated_affinity_target(labels, [(2, 2)]) == 1
+    apart = torch.full(truth.shape, -30.0)
+    names = [setting[-1] for setting in propagation.SETTINGS]
+    first, *others = propagation.search([(probs, apart, labels)], [(2, 2)], 255)
+    assert set(others) == {first} != {1.0}
+    first, *others = propagation.search([(probs, 30.0 * truth - 15, labels)], [(2, 2)], 255)
+    assert others[names.index("all") + 6] > others[names.index("all")] > first  # 10 iterations, 1
+    assert any(x != first for x, name in zip(others, names, strict=True) if name == "inside")
+
+
+def test_gates_by_category(study):
+    by_category = sys.modules["propagation"].by_category
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (1, 5, 6), generator=generator)
+    labels[0, 2, 3] = 255
+    affinity = torch.randn(1, 8, 5, 6, generator=generator)
+    probs = torch.rand(1, 2, 5, 6, generator=generator)
+    found = by_category([(probs, affinity, labels)], [(1, 1)], 255)
+    steps = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    pixels, same, other = torch.zeros(3, 9, dtype=torch.float64)
+    for y, x in np.ndindex(5, 6):
+        gates = {True: 0.0, False: 0.0}
+        category = 8
+        for k, (dy, dx) in enumerate(steps):
+            v, u = y + dy, x + dx
+            if 0 <= v < 5 and 0 <= u < 6 and 255 not in (labels[0, y, x], labels[0, v, u]):
+                alike = bool(labels[0, y, x] == labels[0, v, u])
+                gates[alike] += 1 / (1 + 7 ** -affinity[0, k, y, x].item())
+                category -= not alike
+        if any(gates.values()):
+            pixels[category] += 1
+            same[category] += gates[True]
+            other[category] += gates[False]
+    assert found["pixels"] == [pixels.tolist()]
+    assert found["same"] == [same.round().tolist()]
+    assert found["other"] == [other.round().tolist()]
+    assert sum(found["right"][0]) == ((probs.argmax(dim=1) == labels) & (labels != 255)).sum()
 
 
 # -------------------------------------------------------------------------------- the report

@@ -453,7 +453,7 @@ def _dice(tables: _Tables, invert: bool) -> Tensor:
     square_sum = tables.miss_square_sum.sum(dim=-1)
     _, positive = _negative_and_positive(tables.count, invert)
     _, miss = _negative_and_positive(tables.miss_sum, invert)
-    # Of p = 1 - miss where y is 1, and p = miss where y is 0.
+    # Here p = 1 - miss where y is 1, and p = miss where y is 0.
     denominator = 2 * positive - 2 * miss + square_sum
     dice = square_sum / torch.where(positive > 0, denominator, 1)
     constant = (tables.count.sum(dim=-1) > 0).to(dice.dtype)

@@ -31,8 +31,13 @@ constexpr int64_t ELEMENTS_PER_THREAD = 1 << 14;
 
 // --- Rows ---------------------------------------------------------------------------------------
 
+// A single channel is the second of two classes, whose first has the logit 0: the sigmoid.
 struct Shape {
     int64_t n, c, h, w;
+
+    bool one_channel() const { return c == 1; }
+    int64_t labels() const { return std::max<int64_t>(c, 2); }
+    int32_t class_of(int64_t channel) const { return int32_t(one_channel() ? 1 : channel); }
 };
 
 // A buffer of rows of n numbers each.
@@ -313,7 +318,7 @@ inline bool any_in_group(const int32_t* x) {
 // Pairs of each size: 2 entries in the channel of a pixel's label for each different neighbour.
 struct Counts {
     int64_t* pairs;  // (K,)
-    int64_t* table;  // (C, K + 1): edge entries, and in the last column pixels
+    int64_t* table;  // (labels, K + 1): edge entries, and in the last column pixels
 };
 
 void count_tile(
@@ -380,9 +385,14 @@ void softmax_statistics(
             logits, tile.n, c, tile.h + t, tile.w, shape.w, whole, buffers.row(2), logits.stride_c
         );
     };
-    std::copy_n(load(0), whole, top);
+    int64_t c = 0;
+    if (shape.one_channel()) {
+        std::fill_n(top, whole, 0.0f);
+    } else {
+        std::copy_n(load(c++), whole, top);
+    }
     std::fill_n(rest, whole, 0.0f);
-    for (int64_t c = 1; c < shape.c; c++) statistics_row(load(c), top, rest, whole);
+    for (; c < shape.c; c++) statistics_row(load(c), top, rest, whole);
     finish_statistics_row(top, rest, whole);
     store_row(top_image, tile.n, 0, tile.h + t, tile.w, n, top);
     std::copy_n(rest, n, rest_row);
@@ -712,6 +722,21 @@ ROW_FUNCTION void balance_row(
     }
 }
 
+// The gradient of a single channel's logits from p times the gradient of p, and from the factor of
+// cross-entropy.
+ROW_FUNCTION void sigmoid_backward_row(
+    Floats x, Floats rest, Floats inverse, Ints label, Floats factor, Floats grad, FloatsOut out,
+    int n
+) {
+#pragma omp simd
+    for (int w = 0; w < n; w++) {
+        float less = rest[w] * inverse[w];  // the lesser one of p and q
+        float p = x[w] > 0.0f ? inverse[w] : less, q = x[w] > 0.0f ? less : inverse[w];
+        float result = grad[w] * q + factor[w] * (label[w] == 1 ? -q : p);
+        out[w] = masked(result, mask(label[w] >= 0));
+    }
+}
+
 ROW_FUNCTION void finish_row(
     Floats grad, Ints label, Floats factor, Floats balance, Ints largest, int32_t c, FloatsOut out,
     int n
@@ -733,14 +758,14 @@ struct Problem {
     float margin;
     Clamp clamp;
     const float* grad_sums;      // (2, C, K), or null
-    const float* grad_log_loss;  // (C,), or null
+    const float* grad_log_loss;  // (labels,), or null
     const Images* grad;          // with grad_sums
 
     bool gradient() const { return grad_sums != nullptr; }
-    int64_t table_size() const { return (2 * num_sizes + 1) * shape.c; }
+    int64_t table_size() const { return 2 * shape.c * num_sizes + shape.labels(); }
     int64_t edge_entry(int64_t c, int64_t k) const { return c * num_sizes + k; }
     int64_t non_edge_entry(int64_t c, int64_t k) const { return (shape.c + c) * num_sizes + k; }
-    int64_t log_loss_entry(int64_t c) const { return 2 * shape.c * num_sizes + c; }
+    int64_t log_loss_entry(int64_t label) const { return 2 * shape.c * num_sizes + label; }
     float coefficient(int64_t entry) const { return grad_sums ? grad_sums[entry] : 0.0f; }
 };
 
@@ -801,9 +826,9 @@ public:
         for (Rows<float>* sums : {&u_sums_, &l_sums_}) sums->clear();
     }
 
-    // Adds the sums of class c to the tables, and p times the gradient of p to the rows of grad,
+    // Adds the sums of channel c to the tables, and p times the gradient of p to the rows of grad,
     // [tile_rows, columns]; the first march overwrites them.
-    void march(int32_t c, bool first, double* tables, float* grad, int64_t stride) {
+    void march(int64_t c, bool first, double* tables, float* grad, int64_t stride) {
         if (march_.sizes.empty()) {
             for (int t = 0; problem_.gradient() && first && t < tile_.rows; t++) {
                 std::fill_n(grad + t * stride, columns_, 0.0f);
@@ -841,7 +866,7 @@ private:
 
     int32_t* box(int s, int t) { return boxes_.row(int64_t(s) * tile_rows_ + t); }
 
-    void compute_row(int32_t c, int i) {
+    void compute_row(int64_t c, int i) {
         const int kept = kept_[i];
         float *u = u_.row(kept), *l = l_.row(kept);
         if (!in_image(i)) {
@@ -862,14 +887,14 @@ private:
         );
         const bool gradient = problem_.gradient() && march_.in_tile(i, tile_.rows);
         (gradient ? field_row<true> : field_row<false>)(
-            log_p, p, q, labels_.whole_row(i) + begin, c, problem_.clamp, u + begin, l + begin,
-            log_q_.row(kept) + begin, p_free_.row(kept) + begin, inverse_q_free_.row(kept) + begin,
-            n
+            log_p, p, q, labels_.whole_row(i) + begin, problem_.shape.class_of(c), problem_.clamp,
+            u + begin, l + begin, log_q_.row(kept) + begin, p_free_.row(kept) + begin,
+            inverse_q_free_.row(kept) + begin, n
         );
     }
 
     // The dense part of MOST_SIZES sizes from the given one on, or of those that are left.
-    void add_dense(int32_t c, int t, int first_size, bool sets, double* tables, float* grad) {
+    void add_dense(int64_t c, int t, int first_size, bool sets, double* tables, float* grad) {
         const int num_sizes = std::min(MOST_SIZES, march_.num_sizes() - first_size);
         const int margin = labels_.margin();
         const int begin = labels_.begin_of_groups(), n = labels_.end_of_groups() - begin;
@@ -902,7 +927,7 @@ private:
         }
     }
 
-    void add_edges(int32_t c, int t, int s, double* tables, float* grad) {
+    void add_edges(int64_t c, int t, int s, double* tables, float* grad) {
         const Group *begin = edges_.begin(s, t), *end = edges_.end(s, t);
         if (begin == end) return;
         const Size& size = march_.sizes[s];
@@ -911,9 +936,10 @@ private:
         const int margin = labels_.margin(), kept = kept_[march_.here(t)];
         EdgeSums sums = (problem_.gradient() ? edge_row<true> : edge_row<false>)(
             begin, end, pixel_row(march_.above(t, size)), pixel_row(march_.here(t)),
-            pixel_row(march_.below(t, size)), size.columns, c, problem_.clamp.eps, problem_.margin,
-            problem_.coefficient(edge), problem_.coefficient(non_edge),
-            p_free_.row(kept) + margin, inverse_q_free_.row(kept) + margin, grad
+            pixel_row(march_.below(t, size)), size.columns, problem_.shape.class_of(c),
+            problem_.clamp.eps, problem_.margin, problem_.coefficient(edge),
+            problem_.coefficient(non_edge), p_free_.row(kept) + margin,
+            inverse_q_free_.row(kept) + margin, grad
         );
         tables[edge] += sums.hinge;
         tables[non_edge] -= sums.product;
@@ -945,18 +971,39 @@ private:
     Rows<float> x_, log_p_, p_, q_;
 };
 
-// -log p of the pixels' own classes.
-void add_log_loss(
-    const Problem& problem, const Marcher& marcher, const Tile& tile, double* tables
+// Adds -log p of label 0 and of label 1 in a row of a single channel.
+ROW_FUNCTION void binary_log_loss_row(
+    Floats x, Floats top, Floats log_total, Ints label, double* sums, int n
 ) {
+    float no = 0.0f, yes = 0.0f;
+#pragma omp simd reduction(+ : no, yes)
+    for (int w = 0; w < n; w++) {
+        no += masked(log_total[w] + top[w], mask(label[w] == 0));
+        yes += masked(log_total[w] + (top[w] - x[w]), mask(label[w] == 1));
+    }
+    sums[0] += no;
+    sums[1] += yes;
+}
+
+// -log p of the pixels' own classes. Rows of a single channel pass through the buffer.
+void add_log_loss(
+    const Problem& problem, const Marcher& marcher, const Tile& tile, Rows<float>& buffer,
+    double* tables
+) {
+    const Images& logits = problem.logits;
     for (int t = 0; t < tile.rows; t++) {
         const int32_t* label = marcher.label(t);
         const float *top = marcher.top(t), *log_total = marcher.log_total(t);
+        const int64_t h = tile.h + t;
+        if (problem.shape.one_channel()) {
+            const float* x = load_row(logits, tile.n, 0, h, tile.w, tile.columns, buffer.row(0));
+            double* sums = tables + problem.log_loss_entry(0);
+            binary_log_loss_row(x, top, log_total, label, sums, tile.columns);
+            continue;
+        }
         for (int w = 0; w < tile.columns; w++) {
             if (label[w] < 0) continue;
-            float buffer;
-            int64_t h = tile.h + t;
-            float x = *load_row(problem.logits, tile.n, label[w], h, tile.w + w, 1, &buffer);
+            float x = *load_row(logits, tile.n, label[w], h, tile.w + w, 1, buffer.row(0));
             tables[problem.log_loss_entry(label[w])] += log_total[w] - (x - top[w]);
         }
     }
@@ -972,6 +1019,7 @@ public:
           total_(columns_),
           others_(columns_),
           x_(columns_),
+          out_(columns_),
           largest_(columns_) {}
 
     // Row t of the tile. grad: [C, columns], overwritten.
@@ -987,21 +1035,25 @@ public:
             others_[w] = 0.0f;
             largest_[w] = 0;
         }
+        if (problem_.shape.one_channel()) {
+            float* out = place(tile, 0, h, n);
+            sigmoid_backward_row(
+                load(tile, 0, h, n), marcher.rest(t), marcher.inverse(t), label, factor_.data(),
+                grad, out, n
+            );
+            store_row(*problem_.grad, tile.n, 0, h, tile.w, tile.columns, out);
+            return;
+        }
         for (int64_t c = 0; c < num_classes; c++) add_to_row(row(c), total_.data(), n);
         for (int64_t c = 0; c < num_classes; c++) {
-            const float* x = padded_row(
-                problem_.logits, tile.n, c, h, tile.w, problem_.shape.w, n, x_.data(),
-                problem_.logits.stride_c
-            );
             softmax_backward_row(
-                x, marcher.top(t), marcher.inverse(t), label, total_.data(), int32_t(c), row(c),
-                others_.data(), largest_.data(), n
+                load(tile, c, h, n), marcher.top(t), marcher.inverse(t), label, total_.data(),
+                int32_t(c), row(c), others_.data(), largest_.data(), n
             );
         }
         balance_row(marcher.rest(t), label, factor_.data(), others_.data(), largest_.data(), n);
         for (int64_t c = 0; c < num_classes; c++) {
-            float* out = x_.data();
-            if (n == tile.columns) out = row_to_write(*problem_.grad, tile.n, c, h, tile.w, out);
+            float* out = place(tile, c, h, n);
             finish_row(
                 row(c), label, factor_.data(), others_.data(), largest_.data(), int32_t(c), out, n
             );
@@ -1010,9 +1062,22 @@ public:
     }
 
 private:
+    const float* load(const Tile& tile, int64_t c, int64_t h, int n) {
+        return padded_row(
+            problem_.logits, tile.n, c, h, tile.w, problem_.shape.w, n, x_.data(),
+            problem_.logits.stride_c
+        );
+    }
+
+    // Row h of the result, in place if the image can hold n numbers there.
+    float* place(const Tile& tile, int64_t c, int64_t h, int n) {
+        if (n != tile.columns) return out_.data();
+        return row_to_write(*problem_.grad, tile.n, c, h, tile.w, out_.data());
+    }
+
     const Problem& problem_;
     int columns_;
-    std::vector<float> factor_, total_, others_, x_;
+    std::vector<float> factor_, total_, others_, x_, out_;
     std::vector<int32_t> largest_;
 };
 
@@ -1028,6 +1093,7 @@ void compute_tables(
         marchers.reserve(all.size());
         for (const March& march : all) marchers.emplace_back(problem, tiling, march);
         Finisher finisher(problem, tiling);
+        Rows<float> buffer(1, tiling.columns());
         std::vector<float> grad(size_t(row * tiling.rows()));
         for (int64_t task; tasks.next(task);) {
             double* sums = tables.data() + task * size;
@@ -1038,10 +1104,10 @@ void compute_tables(
                     bool first = &marcher == &marchers.front();
                     for (int64_t c = 0; c < problem.shape.c; c++) {
                         float* rows = grad.data() + (row ? c * tiling.columns() : 0);
-                        marcher.march(int32_t(c), first, sums, rows, row);
+                        marcher.march(c, first, sums, rows, row);
                     }
                 }
-                add_log_loss(problem, marchers.back(), tile, sums);
+                add_log_loss(problem, marchers.back(), tile, buffer, sums);
                 for (int t = 0; problem.gradient() && t < tile.rows; t++) {
                     finisher.finish(marchers.back(), tile, t, grad.data() + t * row);
                 }
@@ -1057,7 +1123,7 @@ int64_t threads_for(const Shape& shape, int64_t num_threads) {
 
 }  // namespace
 
-// Numbers of pairs (K,); counts (C, K + 1) as ops/affinity_field.py defines them; labels
+// Numbers of pairs (K,); counts (labels, K + 1) as ops/affinity_field.py defines them; labels
 // (N, 1, H, W) of int16 or, where bytes_per_label is 4, int32; softmax statistics (N, 1, H, W).
 EXPORT void affinity_field_statistics(
     const Images* logits, const Images* target, const int64_t* shape_, int64_t ignore_index,
@@ -1065,10 +1131,10 @@ EXPORT void affinity_field_statistics(
     int64_t bytes_per_label, const Images* top, float* rest, int64_t num_threads
 ) {
     const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
-    const Target given{*target, shape.c, ignore_index};
+    const Target given{*target, shape.labels(), ignore_index};
     const std::vector<March> all = marches(shape, num_sizes, distances);
     const Tiling tiles = tiling_of_statistics(shape, all);
-    const int64_t table_size = shape.c * (num_sizes + 1);
+    const int64_t table_size = shape.labels() * (num_sizes + 1);
     const int64_t size = num_sizes + table_size;
     std::vector<int64_t> tables(size_t(tiles.num_tasks() * size));
     parallel(tiles.num_tasks(), threads_for(shape, num_threads), [&](Tasks& tasks) {
@@ -1110,7 +1176,7 @@ EXPORT void affinity_field_statistics(
     }
 }
 
-// Sums (2, C, K) and log loss (C,); and the gradient of the logits, if the gradients of the sums
+// Sums (2, C, K) and log loss (labels,); and the gradient of the logits, if the gradients of the sums
 // are given. grad_log_loss may be null.
 EXPORT void affinity_field_compute(
     const Images* logits, const Images* label, const Images* top, const Images* rest,
@@ -1120,7 +1186,7 @@ EXPORT void affinity_field_compute(
 ) {
     const Shape shape{shape_[0], shape_[1], shape_[2], shape_[3]};
     const Problem problem{
-        shape, *logits, *top, *rest, Target{*label, shape.c, -1}, num_sizes, float(margin),
+        shape, *logits, *top, *rest, Target{*label, shape.labels(), -1}, num_sizes, float(margin),
         Clamp(eps), grad_sums, grad_log_loss, grad
     };
     const std::vector<March> all = marches(shape, num_sizes, distances);
@@ -1134,5 +1200,5 @@ EXPORT void affinity_field_compute(
     }
     const int64_t num_sums = 2 * shape.c * num_sizes;
     for (int64_t i = 0; i < num_sums; i++) sums[i] = float(total[i]);
-    for (int64_t c = 0; c < shape.c; c++) log_loss[c] = float(total[num_sums + c]);
+    for (int64_t y = 0; y < shape.labels(); y++) log_loss[y] = float(total[num_sums + y]);
 }

@@ -9,21 +9,22 @@ from torch import Tensor
 
 from tritonaff.native import library
 from tritonaff.native.library import images, integers, pointer
-from tritonaff.portable.blocks import grad_dtype, label_dtype
+from tritonaff.portable.blocks import grad_dtype, label_dtype, num_labels
 
 NAME = "affinity_field"
+TAKES_ONE_CHANNEL = True
 
 
 def statistics(
     logits: Tensor, target: Tensor, kernel_sizes: list[int], ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Totals (2, K) and counts (C, K + 1) as ops/affinity_field.py defines them; labels and the
-    softmax statistics top and rest, each (N, 1, H, W).
+    """Totals (2, K) and counts (labels, K + 1) as ops/affinity_field.py defines them; labels, and
+    the softmax statistics top and rest, each (N, 1, H, W).
     """
     n, c, height, width = logits.shape
-    k, pixels = len(kernel_sizes), (n, 1, height, width)
+    k, labels, pixels = len(kernel_sizes), num_labels(c), (n, 1, height, width)
     pair_count = torch.empty(k, dtype=torch.int64)
-    counts = torch.empty(c, k + 1, dtype=torch.int64)
+    counts = torch.empty(labels, k + 1, dtype=torch.int64)
     label = torch.empty(pixels, dtype=label_dtype(c))
     top = torch.empty(pixels, dtype=logits.dtype)
     rest = torch.empty(pixels, dtype=torch.float32)
@@ -43,7 +44,7 @@ def statistics(
         ctypes.c_int64(torch.get_num_threads()),
     )
     edge_count = counts[:, :-1].sum(dim=0)
-    totals = torch.stack((edge_count, c * pair_count - edge_count))
+    totals = torch.stack((edge_count, labels * pair_count - edge_count))
     return totals, counts, label, top, rest
 
 
@@ -60,12 +61,13 @@ def compute(
     grad_sums: Tensor | None,
     grad_log_loss: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Sums (2, C, K), edges first, log loss (C,) and the number 0, if asked for; and the gradient
-    of the logits, if the gradients of sums and log loss are given. None in place of the others.
+    """Sums (2, C, K), edges first, log loss (labels,) and the number 0, if asked for; and the
+    gradient of the logits, if the gradients of sums and log loss are given. None in place of the
+    others.
     """
     n, c, height, width = logits.shape
     sums = torch.empty(2, c, len(kernel_sizes))
-    log_loss = torch.empty(c)
+    log_loss = torch.empty(num_labels(c))
     grad = None
     if grad_sums is not None:
         grad = torch.empty_like(logits, dtype=grad_dtype(logits))

@@ -92,7 +92,7 @@ struct Points {
 struct Place {
     int64_t first;
     int n;
-    // Of the points of grids:
+    // For the points of grids:
     int64_t h[BLOCK], w[BLOCK];
     float times[BLOCK];  // the number of points on the same pixel
     bool leads[BLOCK];   // true for the first of these points
@@ -514,7 +514,7 @@ ROW_FUNCTION double dot(const double* RESTRICT x, Floats y, int64_t n) {
 // The gradient of S is 4 S S^T D + 4 S D^T Y, times the gradient of the squared error. Where the
 // predictions of a label are nearly equal, but not confident, both parts are large and cancel. So D
 // loses a center, the mean of the label's points, and the center's part joins the second one in
-// float64. What is left of D is small there, and so is the rounding of its products.
+// float64. The remainder of D is small there, and so is the rounding of its products.
 struct Factors {
     Buffer<double> exact;  // 4 S S^T [C, C]
     Buffer<float> roots;   // the same in float32

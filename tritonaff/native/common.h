@@ -1,4 +1,4 @@
-// What every native kernel needs: images of any dtype and strides, exp and log, memory, threads.
+// Shared by all native kernels: images of any dtype and strides, exp and log, memory, threads.
 //
 // Kernels compute in float32, row by row. A row function takes __restrict__ pointers, is not
 // inlined, and holds one loop: then compilers vectorise the loop. Built without -ffast-math, so

@@ -146,7 +146,7 @@ struct Signal {
 
 // --- Tables -------------------------------------------------------------------------------------
 
-// Of a pixel's signals at a rate: one byte each for the numbers of different and of same signals,
+// A pixel's signals at a rate: one byte each for the numbers of different and of same signals,
 // and of different and of same signals that are predicted right.
 constexpr int ONE_DIFFERENT = 1, ONE_SAME = 1 << 8, PREDICTED_RIGHT = 16;
 

@@ -7,6 +7,9 @@ Three ops do the work:
     affinity_field_statistics      counts, labels and softmax statistics: no gradient
     affinity_field_with_gradient   the sums, and in the same pass the gradient of the loss
     affinity_field                 the sums alone; its backward pass computes the gradient
+
+Logits of a single channel, x, are the logits of class 1 of two classes, (0, x): the sigmoid. Labels
+are then 0 and 1, and tables by class have one row, for class 1; tables by label have two.
 """
 
 from __future__ import annotations
@@ -16,17 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tritonaff.checks import label_to_ignore
 from tritonaff.ops.backend import current_backend, implementation
 from tritonaff.ops.definition import define, register_gradients
 from tritonaff.options import AffinityFieldOptions
-from tritonaff.portable.blocks import grad_dtype, label_dtype, precision
+from tritonaff.portable.blocks import grad_dtype, label_dtype, num_labels, precision
 
 # Arguments that several ops share. label, top, rest: (N, 1, H, W).
 PIXELS = "Tensor logits, Tensor label, Tensor top, Tensor rest"
 OPTIONS = "SymInt[] kernel_sizes, float margin, float eps, str variant, str backend"
-GRADS = "Tensor grad_sums, Tensor? grad_log_loss"  # (2, C, K), (C,)
+GRADS = "Tensor grad_sums, Tensor? grad_log_loss"  # (2, C, K), (labels,)
 
 
 def count(logits: Tensor, target: Tensor, options: AffinityFieldOptions) -> Counted:
@@ -56,11 +60,11 @@ class Counted:
         self.totals, self.counts, *self.pixels = affinity_field_statistics(
             logits.detach(), target, sizes, label_to_ignore(options.ignore_index), variant, backend
         )
-        self.pixel_count = self.counts[: logits.shape[1], -1]
+        self.pixel_count = self.counts[: num_labels(logits.shape[1]), -1]
 
     def entry_counts(self) -> tuple[Tensor, Tensor]:
         """Numbers of edge and non-edge entries by class and size, each (C, K) int64."""
-        c = self.logits.shape[1]
+        c = num_labels(self.logits.shape[1])
         edge_count, non_edge_count = self.counts[:c, :-1], self.counts[c:, :-1]
         if not len(non_edge_count):
             # Every class has the same number of entries, edges and non-edges together.
@@ -68,8 +72,8 @@ class Counted:
         return edge_count.contiguous(), non_edge_count.contiguous()
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Sums (2, C, K), edges first, and log loss (C,), the sum of -log p over the pixels of each
-        label. Both are differentiable.
+        """Sums (2, C, K), edges first, and log loss (labels,), the sum of -log p over the pixels of
+        each label. Both are differentiable.
         """
         sums, log_loss = affinity_field(self.logits, *self.pixels, *self.options)
         return sums, log_loss
@@ -99,17 +103,17 @@ class Counted:
 
 
 class CountedByChannel(Counted):
-    """Activation "sigmoid". The sigmoid of x is the second class of the softmax of (0, x): each
-    channel is an affinity field of these two classes, of which the second class is looked at.
-    """
+    """Activation "sigmoid": each channel is an affinity field of its own."""
 
     def __init__(
         self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
     ) -> None:
         self.logits = logits
+        # A single channel is not split: autograd would copy its gradient.
+        images = logits.split(1, dim=1) if logits.shape[1] > 1 else (logits,)
         self.channels = [
-            Counted(torch.cat((torch.zeros_like(x), x), dim=1), labels, options, backend)
-            for x, labels in zip(torch.split(logits, 1, dim=1), target.unbind(dim=1), strict=True)
+            Counted(x, labels, options, backend)
+            for x, labels in zip(images, target.unbind(dim=1), strict=True)
         ]
         self.totals = torch.stack(self.entry_counts()).sum(dim=1)
         self.pixel_count = torch.stack([channel.pixel_count for channel in self.channels])
@@ -120,24 +124,23 @@ class CountedByChannel(Counted):
 
     def sums(self) -> tuple[Tensor, Tensor]:
         sums, log_loss = zip(*(channel.sums() for channel in self.channels), strict=True)
-        return torch.stack(sums, dim=1)[:, :, 1], torch.stack(log_loss)
+        return torch.cat(sums, dim=1), torch.stack(log_loss)
 
     def sums_with_gradient(
         self, coefficients: Tensor, log_loss_coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        of_both = torch.stack((torch.zeros_like(coefficients), coefficients), dim=2)
         of_log_loss: Sequence[Tensor | None] = [None] * len(self.channels)
         if log_loss_coefficients is not None:
             of_log_loss = log_loss_coefficients.unbind()
         parts = [
             channel.sums_with_gradient(of_sums.contiguous(), of_loss)
             for channel, of_sums, of_loss in zip(
-                self.channels, of_both.unbind(dim=1), of_log_loss, strict=True
+                self.channels, coefficients.split(1, dim=1), of_log_loss, strict=True
             )
         ]
         sums, log_loss, zeros = zip(*parts, strict=True)
         zero = None if zeros[0] is None else torch.stack(zeros).sum()
-        return torch.stack(sums, dim=1)[:, :, 1], torch.stack(log_loss), zero
+        return torch.cat(sums, dim=1), torch.stack(log_loss), zero
 
 
 class CountedByReference(Counted):
@@ -194,8 +197,8 @@ def affinity_field_statistics(
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """totals (2, K): numbers of edge and non-edge entries over all classes. counts (C, K + 1): edge
-    entries of each class and size, and pixels of each label in the last column; with variant
+    """totals (2, K): numbers of edge and non-edge entries over all classes. counts (labels, K + 1):
+    edge entries of each class and size, and pixels of each label in the last column; with variant
     "authors" (2 C, K + 1), where C more rows hold the non-edge entries. label (N, 1, H, W): -1
     where a pixel does not count. top and rest, each (N, 1, H, W): the softmax statistics.
     """
@@ -215,10 +218,10 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = logits.shape
-    k, pixels = len(kernel_sizes), (n, 1, height, width)
+    k, rows, pixels = len(kernel_sizes), num_labels(c), (n, 1, height, width)
     return (
         logits.new_empty(2, k, dtype=torch.int64),
-        logits.new_empty(c if variant == "paper" else 2 * c, k + 1, dtype=torch.int64),
+        logits.new_empty(rows if variant == "paper" else 2 * rows, k + 1, dtype=torch.int64),
         logits.new_empty(pixels, dtype=label_dtype(c)),
         logits.new_empty(pixels),
         logits.new_empty(pixels, dtype=precision(logits)),
@@ -227,7 +230,7 @@ def _(
 
 @define("affinity_field", f"({PIXELS}, {OPTIONS}) -> (Tensor, Tensor)")
 def affinity_field(*pixels_and_options: Any) -> tuple[Tensor, Tensor]:
-    """Sums (2, C, K), edges first; log loss (C,)."""
+    """Sums (2, C, K), edges first; log loss (labels,)."""
     sums, log_loss, _, _ = _compute(*pixels_and_options)
     return sums, log_loss
 
@@ -283,8 +286,8 @@ register_gradients(affinity_field, _backward, setup_context=_setup_context)
 def affinity_field_with_gradient(
     logits: Tensor, grad_sums: Tensor, grad_log_loss: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums (2, C, K) and log loss (C,) as constants; the number 0, which carries the gradient of
-    the logits in autograd; and this gradient, given the gradients of sums and log loss.
+    """Sums (2, C, K) and log loss (labels,) as constants; the number 0, with the gradient of the
+    logits in autograd; and this gradient, given the gradients of sums and log loss.
     """
     tables: tuple[Tensor, Tensor, Tensor, Tensor] = _compute(
         logits, *others, grads=(grad_sums, grad_log_loss)
@@ -422,11 +425,42 @@ def _compute(
 def _tables_like(logits: Tensor, kernel_sizes: list[int]) -> tuple[Tensor, Tensor]:
     c, dtype = logits.shape[1], precision(logits)
     sums = logits.new_empty(2, c, len(kernel_sizes), dtype=dtype)
-    return sums, logits.new_empty(c, dtype=dtype)
+    return sums, logits.new_empty(num_labels(c), dtype=dtype)
 
 
 def _implementation(logits: Tensor, variant: str, backend: str) -> Any:
     if variant == "paper":
-        return implementation("affinity_field", backend, logits)
+        found = implementation("affinity_field", backend, logits)
+        takes_it = logits.shape[1] > 1 or getattr(found, "TAKES_ONE_CHANNEL", False)
+        return found if takes_it else OfTwoClasses(found)
     obstacle = "this variant has no tile"
     return implementation("affinity_field_authors", backend, logits, obstacle=obstacle)
+
+
+class OfTwoClasses:
+    """An implementation of several classes, for logits of a single channel."""
+
+    def __init__(self, several: Any) -> None:
+        self.several = several
+
+    def statistics(self, logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        tables: tuple[Tensor, ...] = self.several.statistics(_two_classes(logits), *others)
+        return tables
+
+    def compute(
+        self, logits: Tensor, *others: Any, grad_sums: Tensor | None, **options: Any
+    ) -> tuple[Tensor | None, ...]:
+        if grad_sums is not None:
+            grad_sums = F.pad(grad_sums, (0, 0, 1, 0))
+        sums, log_loss, zero, grad = self.several.compute(
+            _two_classes(logits), *others, grad_sums=grad_sums, **options
+        )
+        if sums is not None:
+            sums = sums[:, 1:].contiguous()
+        if grad is not None:
+            grad = torch.empty_like(logits, dtype=grad.dtype).copy_(grad[:, 1:])
+        return sums, log_loss, zero, grad
+
+
+def _two_classes(logits: Tensor) -> Tensor:
+    return torch.cat((torch.zeros_like(logits), logits), dim=1)

@@ -9,16 +9,19 @@ file walks over the pairs, one direction at a time, in place.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritonaff.portable.affinity_field import (
-    count_by_label,
+    DIRECTIONS,
+    distances,
     numbers_where_ignored,
     softmax_backward_,
     softmax_statistics,
+    sum_by_label,
     tables_of,
 )
 from tritonaff.portable.blocks import (
@@ -40,17 +43,13 @@ def statistics(
     """
     num_classes = logits.shape[1]
     label = counted_labels(target, num_classes, ignore_index)
-    top, rest = softmax_statistics(at_least_float32(logits).contiguous())
-    counts = torch.zeros(
-        2, num_classes, len(kernel_sizes) + 1, dtype=torch.int64, device=logits.device
-    )
-    counts[0, :, -1] = count_by_label(label, num_classes)
-    row = label.clamp(min=0)
+    top, rest = softmax_statistics(at_least_float32(logits))
+    counts = label.new_zeros(2, num_classes, len(kernel_sizes) + 1)
+    counts[0, :, -1] = sum_by_label((label >= 0).long(), label, num_classes)
     for k, here, there, pair in directions(label, kernel_sizes):
-        pair = pair.view(-1).to(counts.dtype)
-        edge = 2 * pair * (label[here] != label[there]).view(-1)
-        counts[0, :, k].index_add_(0, row[here].flatten(), edge)
-        counts[1, :, k].index_add_(0, row[here].flatten(), num_classes * pair - edge)
+        edge = 2 * (pair & (label[here] != label[there])).long()
+        counts[0, :, k] += sum_by_label(edge, label[here], num_classes)
+        counts[1, :, k] += sum_by_label(num_classes * pair - edge, label[here], num_classes)
     totals = counts[:, :, :-1].sum(dim=1)
     counts = counts.flatten(0, 1)
     return totals, counts, label.to(label_dtype(num_classes)), top.to(logits.dtype), rest
@@ -76,39 +75,36 @@ def compute(
     label, top = label.to(torch.int64), top.to(logits.dtype)
     logits, top, rest = numbers_where_ignored(logits, label, top, rest)
     sums = logits.new_zeros(2, logits.shape[1], len(kernel_sizes), dtype=sum_dtype(logits.device))
-    grad_p = logits.new_zeros(0 if grad_sums is None else logits.shape)
+    grad = logits.new_zeros(0 if grad_sums is None else logits.shape)
     for images, classes in blocks(logits):
-        a, b, own = fields(logits, label, top, rest, eps, images, classes)
-        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-        rows = label[images].clamp(min=0)
+        p, q, own = fields(logits, label, top, rest, eps, images, classes)
+        grad_p, grad_q = torch.zeros_like(p), torch.zeros_like(q)
         for k, here, there, pair in directions(label[images], kernel_sizes):
-            row = rows[here]
-            edge = (own[here] - own[there]).abs_().mul_(pair)
-            ratio_a, ratio_b = a[there] / a[here], b[there] / b[here]
-            log_a, log_b = ratio_a.log(), ratio_b.log()
-            kl = (a[there] * log_a).addcmul_(b[there], log_b)
+            edge = pair & (own[here] != own[there])
+            non_edge = pair ^ edge
+            ratio_p, ratio_q = p[there] / p[here], q[there] / q[here]
+            log_p, log_q = ratio_p.log(), ratio_q.log()
+            kl = p[there] * log_p + q[there] * log_q
             if with_tables:
-                values = F.relu(margin - kl).mul_(edge), kl * (pair - edge)
-                for table, value in zip(sums[..., k], values, strict=True):
-                    table.index_add_(0, row.flatten(), value.sum(dim=1).view(-1).to(table.dtype))
+                terms = F.relu(margin - kl) * edge, kl * non_edge
+                for table, value in zip(sums[..., k], terms, strict=True):
+                    value = value.sum(dim=1, keepdim=True).to(sums.dtype)
+                    table += sum_by_label(value, label[images][here], len(table))
             if grad_sums is not None:
-                active = torch.lt(kl, margin, out=kl).mul_(edge)
-                edge_grad, non_edge_grad = grad_sums[:, row, k]
-                kl_grad = (pair - edge).mul_(non_edge_grad).addcmul_(active, edge_grad, value=-1)
-                grad_a[there].addcmul_(kl_grad, log_a.add_(1))
-                grad_b[there].addcmul_(kl_grad, log_b.add_(1))
-                grad_a[here].addcmul_(kl_grad, ratio_a, value=-1)
-                grad_b[here].addcmul_(kl_grad, ratio_b, value=-1)
+                edge_grad, non_edge_grad = grad_sums[:, label[images][here].clamp(min=0), k]
+                kl_grad = non_edge * non_edge_grad - (edge & (kl < margin)) * edge_grad
+                grad_p[there] += kl_grad * (log_p + 1)
+                grad_q[there] += kl_grad * (log_q + 1)
+                grad_p[here] -= kl_grad * ratio_p
+                grad_q[here] -= kl_grad * ratio_q
         if grad_sums is not None:
-            grad_a.mul_(a > eps)
-            grad_b.mul_(b > eps)
-            grad_p[images, classes] = grad_a.sub_(grad_b)
+            grad[images, classes] = grad_p * (p > eps) - grad_q * (q > eps)
 
     tables = tables_of(sums, logits, label, top, rest) if with_tables else (None, None, None)
     if grad_sums is None:
         return *tables, None
-    softmax_backward_(grad_p, grad_log_loss, logits, label, top, rest)
-    return *tables, in_layout_of(given, grad_p, grad_dtype(given))
+    softmax_backward_(grad, grad_log_loss, logits, label, top, rest)
+    return *tables, in_layout_of(given, grad, grad_dtype(given))
 
 
 def fields(
@@ -123,45 +119,26 @@ def fields(
     """p and 1 - p, both clamped to [eps, 1], and the one-hot labels of a block, each
     (n, c, H, W).
     """
-    e = (logits[images, classes] - top[images]).exp_()
-    total = 1 + rest[images]
-    b = (1 - e).add_(rest[images]).div_(total).clamp_(eps, 1)
-    a = e.div_(total).clamp_(eps, 1)
-    channel = torch.arange(logits.shape[1], dtype=a.dtype, device=a.device)[classes, None, None]
-    return a, b, torch.eq(label[images].to(a.dtype), channel, out=torch.empty_like(a))
+    e, total = (logits[images, classes] - top[images]).exp(), 1 + rest[images]
+    q = (1 - e + rest[images]) / total
+    channel = torch.arange(logits.shape[1], device=label.device)[classes, None, None]
+    return (e / total).clamp(eps, 1), q.clamp(eps, 1), label[images] == channel
 
 
-Slices = tuple[slice, slice, slice, slice]
-
-
-def directions(
-    label: Tensor, kernel_sizes: list[int]
-) -> Iterator[tuple[int, Slices, Slices, Tensor]]:
-    """For each size and direction: k, the slices of centres and of their neighbours, and a mask of
-    the pairs that count.
+def directions(label: Tensor, kernel_sizes: list[int]) -> Iterator[tuple[int, Any, Any, Tensor]]:
+    """For each size and direction: k, the indices (..., h, w) of centres and of their neighbours,
+    and a mask of the pairs that count.
     """
     height, width = label.shape[-2:]
-    every = slice(None)
-    for k, size in enumerate(kernel_sizes):
-        d = (size - 1) // 2
-        for dy, dx in [(dy, dx) for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]:
+    for k, d in distances(label, kernel_sizes):
+        for dy, dx in ((d * y, d * x) for y, x in DIRECTIONS):
             # A centre has both its neighbour and the opposite pixel in the image, so it is |dy| and
             # |dx| away from the border.
-            rows, columns = (abs(dy), height - abs(dy)), (abs(dx), width - abs(dx))
-            if rows[0] >= rows[1] or columns[0] >= columns[1]:
-                continue
-            here = every, every, slice(*rows), slice(*columns)
-            there = (
-                every,
-                every,
-                slice(rows[0] + dy, rows[1] + dy),
-                slice(columns[0] + dx, columns[1] + dx),
-            )
-            opposite = (
-                every,
-                every,
-                slice(rows[0] - dy, rows[1] - dy),
-                slice(columns[0] - dx, columns[1] - dx),
-            )
-            counted = (label[here] >= 0) & (label[there] >= 0) & (label[opposite] >= 0)
-            yield k, here, there, counted.to(torch.float32)
+            top, left, bottom, right = abs(dy), abs(dx), height - abs(dy), width - abs(dx)
+            if top < bottom and left < right:
+                here, there, opposite = (
+                    (..., slice(top + y, bottom + y), slice(left + x, right + x))
+                    for y, x in ((0, 0), (dy, dx), (-dy, -dx))
+                )
+                pair = (label[here] >= 0) & (label[there] >= 0) & (label[opposite] >= 0)
+                yield k, here, there, pair

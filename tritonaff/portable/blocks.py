@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,14 @@ from torch import Tensor
 # Elements in one step. On a CPU the buffers of a step stay in its cache; a GPU wants fewer
 # launches.
 CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 24
+
+
+def groups(x: Tensor) -> Iterator[slice]:
+    """Cuts a batch into groups of images that make up a step, or into single images."""
+    n, *image = x.shape
+    images = max(1, block_size(x) // max(1, math.prod(image)))
+    for i in range(0, n, images):
+        yield slice(i, i + images)
 
 
 def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -48,6 +57,11 @@ def may_hold(mask: Tensor) -> bool:
     synchronise, always True.
     """
     return mask.device.type != "cpu" or bool(mask.any())
+
+
+def num_labels(num_channels: int) -> int:
+    """The number of labels; those of a single channel are 0 and 1."""
+    return 2 if num_channels == 1 else num_channels
 
 
 def label_dtype(num_classes: int) -> torch.dtype:

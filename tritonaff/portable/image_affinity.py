@@ -67,7 +67,7 @@ def backward(grad: Tensor, images: Tensor, dilations: list[int], mode: str) -> T
         slope.mul_(q).mul_(difference.sign())
         grad_x += slope
         grad_frame[window] -= slope
-    # Of s = sqrt(sum (v - mean)^2 / (n - 1)), by way of D.
+    # The derivative of s = sqrt(sum (v - mean)^2 / (n - 1)), by way of D.
     slope = grad_q.mul_(q.square_()).mul_(-kind.scale)
     slope /= (deviation * (neighbors.count(kind.has_center) - 1)).masked_fill_(
         deviation == 0, math.inf
