@@ -279,6 +279,13 @@ def test_thin_classes_and_the_part_of_an_image_with_most_of_them(script):
     assert left <= 41 <= 44 <= right
 
 
+def test_the_notebook_is_committed_without_outputs():
+    notebook = json.loads((SCRIPT.parent / "affinity.ipynb").read_text())
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(codes) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in codes)
+
+
 # ------------------------------------------------------------------------------- kinds of images
 
 
@@ -579,13 +586,3 @@ def test_a_crack_may_be_two_pixels_off(cracks):
     scores = cracks.score([probs], [(None, labels)], 0.5, 255)
     assert scores.precision == 8 / 24  # the column three pixels off
     assert scores.recall == 10 / 16
-
-
-# ------------------------------------------------------------------------------------ notebook
-
-
-def test_the_notebook_is_committed_without_outputs():
-    notebook = json.loads((SCRIPT.parent / "affinity.ipynb").read_text())
-    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert len(codes) > 5
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in codes)
