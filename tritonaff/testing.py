@@ -43,7 +43,8 @@ from tritonaff.functional import (
     instance_affinity_terms,
 )
 from tritonaff.offsets import instance_offsets
-from tritonaff.ops.backend import Backend, use_backend
+from tritonaff.ops.backend import use_backend
+from tritonaff.options import Backend
 from tritonaff.rates import rate_offsets
 
 Shape = tuple[int, ...]

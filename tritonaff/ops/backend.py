@@ -9,15 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonaff.native.library import OPERATIONS
 from tritonaff.native.library import obstacle as native_obstacle
+from tritonaff.options import Backend
 
-Backend = Literal["auto", "triton", "native", "portable", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "native", "portable", "reference")
 # Most tiles hold a pixel's classes in one block, of at most this size.
 MAX_TILE_CLASSES = 1024
