@@ -77,6 +77,7 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         reduction_override: str | None = None,
         ignore_index: int | None = None,
     ) -> Tensor:
+        """The loss of a batch, as decode heads call it: cls_score (N, C, H, W), label (N, H, W)."""
         for name, value in (("weight", weight), ("avg_factor", avg_factor)):
             if value is not None:
                 raise ValueError(

@@ -45,6 +45,9 @@ class _InWordsOfMonai(nn.Module):
         self.to_onehot_y = checks.check_bool("to_onehot_y", to_onehot_y)
 
     def forward(self, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Any:
+        """The loss of a batch: input (N, C, H, W) of logits, target as the options say; further
+        arguments are the loss's own.
+        """
         return super().forward(input, self._labels(input, target), *args, **options)  # type: ignore[misc]
 
     def _labels(self, input: Tensor, target: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ class AffinityRegressionLoss(_InWordsOfMonai, tritonaff.AffinityRegressionLoss):
             )
 
     def forward(self, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Any:
+        """The loss of a batch: input (N, C, H, W) of logits, target as the options say."""
         target = self._labels(input, target)
         if not self.include_background and input.shape[1] > 1:
             input, target = input[:, 1:], target[:, 1:]

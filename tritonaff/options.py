@@ -14,6 +14,7 @@ Variant = Literal["paper", "authors"]
 Weighting = Literal["sqrt", "neighbor", "signal", "none"]
 Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "native", "portable", "reference"]
 ACTIVATIONS: tuple[Activation, ...] = ("softmax", "sigmoid")
 VARIANTS: tuple[Variant, ...] = ("paper", "authors")
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
