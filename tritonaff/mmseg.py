@@ -87,7 +87,8 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
             checks.check_option("reduction_override", reduction_override, ("mean",))
         if ignore_index is not None:
             self.ignore_index = checks.check_ignore_index(ignore_index)
-        return self.loss_weight * super().forward(cls_score, label)
+        loss: Tensor = self.loss_weight * super().forward(cls_score, label)
+        return loss
 
     def extra_repr(self) -> str:
         name = f"loss_name={self.loss_name!r}"

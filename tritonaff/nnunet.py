@@ -55,7 +55,9 @@ class WithAffinityField(nn.Module):
         if self.field.activation == "sigmoid" and target.shape[1] == num_channels + 1:
             ignored = target[:, num_channels:] != 0
             labels = target[:, :num_channels].int().masked_fill(ignored, IGNORED)
-        return self.own(net_output, target) + self.field(_slices(net_output), _slices(labels))
+        field: Tensor = self.field(_slices(net_output), _slices(labels))
+        loss: Tensor = self.own(net_output, target) + field
+        return loss
 
 
 def _slices(volume: Tensor) -> Tensor:

@@ -1596,7 +1596,7 @@ MUTANTS = [
             "target[:, num_channels:] < 0",
         ),
         ("slices of a volume", "volume.transpose(1, 2).flatten(0, 1)", "volume.flatten(0, 1)"),
-        ("nnU-Net's own loss", "return loss + self.field(", "return self.field("),
+        ("nnU-Net's own loss", "self.own(net_output, target) + field", "field"),
         ("the decay", "self.current_epoch / self.num_epochs", "0.0"),
     ),
     *of(

@@ -98,7 +98,7 @@ class PAMR(OptionsModule):
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] | int = (1,)) -> None:
         super().__init__(refinement_options(num_iter, dilations))
-        self.register_load_state_dict_pre_hook(_drop_kernels)
+        self.register_load_state_dict_pre_hook(_drop_kernels)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The masks (N, C, H, W), refined by the images.
@@ -140,7 +140,7 @@ class PAR(OptionsModule):
 
     def __init__(self, dilations: Sequence[int] | int, num_iter: int) -> None:
         super().__init__(refinement_options(num_iter, dilations))
-        self.register_load_state_dict_pre_hook(_drop_kernels)
+        self.register_load_state_dict_pre_hook(_drop_kernels)  # type: ignore[no-untyped-call]
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         """The masks (N, C, H, W), refined by the images.

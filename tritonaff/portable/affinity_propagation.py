@@ -113,7 +113,8 @@ class Stencil:
             self.steps = [
                 (k, (within(dy, height - 1), within(dx, width - 1))) for k, (dy, dx) in self.steps
             ]
-        self.frame = tuple(max((step[dim] for _, step in self.steps), default=0) for dim in (0, 1))
+        rows, columns = (max((step[dim] for _, step in self.steps), default=0) for dim in (0, 1))
+        self.frame = rows, columns
 
         self.gates = affinity.to(dtype)
         if self.slope is not None:
