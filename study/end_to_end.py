@@ -156,9 +156,8 @@ def section(page: Page) -> None:
     ]
     page.say("## Networks trained end to end", SETTINGS, f"Steps and learning rate: {steps}.")
     if missing:
-        page.say(
-            f"Planned and not run yet: {missing}. `study/finetune.py train` goes on with them."
-        )
+        page.say("Planned and not run yet; `study/finetune.py train` goes on with them:")
+        page.say("\n".join(missing))
     for name in names:
         rows, metrics = rows_of(page, name), metrics_of(page, name)
         seeds = "; ".join(f"{NAMES[loss]} {len(by_seed)}" for loss, by_seed in rows.items())
