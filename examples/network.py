@@ -16,6 +16,30 @@ class Output(NamedTuple):
     affinity: Tensor | None  # (N, 8 R, H / 2, W / 2), rounded up: logits of the affinity head
 
 
+class Layers(NamedTuple):
+    """Layers for images or for volumes."""
+
+    plain: type[nn.Module]
+    transposed: type[nn.Module]
+    normalize: type[nn.Module]
+    half: int | tuple[int, ...]  # the stride to half the size: planes of a volume all stay
+
+    def convolution(
+        self, inputs: int, outputs: int, stride: int | tuple[int, ...] = 1
+    ) -> nn.Sequential:
+        return nn.Sequential(
+            self.plain(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+            self.normalize(outputs),
+            nn.ReLU(inplace=True),
+        )
+
+
+LAYERS = {
+    2: Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, 2),
+    3: Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, (1, 2, 2)),
+}
+
+
 class SmallUNet(nn.Module):
     """Encoder and decoder with skip connections, 0.3 M parameters."""
 
@@ -24,26 +48,30 @@ class SmallUNet(nn.Module):
         num_classes: int,
         neighbors: NeighborStatistics | None = None,
         widths: tuple[int, ...] = (16, 32, 64, 96),
+        dimensions: int = 2,
     ) -> None:
         super().__init__()
         levels = list(pairwise(widths))
-        self.stem = convolution(3, widths[0])
+        layers = LAYERS[dimensions]
+        self.stem = layers.convolution(3, widths[0])
         self.shrink = nn.ModuleList(
-            nn.Sequential(convolution(fine, coarse, stride=2), convolution(coarse, coarse))
+            nn.Sequential(
+                layers.convolution(fine, coarse, layers.half), layers.convolution(coarse, coarse)
+            )
             for fine, coarse in levels
         )
         self.enlarge = nn.ModuleList(
-            nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2) for fine, coarse in levels
+            layers.transposed(coarse, fine, layers.half, layers.half) for fine, coarse in levels
         )
-        self.merge = nn.ModuleList(convolution(fine, fine) for fine, _ in levels)
-        self.classify = nn.Conv2d(widths[0], num_classes, kernel_size=1)
+        self.merge = nn.ModuleList(layers.convolution(fine, fine) for fine, _ in levels)
+        self.classify = layers.plain(widths[0], num_classes, kernel_size=1)
         # Made last, so that all other weights start the same with a head and without.
         self.affinity = None
         if neighbors is not None:
             self.affinity = DilatedAffinityHead(widths[1], neighbors.rates, neighbors)
 
     def forward(self, x: Tensor) -> Output:
-        """Images (N, 3, H, W) around 0."""
+        """Images (N, 3, H, W), or volumes (N, 3, D, H, W), around 0."""
         x = self.stem(x)
         skips = []
         for shrink in self.shrink:
@@ -52,18 +80,10 @@ class SmallUNet(nn.Module):
         for enlarge, merge in zip(reversed(self.enlarge), reversed(self.merge), strict=True):
             skip, half = skips.pop(), x
             # An odd size was rounded up on the way down: cut off the row or column too many.
-            x = merge(skip + enlarge(x)[..., : skip.shape[2], : skip.shape[3]])
+            x = merge(skip + enlarge(x)[..., : skip.shape[-2], : skip.shape[-1]])
         return Output(self.classify(x), None if self.affinity is None else self.affinity(half))
 
 
-def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
-
-
 def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Bytes (N, H, W, 3) to floats (N, 3, H, W) around 0, in memory as channels_last."""
-    return images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Bytes (N, ..., 3) to floats (N, 3, ...) around 0, in memory as channels_last."""
+    return images.to(device).movedim(-1, 1).float() / 127.5 - 1

@@ -77,9 +77,7 @@ LOSSES = {
     ),
 }
 # Cross-entropy divides by another number, which a normalizer does not hold; Dice is no sum.
-ACCUMULATED = [
-    name for name in LOSSES if name not in ("cross-entropy", "boxes", "instances, Dice")
-]
+ACCUMULATED = [name for name in LOSSES if name not in ("cross-entropy", "boxes", "instances, Dice")]
 
 
 class MasksOfImages(nn.Module):

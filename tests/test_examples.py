@@ -83,18 +83,22 @@ def test_a_data_set_in_a_folder(folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     for title in TITLES:
-        cells = re.escape(title), r"0\.\d+", r"0\.\d+", r"\d+\.\d"
+        cells = re.escape(title), r"0\.\d+", r"(?:0\.\d+|-)", r"0\.\d+", r"\d+\.\d"
         row = re.search(r"\|\s*" + r"\s*\|\s*".join(cells) + r"\s*\|", result.stdout)
         assert row, result.stdout
     table = [line for line in result.stdout.splitlines() if line.startswith(("|", "+"))]
     assert max(map(len, table)) <= 80
-    assert f"picture: {tmp_path}/data.png\nlosses: {tmp_path}/data-losses.csv\n" in result.stdout
-    assert Image.open(tmp_path / "data.png").size[0] > 500
+    assert "thin classes: " in result.stdout
+    pictures = [tmp_path / "data.png", tmp_path / "data-training.png"]
+    places = f"pictures: {pictures[0]}, {pictures[1]}\n"
+    assert f"{places}losses and validation mIoU: {tmp_path}/data-losses.csv\n" in result.stdout
+    assert all(Image.open(picture).size[0] > 500 for picture in pictures)
     with (tmp_path / "data-losses.csv").open(newline="") as file:
         heading, *rows = csv.reader(file)
-    assert heading == ["step", *LOSSES]
+    assert heading == ["step", *LOSSES, *(f"{name} val mIoU" for name in LOSSES)]
     assert [row[0] for row in rows] == ["0", "1", "2"]
-    ce, aaf, ar, dilated = zip(*(map(float, row[1:]) for row in rows), strict=True)
+    assert all(0 <= float(row[5]) <= 1 for row in rows)
+    ce, aaf, ar, dilated = zip(*(map(float, row[1:5]) for row in rows), strict=True)
     assert ce[:2] == ar[:2]  # the same weights and batches, and no other loss before the last third
     assert ce[2] < ar[2]
     assert ce[0] < min(aaf[0], dilated[0])
@@ -197,7 +201,7 @@ def test_a_full_disk_takes_one_line_and_leaves_no_part(folder, tmp_path, main, c
     # Existing files stay unchanged.
     assert main(*arguments) == 0
     files = {path: path.read_bytes() for path in output.iterdir()}
-    assert len(files) == 2
+    assert len(files) == 3
     capsys.readouterr()
     for size, name in ((1000, "data.png"), (10, "data-losses.csv")):
         with full_disk(size):
@@ -233,20 +237,53 @@ def test_an_interrupted_training_takes_one_line(folder, tmp_path):
 def test_names_of_classes_are_no_mathematics(script, folder, tmp_path, monkeypatch):
     names = [r"$\x$", "$x^2$", "_sky"]
     (folder / "classes.txt").write_text("\n".join(names))
-    figures = []
-    evaluation = sys.modules["evaluation"]
-    save = evaluation.Figure.savefig
+    pictures, figures = sys.modules["pictures"], []
+    save = pictures.Figure.savefig
 
     def keep(figure, *args, **options):
         figures.append(figure)
         save(figure, *args, **options)
 
-    monkeypatch.setattr(evaluation.Figure, "savefig", keep)
-    script.draw(tmp_path / "one.png", script.load_folder(folder, 11), {})
+    monkeypatch.setattr(pictures.Figure, "savefig", keep)
+    data, networks = script.load_folder(folder, 11), {"untrained": script.SmallUNet(3)}
+    script.draw_predictions(tmp_path / "one.png", data, networks, 11)
     assert Image.open(tmp_path / "one.png").format == "PNG"
     texts = figures[0].legends[0].get_texts()
-    assert [text.get_text() for text in texts] == names
+    assert [text.get_text() for text in texts] == [*names, "void", "right", "wrong"]
     assert not any(text.get_parse_math() for text in texts)
+    first, _, last = (figures[0].axes[k] for k in (0, 1, 2))
+    assert first.get_xlabel() == "one.png"
+    assert re.fullmatch(r"mIoU 0\.\d{3}", last.get_xlabel())
+    # The prediction is masked where the truth is void.
+    assert last.images[0].get_array()[0, 0].tolist() == [255, 255, 255]
+
+
+def test_the_palette_of_a_data_set(script, folder):
+    assert script.load_folder(folder, 11).palette == sys.modules["dataset"].PALETTE
+    labels = Image.open(folder / "labels/test/one.png")
+    labels.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, *[0] * 759])
+    labels.save(folder / "labels/test/one.png")
+    assert script.load_folder(folder, 11).palette == ("#ff0000", "#00ff00", "#0000ff")
+
+
+def test_thin_classes_and_the_part_of_an_image_with_most_of_them(script):
+    labels = np.zeros((40, 64), np.uint8)
+    labels[:, 20:] = 1
+    labels[12:22, 41:44] = 2  # a pole, 3 wide
+    labels[:, 30:32] = 255
+    evaluation, pictures = sys.modules["evaluation"], sys.modules["pictures"]
+    assert evaluation.thin_classes([(None, labels)], 4) == [2]
+    top, left, bottom, right = pictures.thinnest(labels, 4)
+    assert (bottom - top, right - left) == (10, 16)
+    assert (top, bottom) == (12, 22)
+    assert left <= 41 <= 44 <= right
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = json.loads((SCRIPT.parent / "affinity.ipynb").read_text())
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(codes) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in codes)
 
 
 # ------------------------------------------------------------------------------- kinds of images
@@ -549,6 +586,122 @@ def test_a_crack_may_be_two_pixels_off(cracks):
     scores = cracks.score([probs], [(None, labels)], 0.5, 255)
     assert scores.precision == 8 / 24  # the column three pixels off
     assert scores.recall == 10 / 16
+
+
+# ----------------------------------------------------------------------------------- instances
+
+
+@pytest.fixture
+def instances(script):
+    pytest.importorskip("mwatershed")
+    pytest.importorskip("skimage")
+    return importlib.import_module("instances")
+
+
+@pytest.fixture
+def membranes(tmp_path):
+    """Bright cells of 13 x 13 pixels between dark membranes, with a few ignored pixels."""
+    root, rng = tmp_path / "membranes", np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for k in range(2):
+            y, x = np.mgrid[:45, :60] + rng.integers(0, 15, (2, 1, 1))
+            labels = ((y % 15 > 1) & (x % 15 > 1)).astype(np.uint8)
+            image = (60 + 100 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
+            labels[:3, :3] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{k}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
+    (root / "classes.txt").write_text("membrane\ncell\n")
+    return root
+
+
+@pytest.fixture
+def segment_cells(instances, tmp_path, monkeypatch, capsys):
+    """Runs the script in this process, on torch operations: exit status, output and errors."""
+
+    def run(*arguments):
+        sizes = ["--batch-size", 2, "--size", 32, 48, "--output", tmp_path / "runs"]
+        arguments = ["instances.py", *sizes, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+        with tritonaff.use_backend("portable"):
+            status = instances.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def rand_errors(output):
+    number = r"\|\s*(\d\.\d{3})\s*" * 3
+    rows = re.findall(rf"\| (\w+)\s*{number}\|\s*0\.\d+ \|\s*\d+ \|", output)
+    return {title: float(error) for title, error, *_ in rows}
+
+
+def test_cells_are_found(segment_cells, membranes, tmp_path):
+    status, output, errors = segment_cells(membranes, "--steps", 40)
+    assert status == 0, errors
+    found = rand_errors(output)
+    assert list(found) == ["affinities", "boundaries"]
+    assert max(found.values()) < 0.05, output
+    assert max(map(len, output.splitlines()[:-1])) <= 80
+    picture = tmp_path / "runs/membranes-instances.png"
+    assert output.endswith(f"picture: {picture}\n")
+    assert Image.open(picture).size[0] > 900
+
+
+@pytest.mark.nightly
+def test_cells_of_drawn_volumes(segment_cells, tmp_path):
+    status, output, errors = segment_cells("--steps", 3)
+    assert status == 0, errors
+    assert list(rand_errors(output)) == ["affinities", "boundaries"]
+    assert Image.open(tmp_path / "runs/volume-instances.png").size[0] > 900
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_segments_of_sure_networks_are_the_cells(instances, dimensions):
+    """Cells are the segments of their own targets: offsets, anchor and sign fit the watershed."""
+    _, ids = instances.draw_cells().test[0]
+    ids = ids if dimensions == 3 else ids[4]
+    volume = torch.from_numpy(ids)[None]
+    methods = instances.Affinities(dimensions), instances.Boundaries(dimensions)
+    target = tritonaff.instance_affinity_target(volume, methods[0].offsets)[0]
+    probs = torch.where(target == 255, 0.5, target.double()), (volume == 0).double()
+    for method, prob in zip(methods, probs, strict=True):
+        scores, segments = instances.score(method, [prob.numpy()], [(None, ids)], 0.5)
+        # Cells of fewer voxels than a segment go to a neighbour.
+        assert scores.max() < 0.01
+        assert (segments > 0).all()
+
+
+def test_membranes_are_learnt_where_labels_count(instances):
+    ids = torch.randint(-1, 3, (2, 9, 12))
+    logits = torch.randn(2, 1, 9, 12)
+    counted = ids != instances.IGNORED
+    membrane = (ids[counted] == instances.MEMBRANE).float()
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0][counted], membrane)
+    torch.testing.assert_close(instances.Boundaries(2).loss(logits, ids), expected)
+    assert instances.Boundaries(2).loss(logits, torch.full_like(ids, -1)) == 0
+
+
+def test_data_sets_without_cells_are_refused(segment_cells, membranes, instances, monkeypatch):
+    monkeypatch.setattr(instances, "train", lambda *args: pytest.fail("it trained"))
+    label = membranes / "labels/val/1.png"
+    kept = label.read_bytes()
+    Image.fromarray(np.zeros((45, 60), np.uint8)).save(label)
+    assert segment_cells(membranes)[2] == (
+        f"error: expected a cell in every image, got none in {membranes}/labels/val\n"
+    )
+    label.write_bytes(b"no image")
+    assert segment_cells(membranes)[2].startswith(f"error: cannot read {label}: ")
+    label.write_bytes(kept)
+    for path in membranes.glob("*/test/0.png"):
+        Image.open(path).crop((0, 0, 60, 27)).save(path)
+    assert segment_cells(membranes)[2] == (
+        f"error: expected images larger than 27x27, the longest offset, got 60x27 in "
+        f"{membranes}/images/test\n"
+    )
+    (membranes / "classes.txt").write_text("membrane\ncell\nblood\n")
+    assert segment_cells(membranes)[2] == "error: expected two classes, membrane first, got 3\n"
 
 
 # --------------------------------------------------------------------------------------- boxes

@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 import tritonaff
+from tritonaff.options import Anchor
+from tritonaff.plotting import OKABE_ITO
 
 PICTURE = Path(__file__).parent.parent / "docs" / "instance-anchors.png"
 IDS = [7, 7, 7, 7, 4, 4, 4, 0, 0]
 OFFSET = -2
-# Blue and orange differ for all eyes; the numbers repeat what the colours say.
-COLOURS = {1: "#7fb2e5", 0: "#f5b668", 255: "0.93"}
+# The numbers repeat the meaning of the colours.
+COLOURS = {1: OKABE_ITO["sky blue"], 0: OKABE_ITO["orange"], 255: "0.93"}
 
 
 def row(axis: Axes, height: float, values: list[int], colours: list[str], name: str) -> None:
@@ -30,10 +32,11 @@ def row(axis: Axes, height: float, values: list[int], colours: list[str], name: 
 
 
 def main() -> None:
-    figure = Figure((6.4, 3.7), layout="constrained")
+    figure = Figure((6.4, 3.9), layout="constrained")
     axis = figure.subplots()
     row(axis, 0, IDS, ["white"] * len(IDS), "ids")
-    for anchor, side in (("source", 1), ("destination", -1)):
+    anchors: tuple[tuple[Anchor, int], ...] = (("source", 1), ("destination", -1))
+    for anchor, side in anchors:
         (target,) = tritonaff.instance_affinity_target(
             torch.tensor([[IDS]]), [(0, OFFSET)], anchor=anchor
         )
@@ -49,8 +52,9 @@ def main() -> None:
                     )
                 )  # fmt: skip
     axis.set_xlim(-2.2, len(IDS) + 0.1)
-    axis.set_ylim(-2.8, 2.8)
+    axis.set_ylim(-3.3, 2.8)
     axis.set_title(f"offset {OFFSET}: from a voxel with a value to the other voxel of its pair")
+    axis.text(4.5, -3.0, "1: one instance   0: not   -: no pair", ha="center", va="center")
     axis.axis("off")
     figure.savefig(PICTURE, dpi=110)
 

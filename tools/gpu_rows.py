@@ -105,7 +105,7 @@ _inputs = cache(make_inputs)
 
 
 def step(
-    loss: Callable[..., Tensor], *inputs: Tensor, backend: str = "auto"
+    loss: Callable[..., Tensor], *inputs: Tensor, backend: Any = "auto"
 ) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of a loss."""
     leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)

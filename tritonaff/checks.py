@@ -185,19 +185,19 @@ def check_images_and_masks(images: Any, masks: Any) -> tuple[Tensor, Tensor]:
 def check_colors(images: Any, name: str = "images") -> Tensor:
     """RGB images (N, 3, H, W) in [0, 1], from bytes or floats."""
     is_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8
-    images = check_images(images, name)
-    if images.shape[1] != 3:
-        raise ValueError(f"{name} must have three channels, R, G, B, got {images.shape[1]}")
+    colors = check_images(images, name)
+    if colors.shape[1] != 3:
+        raise ValueError(f"{name} must have three channels, R, G, B, got {colors.shape[1]}")
     if is_bytes:
-        return images.div(255)
-    if may_look_into(images) and images.numel():
-        least, most = (float(value) for value in images.aminmax())
+        return colors.div(255)
+    if may_look_into(colors) and colors.numel():
+        least, most = (float(value) for value in colors.aminmax())
         if least < 0 or most > 1:
             raise ValueError(
                 f"{name} in floating point must hold colours in [0, 1], got {least:g} to {most:g}: "
                 "divide by 255, and undo a normalisation by mean and standard deviation"
             )
-    return images
+    return colors
 
 
 def check_masks(mask_logits: Any, boxes: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor | None]:

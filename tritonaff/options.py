@@ -14,6 +14,7 @@ Variant = Literal["paper", "authors"]
 Weighting = Literal["sqrt", "neighbor", "signal", "none"]
 Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "native", "portable", "reference"]
 ACTIVATIONS: tuple[Activation, ...] = ("softmax", "sigmoid")
 VARIANTS: tuple[Variant, ...] = ("paper", "authors")
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -86,14 +87,14 @@ def affinity_field_options(
 
 
 def _reduction_of_pairs(reduction: Any) -> Reduction:
-    reduction = checks.check_option("reduction", reduction, REDUCTIONS)
-    if reduction == "sum":
+    checked = checks.check_option("reduction", reduction, REDUCTIONS)
+    if checked == "sum":
         raise ValueError(
             "reduction must be 'mean' or 'none', got 'sum': the loss adds up several means, each "
             "over its own pairs, and a sum over all pairs would lose their balance; add up the "
             "images' losses of reduction='none'"
         )
-    return reduction
+    return checked
 
 
 class AffinityRegressionOptions(NamedTuple):

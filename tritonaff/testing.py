@@ -48,6 +48,7 @@ from tritonaff.functional import (
 from tritonaff.modules import PAR
 from tritonaff.offsets import instance_offsets
 from tritonaff.ops.backend import use_backend
+from tritonaff.options import Backend
 from tritonaff.rates import rate_offsets
 
 Shape = tuple[int, ...]
@@ -463,7 +464,7 @@ def _of_size(shape: Shape, size: list[int]) -> Shape:
     return (*shape[:-axes], *size) if is_image else shape
 
 
-def evaluate(case: Case, backend: str, *inputs: Tensor) -> dict[str, Tensor]:
+def evaluate(case: Case, backend: Backend, *inputs: Tensor) -> dict[str, Tensor]:
     """Tables, "loss" and gradients by name. "gradient" is the gradient of the first input, the
     logits, and "gradient 1" of the next floating-point input; each has the shape of its input.
     """
@@ -485,7 +486,7 @@ def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x for x in inputs if x.is_floating_point())
 
 
-def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> None:
+def check_parity(case: Case, implementation: Backend | Case, *inputs: Tensor) -> None:
     """Raises ParityError unless an implementation is about as close to the float64 reference as
     eager mode is. ``implementation`` is the name of a backend, "portable", "native" or "triton", or
     a copy of the case with another ``loss`` and ``tables``. ``inputs`` have any strides, on any

@@ -928,7 +928,7 @@ MUTANTS = [
             "slice(above + dy, above + dy + height)",
             "slice(above, above + height)",
         ),
-        ("gates without their derivative", "self.gates * (1 - self.gates)", "self.gates"),
+        ("gates without their derivative", ".mul_(1 - self.gates)", ""),
         ("the self weight of the gradient", "self.self_weight * grad_p", "grad_p"),
         (
             "all classes are the largest",
@@ -1596,7 +1596,7 @@ MUTANTS = [
             "target[:, num_channels:] < 0",
         ),
         ("slices of a volume", "volume.transpose(1, 2).flatten(0, 1)", "volume.flatten(0, 1)"),
-        ("nnU-Net's own loss", "return loss + self.field(", "return self.field("),
+        ("nnU-Net's own loss", "self.own(net_output, target) + field", "field"),
         ("the decay", "self.current_epoch / self.num_epochs", "0.0"),
     ),
     *of(
