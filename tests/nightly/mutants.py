@@ -1618,7 +1618,7 @@ MUTANTS = [
         "mmseg",
         "test_training_loops test_calling_convention_of_mmsegmentation"
         " test_the_registry_of_mmengine",
-        ("the factor of the loss", "return self.loss_weight * super()", "return super()"),
+        ("the factor of the loss", "self.loss_weight * super()", "super()"),
         (
             "the head's ignore_index",
             "self.ignore_index = checks.check_ignore_index(ignore_index)",
