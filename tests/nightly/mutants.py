@@ -925,8 +925,8 @@ MUTANTS = [
         " test_the_largest_passes_its_gradient_to_the_first_of_equals[portable]",
         (
             "neighbours above",
-            "slice(above + dy, above + dy + height)",
-            "slice(above, above + height)",
+            "slice(start + step + frame, stop + step + frame)",
+            "slice(start + frame, stop + frame)",
         ),
         ("gates without their derivative", ".mul_(1 - self.gates)", ""),
         ("the self weight of the gradient", "self.self_weight * grad_p", "grad_p"),
@@ -937,14 +937,14 @@ MUTANTS = [
         ),
         (
             "gates of the neighbour",
-            "framed[window].addcmul_(self.gates[:, k : k + 1], grad_y)",
-            "framed[window].add_(self.gates[:, k : k + 1])",
+            "framed[there].addcmul_(self.gates[:, k : k + 1][here], grad_y[here])",
+            "framed[there].add_(self.gates[:, k : k + 1][here])",
         ),
-        ("a frame of the narrower step", "max((step[dim] for", "min((step[dim] for"),
+        ("a frame of the narrower step", "self.frame = max(dy for", "self.frame = min(dy for"),
         (
             "gradient of border pixels",
-            "            fold_frame(framed, self.frame)\n",
-            "            pass\n",
+            "        fold_frame(framed, self.frame)\n",
+            "",
         ),
         (
             "gradients without their mean",

@@ -1,8 +1,8 @@
 """Affinity propagation in torch operations: any device, no Triton.
 
-A neighbour is a window of the image in a frame, of zeros or of border pixels. Gates are the
-affinities after the sigmoid. docs/dilated_affinity.md derives the backward pass, which needs all
-iterates of an image.
+A neighbour is a window of the image; if the border goes on, of the image in a frame of its border
+pixels. Gates are the affinities after the sigmoid. docs/dilated_affinity.md derives the backward
+pass, which needs all iterates of an image.
 """
 
 from __future__ import annotations
@@ -101,20 +101,14 @@ class Stencil:
     ) -> None:
         self.self_weight, self.normalizes = self_weight, normalize == "sum"
         self.slope = math.log(steepness) if from_logits else None
-        self.mode = "constant" if border == "valid" else "replicate"
         height, width = self.size = affinity.shape[-2:]
         offsets = rate_offsets(list(zip(rates[::2], rates[1::2], strict=True)))
-        self.steps = list(enumerate(zip(offsets[::2], offsets[1::2], strict=True)))
-        if border == "valid":
-            self.steps = [
-                (k, (dy, dx)) for k, (dy, dx) in self.steps if abs(dy) < height and abs(dx) < width
-            ]
-        else:  # beyond the image, a pixel further away is the same border pixel
-            self.steps = [
-                (k, (within(dy, height - 1), within(dx, width - 1))) for k, (dy, dx) in self.steps
-            ]
-        rows, columns = (max((step[dim] for _, step in self.steps), default=0) for dim in (0, 1))
-        self.frame = rows, columns
+        self.steps = list(zip(offsets[::2], offsets[1::2], strict=True))
+        self.frame = 0, 0
+        if border == "replicate":
+            # Beyond the image, a pixel further away is the same border pixel.
+            self.steps = [(within(dy, height - 1), within(dx, width - 1)) for dy, dx in self.steps]
+            self.frame = max(dy for dy, _ in self.steps), max(dx for _, dx in self.steps)
 
         self.gates = affinity.to(dtype)
         if self.slope is not None:
@@ -122,34 +116,37 @@ class Stencil:
 
     def framed(self, x: Tensor) -> Tensor:
         above, left = self.frame
-        return F.pad(x, (left, left, above, above), mode=self.mode) if above or left else x
+        return F.pad(x, (left, left, above, above), mode="replicate") if above or left else x
 
-    def windows(self) -> Iterator[tuple[int, Any]]:
-        """The number of every neighbour, and the neighbours of all pixels as a part of the framed
+    def windows(self) -> Iterator[tuple[int, Any, Any]]:
+        """The number of every neighbour, the pixels that have it, and where it is in the framed
         image.
         """
+
+        def shifted(step: int, size: int, frame: int) -> tuple[slice, slice]:
+            start, stop = max(0, -step - frame), min(size, size - step + frame)
+            return slice(start, stop), slice(start + step + frame, stop + step + frame)
+
         (height, width), (above, left) = self.size, self.frame
-        for k, (dy, dx) in self.steps:
-            rows, columns = (
-                slice(above + dy, above + dy + height),
-                slice(left + dx, left + dx + width),
-            )
-            yield k, (..., rows, columns)
+        for k, (dy, dx) in enumerate(self.steps):
+            if abs(dy) < height + above and abs(dx) < width + left:
+                rows, columns = shifted(dy, height, above), shifted(dx, width, left)
+                yield k, (..., rows[0], columns[0]), (..., rows[1], columns[1])
 
     def step(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration, and the divisor (n, 1, H, W) of its result."""
         y = self.self_weight * p * p.amax(dim=1, keepdim=True)
         framed = self.framed(p)
-        for k, window in self.windows():
-            y.addcmul_(self.gates[:, k : k + 1], framed[window])
+        for k, here, there in self.windows():
+            y[here].addcmul_(self.gates[:, k : k + 1][here], framed[there])
         total = y.sum(dim=1, keepdim=True)
-        return (y / total.masked_fill(total == 0, math.inf) if self.normalizes else y), total
+        total.masked_fill_(total == 0, math.inf)
+        return (y.div_(total) if self.normalizes else y), total
 
     def normalize_backward(self, grad_p: Tensor, p: Tensor, total: Tensor) -> Tensor:
         """The gradient of y, given the gradient of p = y / total."""
         if not self.normalizes:
             return grad_p
-        total = total.masked_fill(total == 0, math.inf)
         return (grad_p - (grad_p * p).sum(dim=1, keepdim=True)) / total
 
     def step_backward(self, grad_y: Tensor, p: Tensor) -> Tensor:
@@ -159,18 +156,18 @@ class Stencil:
         largest_grad = (grad_y * p).sum(dim=1, keepdim=True)
         grad_p = self.self_weight * grad_p.scatter_add_(1, first, largest_grad)
         framed = torch.zeros_like(self.framed(p))
-        for k, window in self.windows():
-            framed[window].addcmul_(self.gates[:, k : k + 1], grad_y)
-        if self.mode == "replicate":
-            fold_frame(framed, self.frame)
+        for k, here, there in self.windows():
+            framed[there].addcmul_(self.gates[:, k : k + 1][here], grad_y[here])
+        fold_frame(framed, self.frame)
         (height, width), (above, left) = self.size, self.frame
-        return grad_p + framed[..., above : above + height, left : left + width]
+        return grad_p.add_(framed[..., above : above + height, left : left + width])
 
     def gates_backward(self, grad_y: Tensor, p: Tensor, grad_gates: Tensor) -> None:
         """Adds the gradient of the gates in one iteration."""
         framed = self.framed(p)
-        for k, window in self.windows():
-            grad_gates[:, k] += (grad_y * framed[window]).sum(dim=1)
+        for k, here, there in self.windows():
+            products = grad_y[here] * framed[there]
+            grad_gates[:, k : k + 1][here] += products.sum(dim=1, keepdim=True)
 
     def affinity_backward(self, grad_gates: Tensor) -> Tensor:
         """The gradient of the affinity, in place of the gradient of the gates."""
