@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import finetune
 import numpy as np
 from charts import draw_curves
 from page import Page
@@ -75,7 +76,7 @@ THIN_METRICS: dict[str, Metric] = {
     "F1 at 2 pixels": tuned(tolerant_f1),
     "clDice": tuned(cl_dice),
     "IoU": tuned(thin_iou),
-    "F1 at threshold 0.5": untuned(tolerant_f1),
+    "F1 at 0.5": untuned(tolerant_f1),
     "clDice at 0.5": untuned(cl_dice),
     "IoU at 0.5": untuned(thin_iou),
 }
@@ -146,7 +147,17 @@ def section(page: Page) -> None:
         for name in names
         for run in [runs_of(page, name)[0]["run"]]
     )
+    planned = finetune.FIRST | finetune.THEN | finetune.LAST
+    missing = [
+        f"- {TITLE[name]}: {'; '.join(NAMES[loss] for loss in left)}"
+        for name in finetune.SETTINGS
+        for left in [[loss for loss in planned if loss not in rows_of(page, name)]]
+        if left
+    ]
     page.say("## Networks trained end to end", SETTINGS, f"Steps and learning rate: {steps}.")
+    if missing:
+        page.say("Planned and not run yet; `study/finetune.py train` goes on with them:")
+        page.say("\n".join(missing))
     for name in names:
         rows, metrics = rows_of(page, name), metrics_of(page, name)
         seeds = "; ".join(f"{NAMES[loss]} {len(by_seed)}" for loss, by_seed in rows.items())
@@ -195,7 +206,7 @@ def cost(page: Page, names: list[str]) -> None:
     lines = []
     for name in names:
         times = step_times(page, name)
-        for loss, ms in times.items():
+        for loss, ms in sorted(times.items(), key=lambda one: list(NAMES).index(one[0])):
             lines.append([TITLE[name], NAMES[loss], f"{ms:.0f}", f"{ms / times['ce']:.2f}"])
     page.say(
         "CPU time of a step, the median over steps and seeds; the machine was shared, so that a "

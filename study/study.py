@@ -178,8 +178,8 @@ def propagation(study: Study) -> None:
                 found = {split: search(some, *facts) for split, some in splits.items()}
                 found |= by_category(splits["test"], *facts)
                 networks.append({"data": name, "seed": run.seed, "rates": facts[0], **found})
-    content = {"sure": SURE, "settings": SETTINGS, "networks": networks}
-    write_json(study.options.results / "propagation.json", content)
+                content = {"sure": SURE, "settings": SETTINGS, "networks": networks}
+                write_json(study.options.results / "propagation.json", content)
 
 
 def examples(study: Study, data: Data, network: Network, items: list) -> Iterator[Example]:
