@@ -116,6 +116,19 @@ def test_the_rows_of_speed_are_measurements():
     assert readme.with_table(page, slower) != page
 
 
+def test_the_scores_of_cracks_are_those_of_the_trainings():
+    lines = (ROOT / "docs/results/cracks.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    page = (ROOT / "docs/which-loss.md").read_text()
+    for loss in ("bce", "bce+field"):
+        for score in ("f1", "miou"):
+            scores = [row["test"][score] for row in rows if row["loss"] == loss]
+            assert len(scores) == 3
+            mean = sum(scores) / 3
+            assert f"{mean:.3f} ({min(scores):.3f} to {max(scores):.3f})" in page
+    assert f"--steps {rows[0]['steps']}" in page
+
+
 def test_native_kernels_are_shown_once_they_are_measured():
     readme = pytest.importorskip("readme", exc_type=ImportError)
     row = {"op": "affinity_field", "mode": "fwd_bwd", "dtype": "float32", "peak_bytes": 1e6}
