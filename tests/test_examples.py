@@ -601,7 +601,7 @@ def rand_errors(output):
 
 
 def test_cells_are_found(segment_cells, membranes, tmp_path):
-    status, output, errors = segment_cells(membranes, "--steps", 40)
+    status, output, errors = segment_cells(membranes, "--steps", 160)
     assert status == 0, errors
     found = rand_errors(output)
     assert list(found) == ["affinities", "boundaries"]
