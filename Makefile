@@ -5,9 +5,9 @@ TORCH :=
 BIN := $(VENV)/bin
 
 # Tests of the tiles as a GPU runs them, on a machine without a GPU.
-TILE_TESTS := backend affinity_field affinity_propagation affinity_regression dilated_affinity instance_affinity compile
+TILE_TESTS := backend affinity_field affinity_propagation affinity_regression box_pairwise dilated_affinity instance_affinity compile
 
-.PHONY: help demo test test-version test-ptx test-nightly bench docs lint format wheel clean
+.PHONY: help demo test test-version test-ptx test-nightly bench docs lint format package clean
 
 help:
 	@echo "make demo          trains with two losses: a table, pictures; DATA=folder"
@@ -17,7 +17,7 @@ help:
 	@echo "make test-ptx      without a GPU: the tiles, compiled for one and emulated"
 	@echo "make test-nightly  deliberate faults, tools, demo and study, random examples"
 	@echo "make lint          style and types; make format mends style"
-	@echo "make wheel         the package, in dist"
+	@echo "make package       the package as an archive and a wheel, checked, in dist"
 	@echo "make clean         removes .venv and what was built"
 	@echo
 	@echo "ARGS adds arguments: make test ARGS=\"-k opcheck\", make demo ARGS=--help."
@@ -43,7 +43,7 @@ test-ptx: $(VENV)/test.stamp
 
 # Deliberate faults, tests of tools, demo and study; then slow tests, and thousands of random
 # examples per property.
-test-nightly: $(VENV)/test.stamp
+test-nightly: $(VENV)/nightly.stamp
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/nightly $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto --dist worksteal -m "hypothesis or nightly" $(ARGS)
 
@@ -63,8 +63,10 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/dev.stamp
-	$(BIN)/python -m build --wheel
+package: $(VENV)/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

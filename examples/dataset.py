@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tritonaff.files import read_label
+from tritonaff.plotting import PALETTE
 
 T = TypeVar("T")
 SUFFIXES = ".jpg", ".jpeg", ".png"  # of images, in lower case
@@ -25,6 +26,8 @@ class Dataset(NamedTuple):
     train: list[Pair]
     val: list[Pair]
     test: list[Pair]
+    test_names: tuple[str, ...] = ()
+    palette: tuple[str, ...] = PALETTE  # colours of the classes
 
 
 class DataError(Exception):
@@ -42,21 +45,24 @@ def load_folder(folder: Path, ignore_index: int) -> Dataset:
     if not classes:
         raise DataError(f"{path} is empty: one class name per line")
 
-    def split(name: str) -> list[Pair]:
+    def split(name: str) -> tuple[list[Pair], list[Path]]:
         paths = (folder / "images" / name).glob("*")
-        images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        images = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
         if not images:
             raise DataError(f"there is no .jpg, .jpeg or .png in {folder / 'images' / name}")
         labels = folder / "labels" / name
         pairs = [
             load_pair(image, labels / f"{image.stem}.png", len(classes), ignore_index)
-            for image in sorted(images)
+            for image in images
         ]
         if all((values == ignore_index).all() for _, values in pairs):
             raise DataError(f"all pixels in {labels} are ignored, --ignore-index {ignore_index}")
-        return pairs
+        return pairs, images
 
-    return Dataset(folder.resolve().name, classes, split("train"), split("val"), split("test"))
+    (train, _), (val, _), (test, images) = map(split, ("train", "val", "test"))
+    palette = read_palette(folder / "labels/test" / f"{images[0].stem}.png", len(classes))
+    names = tuple(image.name for image in images)
+    return Dataset(folder.resolve().name, classes, train, val, test, names, palette or PALETTE)
 
 
 def load_pair(image_path: Path, label_path: Path, num_classes: int, ignore_index: int) -> Pair:
@@ -80,6 +86,14 @@ def read(reader: Callable[[Path], T], path: Path) -> T:
         return reader(path)
     except Exception as error:  # a broken file raises almost any
         raise DataError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
+
+
+def read_palette(path: Path, num_classes: int) -> tuple[str, ...] | None:
+    """The colours of the classes in a label image's palette; None if there is no such palette."""
+    with Image.open(path) as image:
+        values = (image.getpalette() or [])[: 3 * num_classes]
+    colours = tuple(f"#{bytes(rgb).hex()}" for rgb in zip(*[iter(values)] * 3, strict=False))
+    return colours if len(set(colours)) == num_classes else None
 
 
 MODES_OF_8_BITS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # Pillow stretches fewer bits to 8

@@ -1,4 +1,4 @@
-"""Trains one small network with several losses and compares them: a table and a picture.
+"""Trains one small network with several losses and compares them: a table and two pictures.
 
     python examples/train.py                               # drawn scenes; minutes on two CPU cores
     python examples/train.py --data FOLDER                 # your own images, see --help
@@ -27,8 +27,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from dataset import DataError, Dataset, load_folder, random_crops
-from evaluation import draw, score
+from evaluation import score, thin_classes, validate
 from network import Output, SmallUNet, to_input
+from pictures import draw_predictions, draw_training
 from rich.console import Console
 from rich.table import Table, box
 from scenes import CLASSES, make_scenes
@@ -48,6 +49,7 @@ class CrossEntropy(nn.Module):
     def __init__(self, data: Dataset, ignore_index: int) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.aaf: tritonaff.AdaptiveAffinityFieldLoss | None = None  # whose sizes are drawn
 
     def forward(self, output: Output, target: Tensor, progress: Tensor) -> Tensor:
         ignore = self.ignore_index
@@ -119,7 +121,9 @@ LOSSES = {
 class Result(NamedTuple):
     title: str
     network: nn.Module
-    losses: list[float]  # one per step
+    criterion: CrossEntropy
+    losses: dict[int, float]  # by step
+    val: dict[int, float]  # mIoU of the validation split by step
     step_ms: float
 
 
@@ -139,7 +143,7 @@ def train(name: str, data: Dataset, options: argparse.Namespace, device: torch.d
 
     torch.compiler.reset()
     forward = torch.compile(objective, fullgraph=True) if options.compile else objective
-    losses, times = [], []
+    losses, val, times = {}, {}, []
     for step, (images, target) in enumerate(islice(random_crops(data.train, options), steps)):
         # The progress is a tensor: a Python number that changes would compile again.
         progress = torch.tensor(step / steps, device=device)
@@ -155,14 +159,14 @@ def train(name: str, data: Dataset, options: argparse.Namespace, device: torch.d
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())  # waits for the device
+        losses[step] = loss.item()  # waits for the device
         times.append(time.perf_counter() - start)
         poly.step()
-        if (step + 1) * 4 // steps > step * 4 // steps:
-            iou, _ = score(network, data.val, len(data.classes), options.ignore_index)
-            status = f"loss {losses[-1]:.2f}  val mIoU {iou:.3f}"
+        if (step + 1) * 8 // steps > step * 8 // steps:
+            val[step] = validate(network, data.val, len(data.classes), options.ignore_index)
+            status = f"loss {losses[step]:.2f}  val mIoU {val[step]:.3f}"
             print(f"{title}: step {step + 1}/{steps}  {status}", flush=True)
-    return Result(title, network, losses, 1000 * statistics.median(times))
+    return Result(title, network, criterion, losses, val, 1000 * statistics.median(times))
 
 
 # ------------------------------------------------------------------------------ command line
@@ -189,26 +193,36 @@ def run(options: argparse.Namespace) -> None:
     else:  # the same scenes for every --seed
         scenes = make_scenes(400, 1), make_scenes(50, 2), make_scenes(100, 3)
         data = Dataset("scenes", list(CLASSES), *scenes)
-    picture, losses = (options.output / f"{data.name}{end}" for end in (".png", "-losses.csv"))
+    names = (f"{data.name}{end}" for end in (".png", "-training.png", "-losses.csv"))
+    picture, training, losses = (options.output / name for name in names)
     check_writable(picture)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test"
     print(f"{data.name}: {len(data.classes)} classes, {counts} images; on {device}", flush=True)
     results = [train(name, data, options, device) for name in options.loss]
 
+    thin, ious = thin_classes(data.train, len(data.classes)), {}
     console = Console()
     table = Table("loss", box=box.ROUNDED if console.is_terminal else box.ASCII)
-    for heading in ("mIoU", "boundary F", "step time (ms)"):
+    for heading in ("mIoU", "thin IoU", "boundary F", "step time (ms)"):
         table.add_column(heading, justify="right")
-    for title, network, _, step_ms in results:
-        iou, boundary_f = score(network, data.test, len(data.classes), options.ignore_index)
-        table.add_row(title, f"{iou:.3f}", f"{boundary_f:.3f}", f"{step_ms:.1f}")
+    for result in results:
+        iou, f = score(result.network, data.test, len(data.classes), options.ignore_index)
+        of_thin = f"{iou[thin].nanmean():.3f}" if thin else "-"
+        cells = f"{iou.nanmean():.3f}", of_thin, f"{f:.3f}", f"{result.step_ms:.1f}"
+        table.add_row(result.title, *cells)
+        ious[result.title] = iou
     console.print(table)
+    print("thin classes:", ", ".join(data.classes[k] for k in thin) or "none")
     with replacing(losses) as new, new.open("w", newline="", encoding="utf-8") as file:
-        rows = zip(range(options.steps), *(result.losses for result in results), strict=True)
-        csv.writer(file).writerows([("step", *options.loss), *rows])
-    draw(picture, data, {result.title: result.network for result in results})
-    print(f"picture: {picture}\nlosses: {losses}")
+        heading = "step", *options.loss, *(f"{name} val mIoU" for name in options.loss)
+        columns = *(result.losses for result in results), *(result.val for result in results)
+        rows = ([step, *(x.get(step) for x in columns)] for step in range(options.steps))
+        csv.writer(file).writerows([heading, *rows])
+    networks = {result.title: result.network for result in results}
+    draw_predictions(picture, data, networks, options.ignore_index)
+    draw_training(training, data, results, ious, options.ignore_index)
+    print(f"pictures: {picture}, {training}\nlosses and validation mIoU: {losses}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -225,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--size", type=whole(1), nargs=2, default=[96, 128], metavar=("H", "W"), help="of a crop")
     add("--learning-rate", type=rate, default=3e-3, help="at the first step")
     add("--seed", type=whole(0), default=0, help="of initial weights and crops")
-    add("--output", type=Path, default=Path("runs"), help="folder of the picture and the losses")
+    add("--output", type=Path, default=Path("runs"), help="folder of the pictures and the losses")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     # fmt: on
     return parser.parse_args()

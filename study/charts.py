@@ -10,15 +10,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from tables import NAMES, Panels, paired, values_of
 
+COLUMNS = 4  # panels side by side
+
 
 def draw_differences(panels: Panels, path: Path) -> None:
     """A panel for each metric: a dot for each seed, a bar for their mean, a gray band of the range
     of cross-entropy over seeds.
     """
     losses = list(dict.fromkeys(x for rows, _ in panels.values() for x in rows if x != "ce"))
-    figure = Figure((2.6 * len(panels) + 1.6, 0.36 * len(losses) + 1.1), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (rows, metric)) in zip(axes, panels.items(), strict=True):
+    columns = min(len(panels), COLUMNS)
+    count = -(-len(panels) // columns)  # rows of panels
+    size = 2.6 * columns + 1.6, count * (0.36 * len(losses) + 0.9) + 0.2
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(count, columns, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, (rows, metric)) in zip(axes, panels.items(), strict=False):
         spread = np.ptp(values_of(rows, "ce", metric))
         axis.axvspan(-spread, spread, color="0.9")
         axis.axvline(0, color="0.5", linewidth=0.8)

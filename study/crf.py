@@ -21,5 +21,5 @@ def refined(probs: np.ndarray, image: np.ndarray) -> np.ndarray:
     cost = -np.log(np.clip(probs, 1e-8, 1)).reshape(count, -1).astype(np.float32)
     model.setUnaryEnergy(np.ascontiguousarray(cost))
     model.addPairwiseGaussian(**SMOOTHNESS)
-    model.addPairwiseBilateral(rgbim=np.ascontiguousarray(image), **APPEARANCE)
+    model.addPairwiseBilateral(rgbim=np.array(image, order="C"), **APPEARANCE)
     return np.array(model.inference(ITERATIONS), np.float32).reshape(probs.shape)

@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 import numpy as np
+import propagation
 import torch
-from architecture import STRIDE
 from charts import draw_differences, draw_sizes
 from page import Page
-from propagation import COLUMNS, PIXELS
 from tables import (
     METRICS,
     NAMES,
@@ -19,7 +18,6 @@ from tables import (
     THIN,
     TITLE,
     class_metrics,
-    difference_cell,
     difference_table,
     short_cell,
     table,
@@ -42,7 +40,7 @@ def sections(page: Page) -> None:
         published,
         step_cost,
         regression,
-        propagation,
+        propagation.section,
         sizes,
         dilated,
         transfer,
@@ -208,117 +206,6 @@ def regression(page: Page) -> None:
         )
 
 
-def propagation(page: Page) -> None:
-    lines = []
-    for data in page.study["data"]:
-        tables = [
-            100 * np.array(result["scores"]["propagation"])
-            for result in page.named(data)
-            if "propagation" in result["scores"]
-        ]
-        if tables:
-            for k, name in enumerate(("predicted", "ground-truth")):
-                cells = np.stack(tables)[:, k]
-                lines.append(
-                    [
-                        f"{TITLE[data]}, {name} affinity",
-                        *(value_cell(column) for column in cells.T.tolist()),
-                    ]
-                )
-    if lines:
-        count = len(lines[0]) - 1
-        page.say(
-            "### Propagation",
-            "mIoU after some iterations at the logits' resolution, along the affinity that the "
-            "head predicts and along the affinity of the labels, as Tables 3 and 4 of the "
-            "paper:",
-            table(["iterations", *map(str, ITERATIONS[:count])], lines),
-        )
-    if page.propagation is not None:
-        harm(page)
-        page.say(*remedy(page))
-
-
-GROUPS = {"n0 to n2": (0, 1, 2), "n3 to n5": (3, 4, 5), "n6, n7": (6, 7), "n8": (8,)}
-
-
-def harm(page: Page) -> None:
-    """Why propagation harms: what each category gains and loses."""
-    lines = []
-    for data in page.study["data"]:
-        found = [run for run in page.propagation["networks"] if run["data"] == data]
-        for k in range(len(found[0]["rates"]) if found else 0):
-            sums = {name: sum(np.array(run[name][k]) for run in found) for name in COLUMNS}
-            accuracy = np.nanmean([np.array(run["accuracy"], float)[k] for run in found], axis=0)
-            for group, members in GROUPS.items():
-                one = {name: values[[*members]].sum() for name, values in sums.items()}
-                if one["pixels"]:
-                    cells = [
-                        100 * one["pixels"] / sums["pixels"].sum(),
-                        100 * np.nanmean(accuracy[[*members]]),
-                        100 * one["right"] / one["pixels"],
-                        100 * one["right_after"] / one["pixels"],
-                        one["same"] / one["pixels"],
-                        one["other"] / one["pixels"],
-                    ]
-                    pixels = STRIDE * found[0]["rates"][k][0]
-                    name = f"{TITLE[data]}, rate {pixels}, {group}"
-                    lines.append([name, *(f"{x:.1f}" for x in cells)])
-    headings = "share", "affinity right", "pixels right", "after", "same", "other"
-    page.say(HARM, table(["", *headings], lines))
-
-
-def remedy(page: Page) -> list[str]:
-    """The settings that were tried, and whether one is safe."""
-    found, settings = page.propagation, [tuple(x) for x in page.propagation["settings"]]
-    sets = list(dict.fromkeys(run["data"] for run in found["networks"]))
-    changes = {  # by split and set: (seeds, settings), percent points of mIoU
-        (split, data): np.array(
-            [
-                100 * (np.array(run[split][1:]) - run[split][0])
-                for run in found["networks"]
-                if run["data"] == data
-            ]
-        )
-        for split in ("val", "test")
-        for data in sets
-    }
-    least = np.min([changes["val", data].mean(axis=0) for data in sets], axis=0)
-    lines = []
-    for pixels in PIXELS:
-        own = [k for k, setting in enumerate(settings) if setting[-1] == pixels]
-        for k in dict.fromkeys((own[0] + 2 * len(PIXELS), max(own, key=lambda k: least[k]))):
-            weight, steepness, iterations, _ = settings[k]
-            name = f"{pixels}: λ {weight:g}, μ {steepness:g}, {iterations} iterations"
-            cells = [
-                difference_cell(
-                    changes[split, data][:, k].tolist(), [0.0] * len(changes[split, data])
-                )
-                for split in ("val", "test")
-                for data in sets
-            ]
-            lines.append([name, *cells])
-    best = int(least.argmax())
-    safe = all((changes["val", data][:, best] >= 0).all() for data in sets) and least[best] > 0
-    weight, steepness, iterations, pixels = settings[best]
-    said = (
-        f"the best, on {pixels} pixels with λ {weight:g}, μ {steepness:g} and {iterations} "
-        f"iterations, changes mIoU by {least[best]:+.2f} on the validation split of the set where "
-        "its change is least"
-    )
-    verdict = (
-        f"Rule: {said}, and loses with no seed of either set."
-        if safe
-        else f"No rule: {said}; with a seed of a set every setting loses."
-    )
-    heads = [f"{TITLE[data]}, {split}" for split in ("validation", "test") for data in sets]
-    return [
-        REMEDY.format(count=len(settings), sure=found["sure"]),
-        table(["pixels, setting", *heads], lines),
-        verdict,
-    ]
-
-
 def sizes(page: Page) -> None:
     runs = [run for run in page.named("camvid") if run["run"]["loss"] == "ce+aaf"]
     if runs:
@@ -480,22 +367,6 @@ def rates_of(run: dict[str, Any]) -> str:
     return "{" + ", ".join(str(r).replace("[", "(").replace("]", ")") for r in rates) + "}"
 
 
-HARM = (
-    "Why: the pixels by their number of neighbours with the same label, along one rate, 10 "
-    "iterations, λ 6, μ 7, all percent but the last two columns. These are the sums of the gates "
-    "to a pixel's neighbours with its label and with another label. A pixel keeps its class "
-    "while λ max p and the same gates outweigh the other gates, in each of 10 iterations; the "
-    "pixels of thin things and beside boundaries have the least accurate affinity and the most "
-    "neighbours of another label."
-)
-REMEDY = (
-    "Settings, {count} in all: λ, μ, the number of iterations, and the pixels that take the "
-    'result: "all"; "unsure", whose largest probability is below {sure:g}; "inside", whose '
-    'predicted affinity is "same" with every neighbour. For each kind of pixels the '
-    "paper's setting, then the setting whose least change over the sets, on the validation split, "
-    "is the greatest. mIoU minus mIoU without propagation, at the logits' resolution:"
-)
-ITERATIONS = (0, 1, 3, 6, 10)
 SETTINGS = """\
 - Backbone: EfficientNet-Lite0 with ImageNet weights, frozen; its features at strides 4, 8, 16 and
   32 are computed once, of the image and of its mirror image, and kept as float16.

@@ -87,6 +87,11 @@ def score(
     return result
 
 
+def is_complete(run: Run, scores: dict[str, Any] | None, whole: bool) -> bool:
+    """True if scores of an earlier ``score`` lack nothing."""
+    return scores is not None and ("crf" in scores or not whole or run.loss != "ce")
+
+
 def after_crf(network: Network, data: Data, device: torch.device) -> dict[str, Any]:
     """Metrics of the test split after a dense CRF, and its CPU time for an image."""
     folder, score, seconds = data.folder, Score(data.folder), []

@@ -46,7 +46,7 @@ from propagation import SETTINGS, SURE, Example, by_category, search
 from report import write
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from scoring import TOLERANCE, score
+from scoring import TOLERANCE, is_complete, score
 from tables import TITLE
 from training import compiled_objective, machine, make, make_optimizer, objective, outputs, train
 
@@ -134,10 +134,10 @@ class Study:
         for k, run in enumerate(runs):
             self.bars.update(self.task, description=run.name, total=len(runs), completed=k)
             path = self.output / f"{run.name}.scores.json"
-            if "scores" in results[run.name]:
+            whole = any(run in tables.get(name, ()) for name in plan.FULL)
+            if is_complete(run, results[run.name].get("scores"), whole):
                 continue
             if not path.exists():
-                whole = any(run in tables.get(name, ()) for name in plan.FULL)
                 data = self.data(run.data)
                 write_json(path, score(run, self.trained(run), data, self.device, whole))
             results[run.name]["scores"] = json.loads(path.read_text())
@@ -178,8 +178,8 @@ def propagation(study: Study) -> None:
                 found = {split: search(some, *facts) for split, some in splits.items()}
                 found |= by_category(splits["test"], *facts)
                 networks.append({"data": name, "seed": run.seed, "rates": facts[0], **found})
-    content = {"sure": SURE, "settings": SETTINGS, "networks": networks}
-    write_json(study.options.results / "propagation.json", content)
+                content = {"sure": SURE, "settings": SETTINGS, "networks": networks}
+                write_json(study.options.results / "propagation.json", content)
 
 
 def examples(study: Study, data: Data, network: Network, items: list) -> Iterator[Example]:

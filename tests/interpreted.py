@@ -25,6 +25,7 @@ BLOCKS = {
         "matrix_points": 128,
     },
     "affinity_propagation": {"pixels": 1 << 12, "elements": 1 << 15, "gate_pixels": 1 << 12},
+    "box_pairwise": {"pixels": 1 << 12},
     "dilated_affinity": {"pixels": 1 << 12, "tables_pixels": 1 << 12},
     "instance_affinity": {"voxels": 1 << 14, "tables_voxels": 1 << 14},
 }

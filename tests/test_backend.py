@@ -205,7 +205,9 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
     assert launched == [(None, {"BLOCK": 2, "enable_fp_fusion": True})] * 2
 
 
-LOSSES = {name: case for name, case in CASES.items() if name != "affinity_propagation"}
+# Losses of targets that ignore pixels.
+OTHERS = ("affinity_propagation", "box_pairwise", "refinement")
+LOSSES = {name: case for name, case in CASES.items() if name not in OTHERS}
 for title, loss in {
     "authors": partial(tritonaff.affinity_field_loss, variant="authors"),
     "cross_entropy": partial(tritonaff.affinity_field_cross_entropy, kernel_sizes=(3, 5)),

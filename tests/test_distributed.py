@@ -71,12 +71,26 @@ LOSSES = {
     "instances": lambda group: tritonaff.InstanceAffinityLoss(
         OFFSETS, loss={"bce": 1.0, "mse": 2.0}, balance="clipped", process_group=group
     ),
+    "boxes": lambda group: MasksOfImages(group),
     "instances, Dice": lambda group: tritonaff.InstanceAffinityLoss(
         OFFSETS, loss="dice", channels="pooled", process_group=group
     ),
 }
 # Cross-entropy divides by another number, which a normalizer does not hold; Dice is no sum.
-ACCUMULATED = [name for name in LOSSES if name not in ("cross-entropy", "instances, Dice")]
+ACCUMULATED = [name for name in LOSSES if name not in ("cross-entropy", "boxes", "instances, Dice")]
+
+
+class MasksOfImages(nn.Module):
+    """The loss of masks from boxes: the first channel is the mask of a box in each image."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.loss = tritonaff.BoxPairwiseLoss(process_group=group)
+
+    def forward(self, logits, target):
+        n = len(logits)
+        boxes = torch.tensor([[1, 2, 5, 7]]).expand(n, 4)
+        return self.loss(logits[:, 0], target.to(torch.uint8), boxes, torch.arange(n))
 
 
 class Segmenter(nn.Module):

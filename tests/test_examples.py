@@ -83,18 +83,22 @@ def test_a_data_set_in_a_folder(folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     for title in TITLES:
-        cells = re.escape(title), r"0\.\d+", r"0\.\d+", r"\d+\.\d"
+        cells = re.escape(title), r"0\.\d+", r"(?:0\.\d+|-)", r"0\.\d+", r"\d+\.\d"
         row = re.search(r"\|\s*" + r"\s*\|\s*".join(cells) + r"\s*\|", result.stdout)
         assert row, result.stdout
     table = [line for line in result.stdout.splitlines() if line.startswith(("|", "+"))]
     assert max(map(len, table)) <= 80
-    assert f"picture: {tmp_path}/data.png\nlosses: {tmp_path}/data-losses.csv\n" in result.stdout
-    assert Image.open(tmp_path / "data.png").size[0] > 500
+    assert "thin classes: " in result.stdout
+    pictures = [tmp_path / "data.png", tmp_path / "data-training.png"]
+    places = f"pictures: {pictures[0]}, {pictures[1]}\n"
+    assert f"{places}losses and validation mIoU: {tmp_path}/data-losses.csv\n" in result.stdout
+    assert all(Image.open(picture).size[0] > 500 for picture in pictures)
     with (tmp_path / "data-losses.csv").open(newline="") as file:
         heading, *rows = csv.reader(file)
-    assert heading == ["step", *LOSSES]
+    assert heading == ["step", *LOSSES, *(f"{name} val mIoU" for name in LOSSES)]
     assert [row[0] for row in rows] == ["0", "1", "2"]
-    ce, aaf, ar, dilated = zip(*(map(float, row[1:]) for row in rows), strict=True)
+    assert all(0 <= float(row[5]) <= 1 for row in rows)
+    ce, aaf, ar, dilated = zip(*(map(float, row[1:5]) for row in rows), strict=True)
     assert ce[:2] == ar[:2]  # the same weights and batches, and no other loss before the last third
     assert ce[2] < ar[2]
     assert ce[0] < min(aaf[0], dilated[0])
@@ -197,7 +201,7 @@ def test_a_full_disk_takes_one_line_and_leaves_no_part(folder, tmp_path, main, c
     # Existing files stay unchanged.
     assert main(*arguments) == 0
     files = {path: path.read_bytes() for path in output.iterdir()}
-    assert len(files) == 2
+    assert len(files) == 3
     capsys.readouterr()
     for size, name in ((1000, "data.png"), (10, "data-losses.csv")):
         with full_disk(size):
@@ -233,20 +237,53 @@ def test_an_interrupted_training_takes_one_line(folder, tmp_path):
 def test_names_of_classes_are_no_mathematics(script, folder, tmp_path, monkeypatch):
     names = [r"$\x$", "$x^2$", "_sky"]
     (folder / "classes.txt").write_text("\n".join(names))
-    figures = []
-    evaluation = sys.modules["evaluation"]
-    save = evaluation.Figure.savefig
+    pictures, figures = sys.modules["pictures"], []
+    save = pictures.Figure.savefig
 
     def keep(figure, *args, **options):
         figures.append(figure)
         save(figure, *args, **options)
 
-    monkeypatch.setattr(evaluation.Figure, "savefig", keep)
-    script.draw(tmp_path / "one.png", script.load_folder(folder, 11), {})
+    monkeypatch.setattr(pictures.Figure, "savefig", keep)
+    data, networks = script.load_folder(folder, 11), {"untrained": script.SmallUNet(3)}
+    script.draw_predictions(tmp_path / "one.png", data, networks, 11)
     assert Image.open(tmp_path / "one.png").format == "PNG"
     texts = figures[0].legends[0].get_texts()
-    assert [text.get_text() for text in texts] == names
+    assert [text.get_text() for text in texts] == [*names, "void", "right", "wrong"]
     assert not any(text.get_parse_math() for text in texts)
+    first, _, last = (figures[0].axes[k] for k in (0, 1, 2))
+    assert first.get_xlabel() == "one.png"
+    assert re.fullmatch(r"mIoU 0\.\d{3}", last.get_xlabel())
+    # The prediction is masked where the truth is void.
+    assert last.images[0].get_array()[0, 0].tolist() == [255, 255, 255]
+
+
+def test_the_palette_of_a_data_set(script, folder):
+    assert script.load_folder(folder, 11).palette == sys.modules["dataset"].PALETTE
+    labels = Image.open(folder / "labels/test/one.png")
+    labels.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, *[0] * 759])
+    labels.save(folder / "labels/test/one.png")
+    assert script.load_folder(folder, 11).palette == ("#ff0000", "#00ff00", "#0000ff")
+
+
+def test_thin_classes_and_the_part_of_an_image_with_most_of_them(script):
+    labels = np.zeros((40, 64), np.uint8)
+    labels[:, 20:] = 1
+    labels[12:22, 41:44] = 2  # a pole, 3 wide
+    labels[:, 30:32] = 255
+    evaluation, pictures = sys.modules["evaluation"], sys.modules["pictures"]
+    assert evaluation.thin_classes([(None, labels)], 4) == [2]
+    top, left, bottom, right = pictures.thinnest(labels, 4)
+    assert (bottom - top, right - left) == (10, 16)
+    assert (top, bottom) == (12, 22)
+    assert left <= 41 <= 44 <= right
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = json.loads((SCRIPT.parent / "affinity.ipynb").read_text())
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(codes) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in codes)
 
 
 # ------------------------------------------------------------------------------- kinds of images
@@ -672,3 +709,70 @@ def test_data_sets_without_cells_are_refused(segment_cells, membranes, instances
     )
     (membranes / "classes.txt").write_text("membrane\ncell\nblood\n")
     assert segment_cells(membranes)[2] == "error: expected two classes, membrane first, got 3\n"
+
+
+# --------------------------------------------------------------------------------------- boxes
+
+
+@pytest.fixture
+def boxes(script):
+    pytest.importorskip("scipy")
+    return importlib.import_module("boxes")
+
+
+@pytest.fixture
+def yard(tmp_path):
+    """Images of a dark and a bright disc on a gray ground, of two classes."""
+    root, rng = tmp_path / "yard", np.random.default_rng(0)
+    rows, columns = np.arange(48)[:, None], np.arange(72)
+    for split in ("train", "val", "test"):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for k in range(3):
+            labels = np.zeros((48, 72), np.uint8)
+            labels[(rows - 22) ** 2 + (columns - 18 - k) ** 2 < 150] = 1
+            labels[(rows - 25) ** 2 + (columns - 52 + k) ** 2 < 180] = 2
+            labels[2, 2] = 1  # too small
+            color = np.array([120, 20, 230])[labels] + rng.normal(0, 3, labels.shape)
+            Image.fromarray(color.astype(np.uint8)).save(root / "images" / split / f"{k}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
+    (root / "classes.txt").write_text("ground\ncar\npedestrian\n")
+    return root
+
+
+def test_masks_from_boxes_are_better_than_boxes(boxes, yard, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        small = ["--steps", 60, "--batch-size", 4, "--size", 40, 56, "--every", 1]
+        arguments = [yard, *small, "--output", tmp_path / "runs", *arguments]
+        monkeypatch.setattr(sys, "argv", ["boxes.py", *map(str, arguments)])
+        with tritonaff.use_backend("portable"):
+            status = boxes.main()
+        return status, *capsys.readouterr()
+
+    status, output, _ = run("--loss", "projection+pairwise")
+    assert status == 0
+    cells = re.findall(r"\| ([a-z ,+]+?) *\| *([01]\.\d{3}) \| *([01]\.\d{3}) \|", output)
+    titles = ["boxes", "projections + pairwise", "coarse", "coarse, refined"]
+    assert [title for title, *_ in cells] == titles
+    iou = {title: [float(value) for value in values] for title, *values in cells}
+    for channel in range(2):  # a disc fills 0.79 of its box
+        assert iou["boxes"][channel] < 0.85 < iou["projections + pairwise"][channel]
+        assert iou["coarse, refined"][channel] > iou["coarse"][channel]
+    assert Image.open(tmp_path / "runs/yard-boxes.png").format == "PNG"
+
+    error = "error: tree is none of the classes ground, car, pedestrian\n"
+    assert run("--classes", "tree")[2] == error
+
+
+def test_boxes_of_connected_parts(boxes):
+    labels = torch.zeros(2, 6, 8, dtype=torch.uint8)
+    labels[0, 1:3, 2:6] = 7
+    labels[0, 4, 0] = 7
+    labels[1, 5, 7] = 9
+    found = boxes.find_boxes(labels, [9, 7])
+    assert found.edges.tolist() == [[2, 1, 5, 2], [0, 4, 0, 4], [7, 5, 7, 5]]
+    assert found.image_index.tolist() == [0, 0, 1]
+    assert found.channel.tolist() == [1, 1, 0]
+    expected = torch.stack([labels == 9, labels == 7], dim=1)
+    assert torch.equal(boxes.filled(found, expected.shape), expected)
+    assert len(boxes.find_boxes(labels, [3]).edges) == 0

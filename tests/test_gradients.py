@@ -8,8 +8,10 @@ from tritonaff.ops import (
     affinity_field,
     affinity_propagation,
     affinity_regression,
+    box_pairwise,
     definition,
     dilated_affinity,
+    image_affinity,
     instance_affinity,
 )
 from tritonaff.testing import (
@@ -23,7 +25,9 @@ MODULES = (
     affinity_field,
     affinity_propagation,
     affinity_regression,
+    box_pairwise,
     dilated_affinity,
+    image_affinity,
     instance_affinity,
 )
 OPS = {
@@ -100,6 +104,16 @@ def instance_affinity_table(name):
     getattr(terms, name).sum().backward()
 
 
+def box_pairwise_loss():
+    logits, *others = CASES["box_pairwise"].make_inputs((1, 2, 6, 7))
+    tritonaff.box_pairwise_loss(logits.requires_grad_(), *others).backward()
+
+
+def image_affinity_weights():
+    images = torch.rand(1, 3, 6, 7, requires_grad=True)
+    tritonaff.image_affinity(images, [1]).square().sum().backward()
+
+
 def propagate(needs_probs, needs_affinity):
     logits, _, affinity = make_propagation_inputs((1, 3, 6, 7))
     probs = logits.softmax(dim=1).requires_grad_(needs_probs)
@@ -125,6 +139,8 @@ PATHS = {
     "instances, -log pt": lambda: instance_affinity_table("log_loss"),
     "instances, p": lambda: instance_affinity_table("p_sum"),
     "instances, focal": lambda: instance_affinity_table("focal_sum"),
+    "boxes": box_pairwise_loss,
+    "weights from images": image_affinity_weights,
     "propagation": lambda: propagate(True, True),
     "propagation of probs": lambda: propagate(True, False),
     "propagation of affinity": lambda: propagate(False, True),

@@ -1,4 +1,8 @@
-"""The loss modules: options, decay, the minimax game, state."""
+"""The loss modules: options, decay, the minimax game, state, and what an editor shows of them."""
+
+import inspect
+import re
+import typing
 
 import pytest
 import torch
@@ -205,3 +209,28 @@ def test_what_the_head_predicts_is_what_loss_and_propagation_take():
 def test_bad_heads(arguments, error, message):
     with pytest.raises(error, match=message):
         tritonaff.DilatedAffinityHead(*arguments)
+
+
+PUBLIC = [getattr(tritonaff, name) for name in tritonaff.__all__ if name != "__version__"]
+
+
+def test_an_editor_shows_every_parameter_where_it_is():
+    for thing in PUBLIC:
+        assert not re.search(r"(?m)^ +[\w, ]+:( \([^)]*\) \w+,)? see :", thing.__doc__ or ""), thing
+        forward = vars(thing).get("forward") if isinstance(thing, type) else None
+        if forward is not None:
+            names = inspect.signature(forward).parameters.keys() - {"self"}
+            missing = [name for name in names if not re.search(rf"\b{name}\b", forward.__doc__)]
+            assert missing == [], thing
+
+
+def test_an_editor_offers_the_values_of_options():
+    names = {"variant", "mode", "weighting", "backend", "activation", "reduction", "balance"}
+    seen = set()
+    for thing in PUBLIC:
+        function = thing.__init__ if isinstance(thing, type) else thing
+        hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+        for name in names & hints.keys():
+            assert typing.get_origin(hints[name]) is typing.Literal, (thing, name)
+            seen.add(name)
+    assert seen == names

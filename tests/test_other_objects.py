@@ -152,7 +152,10 @@ DTYPES = (
 )
 
 
-OTHERS = ("affinity_field_sigmoid", "affinity_propagation", "instance_affinity")
+OTHERS = (
+    "affinity_field_sigmoid", "affinity_propagation", "box_pairwise", "instance_affinity",
+    "refinement",
+)  # fmt: skip
 OF_CLASSES = [name for name in CASES if name not in OTHERS]
 
 

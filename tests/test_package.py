@@ -1,6 +1,7 @@
 """The contents of archives, and the layout of the top level."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -61,6 +62,37 @@ def test_an_sdist_holds_the_tests_and_passes_them(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", quick]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.nightly
+def test_an_installed_wheel_computes_a_loss(tmp_path):
+    target = tmp_path / "site-packages"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target)]
+    subprocess.run([*command, str(build("wheel", tmp_path))], check=True, capture_output=True)
+    script = """
+import torch, tritonaff
+logits = torch.randn(1, 3, 16, 16, requires_grad=True)
+tritonaff.AffinityFieldLoss()(logits, torch.randint(0, 3, (1, 16, 16))).backward()
+print(tritonaff.__file__, logits.grad.abs().sum().item() > 0)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target), "TRITONAFF_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == f"{target}/tritonaff/__init__.py True\n", run.stderr
+
+
+def test_the_recipe_has_the_versions_of_the_package():
+    recipe = (ROOT / "recipe/recipe.yaml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'  version: "{tritonaff.__version__}"\n' in recipe
+    assert f'requires-python = ">={re.search(r"python_min: .(3[.][0-9]+)", recipe)[1]}"' in project
+    assert f'dependencies = ["torch{re.search(r"- pytorch (.*)", recipe)[1]}"]' in project
+    for command, function in re.findall(r"- (tritonaff-\w+) = (.*)", recipe):
+        assert f'{command} = "{function}"' in project
 
 
 def test_links_of_the_readme_lead_somewhere_from_a_package_index_too():

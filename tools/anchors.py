@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 import tritonaff
+from tritonaff.options import Anchor
 from tritonaff.plotting import OKABE_ITO
 
 PICTURE = Path(__file__).parent.parent / "docs" / "instance-anchors.png"
@@ -34,7 +35,8 @@ def main() -> None:
     figure = Figure((6.4, 3.9), layout="constrained")
     axis = figure.subplots()
     row(axis, 0, IDS, ["white"] * len(IDS), "ids")
-    for anchor, side in (("source", 1), ("destination", -1)):
+    anchors: tuple[tuple[Anchor, int], ...] = (("source", 1), ("destination", -1))
+    for anchor, side in anchors:
         (target,) = tritonaff.instance_affinity_target(
             torch.tensor([[IDS]]), [(0, OFFSET)], anchor=anchor
         )

@@ -64,7 +64,7 @@ def times(op: str, small: bool) -> Iterator[Row]:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = []
+    rows: list[Row] = []
     with progress(len(args.op)) as step:
         for op in args.op:
             step(op)

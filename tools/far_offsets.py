@@ -116,6 +116,14 @@ def tables(terms):
     return [table for table in terms if table.is_floating_point()]
 
 
+def box_pairwise(mask_logits, similarity):
+    """Every mask has the whole image as its box."""
+    n, height, width = mask_logits.shape
+    boxes = torch.tensor([[0, 0, width, height]]).expand(n, 4)
+    terms = tritonaff.box_pairwise_terms(mask_logits, similarity, boxes, torch.arange(n))
+    return tables(terms)
+
+
 RATES = ((1, 1), (2, 1))
 OFFSETS = ((0, 1), (-1, 0), (2, -1))
 # Every operation: its channels, whether it takes a target, and a function of its results.
@@ -137,6 +145,7 @@ OPS = {
         16,
         lambda logits, target: tables(tritonaff.dilated_affinity_terms(logits, target, RATES)),
     ),
+    "box_pairwise": (1, box_pairwise),
     "instance_affinity": (
         3,
         lambda logits, ids: tables(tritonaff.instance_affinity_terms(logits, ids, OFFSETS)),
@@ -164,6 +173,9 @@ def inputs(op, n, height, width):
         return {"probs": logits.softmax(dim=1), "affinity": affinity}
     if op == "square_root_affinity":
         return {"logits": logits}
+    if op == "box_pairwise":
+        bits = torch.randint(0, 256, (n, height, width), generator=generator, dtype=torch.uint8)
+        return {"mask_logits": logits[:, 0], "similarity": bits}
     target = torch.randint(0, 3, (n, height, width), generator=generator, dtype=torch.uint8)
     return {"logits": logits, "target": target}
 

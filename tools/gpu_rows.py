@@ -105,7 +105,7 @@ _inputs = cache(make_inputs)
 
 
 def step(
-    loss: Callable[..., Tensor], *inputs: Tensor, backend: str = "auto"
+    loss: Callable[..., Tensor], *inputs: Tensor, backend: Any = "auto"
 ) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of a loss."""
     leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
@@ -362,6 +362,7 @@ ROWS = (
     Row("every_pixel", partial(against_cross_entropy, EVERY_PIXEL), ((1, 19, 1024, 2048),)),
     Row("many_classes", partial(against_cross_entropy, EVERY_PIXEL), (FIELD_SHAPES[4],)),
     Row("dilated", dilated, ((8, 32, 512, 512), (4, 32, 512, 1024))),
+    Row("boxes", partial(against_binary_cross_entropy, "box_pairwise"), ((2, 40, 200, 336),)),
     Row(
         "field_sigmoid",
         partial(against_binary_cross_entropy, "affinity_field_sigmoid"),

@@ -54,6 +54,7 @@ TEST_FILES = {
     "test_affinity_propagation.py": 1,
     "test_dilated_affinity.py": 1,
     "test_instance_affinity.py": 1,
+    "test_box_pairwise.py": 1,
     "test_cuda_graphs.py": 1,
     "test_compile.py": 1,
     "test_backend.py": 1,

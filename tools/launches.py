@@ -34,7 +34,8 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.kernel.__name__
+        name: str = self.kernel.__name__
+        return name
 
     def constants(self) -> dict[str, Any]:
         names = [p.name for p in self.kernel.params if p.is_constexpr]

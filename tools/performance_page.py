@@ -49,6 +49,7 @@ TESTS = {
     "dilated": "dilated_affinity",
     "propagation": "affinity_propagation",
     "instances": "instance_affinity",
+    "boxes": "box_pairwise",
     "compile": "compile",
 }
 CRITERIA = (

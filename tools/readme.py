@@ -46,6 +46,8 @@ OPERATIONS = {
     "dilated_affinity": "dilated affinity, 4 rates",
     "affinity_propagation": "propagation, 10 iterations, 4 rates",
     "instance_affinity": "instance affinity",
+    "box_pairwise": "masks from boxes",
+    "refinement": "refinement by colours, 10 iterations",
 }
 # The library's implementations on a CPU; the fastest that was measured is shown.
 OURS = ("native", "portable")
@@ -107,7 +109,7 @@ def _draw_curves(axis: Axes) -> None:
                                ((1.2, 2.0), (0.55, 2.65), VERMILLION)):  # fmt: skip
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.5, "mutation_scale": 14}
         axis.annotate("", end, start, arrowprops=arrow)
-    texts = {"va": "center", "fontsize": 11}
+    texts: dict[str, Any] = {"va": "center", "fontsize": 11}
     axis.text(2.95, 2.4, "same label:\npulled to agree", color=BLUE, **texts)
     axis.text(2.75, 0.75, "other label: pushed\napart, to the margin", color=VERMILLION, **texts)
     axis.text(0.2, 3.35, "an undecided network starts here", va="center", fontsize=10)

@@ -30,6 +30,7 @@ from tritonaff.functional import (
     affinity_field_loss,
     affinity_propagation,
     affinity_regression_loss,
+    box_pairwise_loss,
     dilated_affinity_loss,
     instance_affinity_loss,
 )
@@ -66,6 +67,15 @@ def _propagated(affinity: Tensor, target: Tensor, parts: int) -> Tensor:
     return affinity_propagation(probs, affinity, [8], iterations=parts).square().sum()
 
 
+def _boxes(logits: Tensor, target: Tensor, parts: int) -> Tensor:
+    """Every channel is a mask, whose box is the image."""
+    n, c, height, width = logits.shape
+    boxes = torch.tensor([[0, 0, width, height]]).expand(n * c, 4)
+    image_index = torch.arange(n).repeat_interleave(c)
+    similarity = target.to(torch.uint8)
+    return box_pairwise_loss(logits.flatten(0, 1), similarity, boxes, image_index)
+
+
 LINEAR = {"images": "2", "rows": "2"}
 OPERATIONS = {
     "affinity_field": Operation(
@@ -94,6 +104,7 @@ OPERATIONS = {
         {**LINEAR, "parts": "2"},
         channels=lambda size: 8 * size.parts,
     ),
+    "box_pairwise": Operation(_boxes, {**LINEAR, "classes": "2"}),
     "affinity_propagation": Operation(
         _propagated, {**LINEAR, "parts": "2"}, channels=lambda size: 8
     ),

@@ -32,6 +32,7 @@ from tritonaff.kernels import (
     affinity_field,
     affinity_propagation,
     affinity_regression,
+    box_pairwise,
     dilated_affinity,
     instance_affinity,
 )
@@ -112,7 +113,7 @@ class Measured(NamedTuple):
 
     operation: Operation
     launch: Launch
-    count: int
+    times: int
     """Launches in one forward and backward pass of a loss."""
 
 
@@ -168,11 +169,13 @@ def affinity_field_pass(
 ) -> None:
     n, height, width = images
     logits, k = meta(n, CLASSES, height, width, dtype=dtype), len(FIELD_SIZES)
-    pixels = [meta(n, 1, height, width, dtype=each) for each in (torch.int16, dtype, torch.float32)]
+    label, top, rest = (
+        meta(n, 1, height, width, dtype=each) for each in (torch.int16, dtype, torch.float32)
+    )
     if statistics:
-        _, _, *pixels = affinity_field.statistics(logits, labels(images), FIELD_SIZES, 255)
+        _, _, label, top, rest = affinity_field.statistics(logits, labels(images), FIELD_SIZES, 255)
     affinity_field.compute(
-        logits, *pixels, FIELD_SIZES, 3.0, 1e-4, with_tables=tables,
+        logits, label, top, rest, FIELD_SIZES, 3.0, 1e-4, with_tables=tables,
         grad_sums=meta(2, CLASSES, k) if gradient else None,
         grad_log_loss=meta(CLASSES) if gradient else None,
     )  # fmt: skip
@@ -184,7 +187,7 @@ def affinity_field_costs(half: bool) -> dict[str, Callable[[Launch], Cost]]:
     statistics = (logit + 4 + 2) / CLASSES
 
     def patches(launch: Launch) -> float:
-        return launch.arguments["PATCHES"] / launch.programs
+        return float(launch.arguments["PATCHES"] / launch.programs)
 
     def partial_tables(pixels_in_a_program: float) -> float:
         return 4 * (2 * len(FIELD_SIZES) + 1) / pixels_in_a_program
@@ -310,6 +313,15 @@ def instances(images: tuple[int, int, int]) -> None:
     instance_affinity.backward(meta(n, PAIRS, 2, 4), logits, ids, *options)
 
 
+def boxes(images: tuple[int, int, int]) -> None:
+    """A mask for each image, of which the box is everything."""
+    n, height, width = images
+    logits, bits = meta(n, height, width), meta(n, height, width, dtype=torch.uint8)
+    places, index = meta(n, 4, dtype=torch.int64), meta(n, dtype=torch.int64)
+    box_pairwise.forward(logits, bits, places, index, 2)
+    box_pairwise.backward(meta(n), logits, bits, places, index, 2)
+
+
 OPERATIONS = (
     Operation("affinity_field_cross_entropy", affinity_field_pass, affinity_field_costs(False)),
     Operation(
@@ -398,6 +410,16 @@ OPERATIONS = (
             "gradient_kernel": lambda _: Cost(LOGIT + 8 / NEIGHBORS + GRAD, (8,), NEIGHBORS),
         },
     ),
+    # Per pixel of a box, with its 8 pairs.
+    Operation(
+        "box_pairwise",
+        boxes,
+        {
+            "tables_kernel": lambda _: Cost(LOGIT + 1, (8,), 1),
+            "gradient_kernel": lambda _: Cost(LOGIT + 1 + GRAD, (8,), 1),
+        },
+        in_implied_times=False,
+    ),
     Operation(
         "instance_affinity",
         instances,
@@ -434,7 +456,7 @@ def analyse(kernel: Measured, target: str) -> dict[str, Any]:
         "instructions_per_thread": round(sum(counts.values())),
         "bytes_per_element": round(cost.moved, 2),
         "elements_per_pixel": round(cost.per_pixel, 4),
-        "launches": kernel.count,
+        "launches": kernel.times,
     }
 
 

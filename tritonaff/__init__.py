@@ -22,6 +22,13 @@ from tritonaff.api.affinity_regression import (
     label_affinity,
     square_root_affinity,
 )
+from tritonaff.api.box_pairwise import (
+    BoxPairwiseLoss,
+    BoxPairwiseTerms,
+    box_pairwise_loss,
+    box_pairwise_terms,
+    color_similarity,
+)
 from tritonaff.api.deep_supervision import (
     DeepSupervision,
 )
@@ -66,6 +73,8 @@ __all__ = [
     "AffinityPropagation",
     "AffinityRegressionLoss",
     "AffinityRegressionTerms",
+    "BoxPairwiseLoss",
+    "BoxPairwiseTerms",
     "DeepSupervision",
     "DilatedAffinityHead",
     "DilatedAffinityLoss",
@@ -80,6 +89,9 @@ __all__ = [
     "affinity_propagation",
     "affinity_regression_loss",
     "affinity_regression_terms",
+    "box_pairwise_loss",
+    "box_pairwise_terms",
+    "color_similarity",
     "dilated_affinity_loss",
     "dilated_affinity_target",
     "dilated_affinity_terms",

@@ -182,6 +182,65 @@ def check_images_and_masks(images: Any, masks: Any) -> tuple[Tensor, Tensor]:
     return images, masks
 
 
+def check_colors(images: Any, name: str = "images") -> Tensor:
+    """RGB images (N, 3, H, W) in [0, 1], from bytes or floats."""
+    is_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8
+    colors = check_images(images, name)
+    if colors.shape[1] != 3:
+        raise ValueError(f"{name} must have three channels, R, G, B, got {colors.shape[1]}")
+    if is_bytes:
+        return colors.div(255)
+    if may_look_into(colors) and colors.numel():
+        least, most = (float(value) for value in colors.aminmax())
+        if least < 0 or most > 1:
+            raise ValueError(
+                f"{name} in floating point must hold colours in [0, 1], got {least:g} to {most:g}: "
+                "divide by 255, and undo a normalisation by mean and standard deviation"
+            )
+    return colors
+
+
+def check_masks(mask_logits: Any, boxes: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mask logits (M, H, W), boxes (M, 4), and labels (M, H, W) of bool or None."""
+    shape: tuple[str | int, ...] = ("M", "H", "W")
+    logits = check_tensor("mask_logits", mask_logits, LOGITS_DTYPES, shape, with_channel=True)
+    if any(size < 1 for size in logits.shape[1:]):
+        raise ValueError(
+            f"mask_logits must have at least one row and column, got shape {tuple(logits.shape)}"
+        )
+    boxes = check_tensor("boxes", boxes, (*LOGITS_DTYPES, *COUNT_DTYPES), (len(logits), 4))
+    check_one_device("mask_logits", logits, "boxes", boxes)
+    if labels is not None:
+        dtypes, shape = tuple(TARGET_DTYPES), tuple(logits.shape)
+        labels = check_tensor("labels", labels, dtypes, shape, with_channel=True)
+        labels = _labels(labels, "labels") != 0
+        check_one_device("mask_logits", logits, "labels", labels)
+    return logits, boxes, labels
+
+
+def check_image_index(value: Any, mask_logits: Tensor, num_images: int) -> Tensor:
+    """The number of each mask's image, (M,) of int64; None if there is one image."""
+    m = len(mask_logits)
+    if value is None:
+        if num_images != 1:
+            raise ValueError(
+                f"image_index must be given for {num_images} images: (M,), the number of each "
+                "mask's image"
+            )
+        return torch.zeros(m, dtype=torch.int64, device=mask_logits.device)
+    index = check_tensor("image_index", value, COUNT_DTYPES, (m,))
+    check_one_device("mask_logits", mask_logits, "image_index", index)
+    if m and num_images == 0:
+        raise ValueError(f"image_index must be of no mask without an image, got {m}")
+    if m and may_look_into(index):
+        least, most = (int(number) for number in index.aminmax())
+        if least < 0 or most >= num_images:
+            raise ValueError(
+                f"image_index must hold numbers in [0, {num_images}), got {least} to {most}"
+            )
+    return index.to(torch.int64)
+
+
 def check_affinity_logits_and_target(
     affinity_logits: Any, target: Any, num_rates: int
 ) -> tuple[Tensor, Tensor]:
@@ -321,19 +380,19 @@ def check_weight(name: str, weight: Any, shape: tuple[int, ...], logits: Tensor)
     return plain
 
 
-def check_progress(progress: Any) -> float | Tensor | None:
+def check_progress(progress: Any, name: str = "progress") -> float | Tensor | None:
     """None, a number in [0, 1], or a 0-d tensor of such a number."""
     if progress is None:
         return None
     if not isinstance(progress, Tensor):
-        return check_number("progress", progress, at_least=0, at_most=1)
+        return check_number(name, progress, at_least=0, at_most=1)
     if isinstance(progress, Tensor) and progress.dim() >= 3:
         raise ValueError(
-            f"progress must be a number, got shape {tuple(progress.shape)}: {NO_PIXEL_WEIGHTS}"
+            f"{name} must be a number, got shape {tuple(progress.shape)}: {NO_PIXEL_WEIGHTS}"
         )
-    plain = check_tensor("progress", progress, LOGITS_DTYPES, ())
+    plain = check_tensor(name, progress, LOGITS_DTYPES, ())
     if may_look_into(plain):
-        check_number("progress", plain.item(), at_least=0, at_most=1)
+        check_number(name, plain.item(), at_least=0, at_most=1)
     return plain
 
 

@@ -16,6 +16,12 @@ from tritonaff.api.affinity_regression import (
     label_affinity,
     square_root_affinity,
 )
+from tritonaff.api.box_pairwise import (
+    BoxPairwiseTerms,
+    box_pairwise_loss,
+    box_pairwise_terms,
+    color_similarity,
+)
 from tritonaff.api.dilated_affinity import (
     DilatedAffinityTerms,
     dilated_affinity_loss,
@@ -47,6 +53,7 @@ __all__ = [
     "WEIGHTINGS",
     "AffinityFieldTerms",
     "AffinityRegressionTerms",
+    "BoxPairwiseTerms",
     "DilatedAffinityTerms",
     "InstanceAffinityTerms",
     "NeighborCounts",
@@ -56,6 +63,9 @@ __all__ = [
     "affinity_propagation",
     "affinity_regression_loss",
     "affinity_regression_terms",
+    "box_pairwise_loss",
+    "box_pairwise_terms",
+    "color_similarity",
     "dilated_affinity_loss",
     "dilated_affinity_target",
     "dilated_affinity_terms",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import tritonaff
 from tritonaff import checks
 
-RESOLUTIONS = ("labels", "logits")
+Resolution = Literal["labels", "logits"]
+RESOLUTIONS: tuple[Resolution, ...] = ("labels", "logits")
 # The label that the Trainer leaves out where it counts the items of a batch.
 NOT_AN_ITEM = -100
 
@@ -49,7 +50,7 @@ class SegmentationLoss(nn.Module):
         >>> compute_loss(outputs, torch.randint(0, 3, (2, 64, 64))).backward()
     """
 
-    def __init__(self, loss: nn.Module, resolution: str = "labels") -> None:
+    def __init__(self, loss: nn.Module, resolution: Resolution = "labels") -> None:
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, got {type(loss).__name__}")
@@ -57,8 +58,19 @@ class SegmentationLoss(nn.Module):
         self.resolution = checks.check_option("resolution", resolution, RESOLUTIONS)
 
     def forward(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+        self,
+        outputs: Mapping[str, Tensor] | Sequence[Tensor],
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        """The loss of a batch, as the Trainer calls it.
+
+        Args:
+            outputs: the model's outputs, with the key "logits" or the logits in front.
+            labels: (N, H, W), with sigmoid (N, C, H, W) too.
+            num_items_in_batch: number of labels in all processes and all steps whose gradients are
+                accumulated.
+        """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if not isinstance(labels, Tensor):
             raise TypeError(

@@ -77,6 +77,7 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
         reduction_override: str | None = None,
         ignore_index: int | None = None,
     ) -> Tensor:
+        """The loss of a batch, as decode heads call it: cls_score (N, C, H, W), label (N, H, W)."""
         for name, value in (("weight", weight), ("avg_factor", avg_factor)):
             if value is not None:
                 raise ValueError(
@@ -86,7 +87,8 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
             checks.check_option("reduction_override", reduction_override, ("mean",))
         if ignore_index is not None:
             self.ignore_index = checks.check_ignore_index(ignore_index)
-        return self.loss_weight * super().forward(cls_score, label)
+        loss: Tensor = self.loss_weight * super().forward(cls_score, label)
+        return loss
 
     def extra_repr(self) -> str:
         name = f"loss_name={self.loss_name!r}"

@@ -10,6 +10,9 @@ from tritonaff.api.affinity_propagation import (
 from tritonaff.api.affinity_regression import (
     AffinityRegressionLoss,
 )
+from tritonaff.api.box_pairwise import (
+    BoxPairwiseLoss,
+)
 from tritonaff.api.deep_supervision import (
     DeepSupervision,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "AffinityFieldLoss",
     "AffinityPropagation",
     "AffinityRegressionLoss",
+    "BoxPairwiseLoss",
     "DeepSupervision",
     "DilatedAffinityHead",
     "DilatedAffinityLoss",

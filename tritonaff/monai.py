@@ -45,7 +45,10 @@ class _InWordsOfMonai(nn.Module):
         self.to_onehot_y = checks.check_bool("to_onehot_y", to_onehot_y)
 
     def forward(self, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Any:
-        return super().forward(input, self._labels(input, target), *args, **options)  # type: ignore[misc]
+        """The loss of a batch: input (N, C, H, W) of logits, target as the options say; further
+        arguments are the loss's own.
+        """
+        return super().forward(input, self._labels(input, target), *args, **options)
 
     def _labels(self, input: Tensor, target: Tensor) -> Tensor:
         """MONAI's target as the labels that the loss takes."""
@@ -67,7 +70,7 @@ class _InWordsOfMonai(nn.Module):
         return f"{super().extra_repr()}, to_onehot_y={self.to_onehot_y}"
 
 
-class AffinityFieldLoss(_InWordsOfMonai, tritonaff.AffinityFieldLoss):
+class AffinityFieldLoss(_InWordsOfMonai, tritonaff.AffinityFieldLoss):  # type: ignore[misc]
     """:class:`tritonaff.AffinityFieldLoss` in the words of MONAI.
 
     Args:
@@ -93,7 +96,9 @@ class AffinityFieldLoss(_InWordsOfMonai, tritonaff.AffinityFieldLoss):
     """
 
 
-class AdaptiveAffinityFieldLoss(_InWordsOfMonai, tritonaff.AdaptiveAffinityFieldLoss):
+class AdaptiveAffinityFieldLoss(  # type: ignore[misc]
+    _InWordsOfMonai, tritonaff.AdaptiveAffinityFieldLoss
+):
     """:class:`tritonaff.AdaptiveAffinityFieldLoss` in the words of MONAI: see
     :class:`AffinityFieldLoss`. The first argument is ``num_classes``, the number of channels; the
     loss has parameters, :meth:`tritonaff.AdaptiveAffinityFieldLoss.optimizer_group`.
@@ -127,7 +132,10 @@ class AffinityRegressionLoss(_InWordsOfMonai, tritonaff.AffinityRegressionLoss):
                 "over all classes"
             )
 
-    def forward(self, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, *args: Any, **options: Any
+    ) -> Any:
+        """The loss of a batch: input (N, C, H, W) of logits, target as the options say."""
         target = self._labels(input, target)
         if not self.include_background and input.shape[1] > 1:
             input, target = input[:, 1:], target[:, 1:]

@@ -9,6 +9,7 @@ nnU-Net finds the trainer through a file in a folder of your own:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -41,18 +42,22 @@ class WithAffinityField(nn.Module):
         >>> loss_fn(net_output, torch.randint(0, 3, (1, 1, 4, 16, 16)).short()).backward()
     """
 
-    def __init__(self, own: Any, field: AffinityFieldLoss) -> None:
+    def __init__(self, own: Callable[[Tensor, Tensor], Tensor], field: AffinityFieldLoss) -> None:
         super().__init__()
         self.own = own
         self.field = field
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
+        """The sum of both losses: net_output (N, C, H, W) or (N, C, D, H, W), target likewise with
+        one channel, or with a channel for each region.
+        """
         labels, num_channels = target, net_output.shape[1]
         if self.field.activation == "sigmoid" and target.shape[1] == num_channels + 1:
             ignored = target[:, num_channels:] != 0
             labels = target[:, :num_channels].int().masked_fill(ignored, IGNORED)
-        loss: Tensor = self.own(net_output, target)
-        return loss + self.field(_slices(net_output), _slices(labels))
+        field: Tensor = self.field(_slices(net_output), _slices(labels))
+        loss: Tensor = self.own(net_output, target) + field
+        return loss
 
 
 def _slices(volume: Tensor) -> Tensor:

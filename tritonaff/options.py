@@ -14,6 +14,7 @@ Variant = Literal["paper", "authors"]
 Weighting = Literal["sqrt", "neighbor", "signal", "none"]
 Activation = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "native", "portable", "reference"]
 ACTIVATIONS: tuple[Activation, ...] = ("softmax", "sigmoid")
 VARIANTS: tuple[Variant, ...] = ("paper", "authors")
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -86,14 +87,14 @@ def affinity_field_options(
 
 
 def _reduction_of_pairs(reduction: Any) -> Reduction:
-    reduction = checks.check_option("reduction", reduction, REDUCTIONS)
-    if reduction == "sum":
+    checked = checks.check_option("reduction", reduction, REDUCTIONS)
+    if checked == "sum":
         raise ValueError(
             "reduction must be 'mean' or 'none', got 'sum': the loss adds up several means, each "
             "over its own pairs, and a sum over all pairs would lose their balance; add up the "
             "images' losses of reduction='none'"
         )
-    return reduction
+    return checked
 
 
 class AffinityRegressionOptions(NamedTuple):
@@ -202,6 +203,29 @@ class RefinementOptions(NamedTuple):
 def refinement_options(num_iter: Any, dilations: Any) -> RefinementOptions:
     return RefinementOptions(
         checks.check_int("num_iter", num_iter, at_least=0), checks.check_dilations(dilations)
+    )
+
+
+ColorSpace = Literal["lab", "rgb"]
+
+
+class BoxPairwiseOptions(NamedTuple):
+    """See :func:`tritonaff.box_pairwise_loss`."""
+
+    threshold: float
+    dilation: int
+    stride: int
+    reduction: Reduction
+
+
+def box_pairwise_options(
+    *, threshold: Any = 0.3, dilation: Any = 2, stride: Any = 1, reduction: Any = "mean"
+) -> BoxPairwiseOptions:
+    return BoxPairwiseOptions(
+        checks.check_number("threshold", threshold, at_least=0, at_most=1),
+        checks.check_int("dilation", dilation, at_least=1),
+        checks.check_int("stride", stride, at_least=1),
+        checks.check_option("reduction", reduction, REDUCTIONS),
     )
 
 

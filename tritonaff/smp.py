@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from tritonaff import checks
 
+Mode = Literal["multiclass", "binary", "multilabel"]
 # The options of the loss in each mode.
-ACTIVATIONS = {
+ACTIVATIONS: dict[Mode, tuple[str, ...]] = {
     "multiclass": ("softmax",),
     "binary": ("sigmoid", "softmax"),
     "multilabel": ("sigmoid",),
@@ -53,7 +56,7 @@ class SegmentationModelsLoss(nn.Module):
     def __init__(
         self,
         loss: nn.Module,
-        mode: str = "multiclass",
+        mode: Mode = "multiclass",
         from_logits: bool = True,
         ignore_index: int | None = None,
     ) -> None:
@@ -77,6 +80,9 @@ class SegmentationModelsLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss of a batch: y_pred (N, C, H, W), y_true (N, H, W) or, in the modes "binary" and
+        "multilabel", (N, C, H, W).
+        """
         by_channel = self.loss.activation == "sigmoid"
         if self.mode == "binary":
             shape = "N", 1, "H", "W"

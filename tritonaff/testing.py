@@ -36,14 +36,19 @@ from tritonaff.functional import (
     affinity_propagation,
     affinity_regression_loss,
     affinity_regression_terms,
+    box_pairwise_loss,
+    box_pairwise_terms,
+    color_similarity,
     dilated_affinity_loss,
     dilated_affinity_terms,
     instance_affinity_loss,
     instance_affinity_target,
     instance_affinity_terms,
 )
+from tritonaff.modules import PAR
 from tritonaff.offsets import instance_offsets
 from tritonaff.ops.backend import use_backend
+from tritonaff.options import Backend
 from tritonaff.rates import rate_offsets
 
 Shape = tuple[int, ...]
@@ -164,6 +169,55 @@ def make_instance_affinity_inputs(
     return logits.to(device, dtype), ids.to(device)
 
 
+def make_images(target: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, 3, H, W) of bytes: a colour for each label of a target (N, H, W), and noise."""
+    colors = torch.rand(256, 3, generator=generator)[target].movedim(-1, 1)
+    noise = 0.01 * torch.randn(colors.shape, generator=generator)
+    return (255 * (0.8 * colors + 0.1 + noise).clamp(0, 1)).to(torch.uint8)
+
+
+def make_refinement_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (N, C, H, W), a target (N, H, W) as from :func:`make_inputs`, and images of bytes whose
+    colours go by the target.
+    """
+    logits, target = make_inputs(shape, confidence=confidence, seed=seed)
+    images = make_images(target, torch.Generator().manual_seed(seed + 1))
+    return logits.softmax(dim=1).to(device, dtype), target.to(device), images.to(device)
+
+
+def make_box_pairwise_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    confidence: float = 2.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits (N C, H, W) of C masks in each image, bits of similarity (N, H, W) of colours in
+    patches, boxes (N C, 4), a third of an image wide on average, and numbers of images (N C,).
+    """
+    n, c, height, width = shape
+    logits, masks = make_inputs((n * c, 2, height, width), confidence=confidence, seed=seed)
+    logits = logits[:, 1] - logits[:, 0]
+    generator = torch.Generator().manual_seed(seed + 1)
+    similarity = color_similarity(make_images(masks[:n], generator), threshold=0.3)
+    center, extent = torch.rand(2, n * c, 2, generator=generator)
+    low, high = center - 0.05 - extent / 3, center + 0.05 + extent / 3
+    boxes = torch.cat((low, high), dim=1) * torch.tensor([width, height, width, height])
+    image_index = torch.arange(n * c) % max(1, n)
+    return (
+        logits.to(device, dtype), similarity.to(device), boxes.to(device, torch.int64),
+        image_index.to(device),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation: its inputs, its loss, which is timed, and its tables, which are compared."""
@@ -223,6 +277,20 @@ def propagation_tables(logits: Tensor, target: Tensor, affinity: Tensor) -> tupl
     return (affinity_propagation(logits.softmax(dim=1), affinity, AFFINITY_RATES),)
 
 
+def refinement_loss(masks: Tensor, target: Tensor, images: Tensor) -> Tensor:
+    """Minus the mean value of the true class; see :func:`propagation_loss`."""
+    (refined,) = refinement_tables(masks, target, images)
+    at_least_float32 = torch.promote_types(refined.dtype, torch.float32)
+    return F.nll_loss(refined.to(at_least_float32), target, ignore_index=255).to(refined.dtype)
+
+
+def refinement_tables(masks: Tensor, target: Tensor, images: Tensor) -> tuple[Tensor]:
+    return (REFINE(images, masks),)
+
+
+REFINE = PAR(dilations=(1, 2, 4, 8, 12, 24), num_iter=10)
+
+
 AFFINITY_FIELD_SIZES = (3, 5, 7)
 AFFINITY_RATES = ((8, 8), (16, 16), (32, 32), (64, 64))
 
@@ -259,6 +327,14 @@ def instance_yardstick(
     target = instance_affinity_target(ids, INSTANCE_OFFSETS[ids.dim() - 1], ignore_index=255)
     same = (target == 1).to(logits.dtype)
     return lambda logits: F.binary_cross_entropy_with_logits(logits, same), (logits,)
+
+
+def box_yardstick(
+    mask_logits: Tensor, *_: Tensor
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Binary cross-entropy with true masks."""
+    truth = (mask_logits.detach() > 0).to(mask_logits.dtype)
+    return lambda logits: F.binary_cross_entropy_with_logits(logits, truth), (mask_logits,)
 
 
 CASES = {
@@ -338,6 +414,25 @@ CASES = {
         make_inputs=make_instance_affinity_inputs,
         yardstick=instance_yardstick,
     ),
+    "box_pairwise": Case(
+        name="box_pairwise",
+        shapes=((2, 20, 200, 336),),
+        quick_shapes=((1, 5, 32, 32),),
+        loss=box_pairwise_loss,
+        tables=box_pairwise_terms,
+        largest_term=20.0,  # two sure logits on different sides, and noise
+        make_inputs=make_box_pairwise_inputs,
+        yardstick=box_yardstick,
+    ),
+    "refinement": Case(
+        name="refinement",
+        shapes=((1, 21, 224, 224),),
+        quick_shapes=((1, 5, 32, 32),),
+        loss=refinement_loss,
+        tables=refinement_tables,
+        largest_term=1.2,  # ten sums of weights 1.01
+        make_inputs=make_refinement_inputs,
+    ),
 }
 
 
@@ -351,7 +446,7 @@ def obstacle(case: Case, shape: Shape) -> str | None:
     """
     n, c, *size = shape
     inputs = (
-        torch.empty(*x.shape[: -len(size)], *size, dtype=x.dtype, device="meta")
+        torch.empty(*_of_size(x.shape, size), dtype=x.dtype, device="meta")
         for x in case.make_inputs((n, c, *(1 for _ in size)))
     )
     try:
@@ -362,7 +457,14 @@ def obstacle(case: Case, shape: Shape) -> str | None:
     return None
 
 
-def evaluate(case: Case, backend: str, *inputs: Tensor) -> dict[str, Tensor]:
+def _of_size(shape: Shape, size: list[int]) -> Shape:
+    """The shape with this size in place of its last axes, if it is of images of one pixel."""
+    axes = len(size)
+    is_image = len(shape) > axes and all(length == 1 for length in shape[-axes:])
+    return (*shape[:-axes], *size) if is_image else shape
+
+
+def evaluate(case: Case, backend: Backend, *inputs: Tensor) -> dict[str, Tensor]:
     """Tables, "loss" and gradients by name. "gradient" is the gradient of the first input, the
     logits, and "gradient 1" of the next floating-point input; each has the shape of its input.
     """
@@ -384,7 +486,7 @@ def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x for x in inputs if x.is_floating_point())
 
 
-def check_parity(case: Case, implementation: str | Case, *inputs: Tensor) -> None:
+def check_parity(case: Case, implementation: Backend | Case, *inputs: Tensor) -> None:
     """Raises ParityError unless an implementation is about as close to the float64 reference as
     eager mode is. ``implementation`` is the name of a backend, "portable", "native" or "triton", or
     a copy of the case with another ``loss`` and ``tables``. ``inputs`` have any strides, on any

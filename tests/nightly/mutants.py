@@ -119,6 +119,7 @@ FIELD, FIELD_TESTS = "kernels/affinity_field/", "test_affinity_field test_"
 REGRESSION, REGRESSION_TESTS = "kernels/affinity_regression/", "test_affinity_regression test_"
 PROPAGATION, PROPAGATION_TESTS = "kernels/affinity_propagation/", "test_affinity_propagation test_"
 DILATED, DILATED_TESTS = "kernels/dilated_affinity/", "test_dilated_affinity test_"
+BOXES, BOX_TESTS = "kernels/box_pairwise/", "test_box_pairwise test_"
 INSTANCE, INSTANCE_TESTS = "kernels/instance_affinity/", "test_instance_affinity test_"
 
 NATIVE_FIELD, NATIVE_SHARED = "native/affinity_field.cpp", "native/common.h"
@@ -137,6 +138,18 @@ PROPAGATION_TILES = (
     " test_tiles_do_not_depend_on_their_blocks"
 )
 PROPAGATION_NOTHING = PROPAGATION_TESTS + "nothing_to_divide_by_is_0_with_a_zero_gradient[triton]"
+BOX_TILES = (
+    BOX_TESTS + "tiles_do_not_depend_on_their_blocks test_nothing_is_left_unwritten[triton]"
+    " test_logits_that_do_not_count_may_be_anything[triton]"
+)
+BOX_PORTABLE = (
+    BOX_TESTS + "portable_does_not_depend_on_its_blocks test_portable_matches_the_reference"
+    " test_logits_that_do_not_count_may_be_anything[portable]"
+)
+BOX_COLORS = (
+    BOX_TESTS + "similarity_is_the_definition test_lab_is_scikit_images"
+    " test_the_loss_is_that_of_boxinst[portable]"
+)
 INSTANCE_TILES = INSTANCE_TESTS + "tiles_do_not_depend_on_their_blocks[4]"
 DILATED_TILES = (
     DILATED_TESTS + "a_rate_beyond_the_image_does_not_disturb_the_others[triton]"
@@ -915,7 +928,7 @@ MUTANTS = [
             "slice(above + dy, above + dy + height)",
             "slice(above, above + height)",
         ),
-        ("gates without their derivative", "self.gates * (1 - self.gates)", "self.gates"),
+        ("gates without their derivative", ".mul_(1 - self.gates)", ""),
         ("the self weight of the gradient", "self.self_weight * grad_p", "grad_p"),
         (
             "all classes are the largest",
@@ -1258,6 +1271,114 @@ MUTANTS = [
         ("sign", "sign if invert else sign.neg_()", "sign"),
         ("pairs that do not count", "slope.masked_fill_(~block.counted, 0)", "slope"),
     ),
+    # --- The box-supervised pairwise loss ---------------------------------------------------------
+    *of(
+        BOXES + "pairs",
+        BOX_TILES,
+        ("rows of boxes", "tl.load(ptr), tl.load(ptr + 1)", "tl.load(ptr + 1), tl.load(ptr)"),
+        ("boxes of masks", "boxes_ptr + 4 * m", "boxes_ptr + 0 * m"),
+        ("last row of a box", "(h < bottom)", "(h <= bottom)"),
+        ("first column of a box", "(w >= left)", "(w > left)"),
+        ("rows in memory", "h.to(tl.int64) * stride_h", "h.to(tl.int64) * stride_w"),
+        ("dilation of columns", "w + dx * DILATION", "w + dx"),
+        ("neighbours outside", "is_inside(there_h, there_w, H, W)", "is_inside(h, w, H, W)"),
+        ("bits", "(bits.to(tl.int32) >> k) & 1) == 1", "(bits.to(tl.int32) >> k) & 1) >= 0"),
+    ),
+    *of(
+        BOXES + "tables",
+        BOX_TILES,
+        ("logarithm of the sum", "- log_of(x + y) +", "- log_of(x - y) +"),
+        ("logarithm of the neighbour", "log_x + log_of(y)", "log_x + log_of(x)"),
+        ("different signs", "+ tl.maximum(apart, 0.0)", "+ apart"),
+        (
+            "bits outside of the box",
+            "bits_stride_w), mask=own, other=0)",
+            "bits_stride_w), mask=is_inside(h, w, H, W), other=0)",
+        ),
+        ("images of masks", "tl.load(index_ptr + m) * bits_stride_n", "m * bits_stride_n * 0"),
+        ("programs at the box's end", "(last_row >= top)", "(first_row >= top)"),
+        ("programs after the box", "(first_row < bottom)", "(last_row < bottom)"),
+        ("counts", "count += counts.to(tl.int32)", "count += own.to(tl.int32)"),
+    ),
+    *of(
+        BOXES + "gradient",
+        BOX_TILES,
+        ("the opposite direction", "has_bit(its_bits, 7 - k)", "has_bit(its_bits, k)"),
+        ("sign", "grad *= sign *", "grad *="),
+        ("the sum's sign", "miss_at(sign * (x + y))", "miss_at(x + y)"),
+        ("coefficients of masks", "coefficients_ptr + m)", "coefficients_ptr)"),
+        ("programs near the box", "(last_row >= top - DILATION)", "(last_row >= top)"),
+        ("pixels near the box", "bottom + DILATION, right + DILATION", "bottom + DILATION, right"),
+        ("boxes of neighbours", "is_in_box(there_h, there_w, top", "is_in_box(h, w, top"),
+        ("weights", "grad + slope, grad)", "grad + slope / weight, grad)"),
+    ),
+    *of(
+        BOXES + "launchers",
+        BOX_TILES,
+        ("programs of a mask", "m, programs, dtype=torch.float32", "m, 1, dtype=torch.float32"),
+        ("the last program", "(m * programs,)", "(m * programs - 1,)"),
+        (
+            "pixels without a program",
+            "(m * cdiv(height * width, blocks.pixels),)",
+            "(m * (height * width // blocks.pixels),)",
+        ),
+        ("strides of the gradient", "*grad.stride()", "*mask_logits.contiguous().stride()"),
+    ),
+    *of(
+        "native/box_pairwise.cpp",
+        BOX_TESTS
+        + "long_rows_and_several_tasks test_native_matches_the_reference"
+        + " test_nothing_is_left_unwritten[native]",
+        ("segments of a row", "w < box.right; w += SEGMENT", "w < box.right; w += 2 * SEGMENT"),
+        ("neighbours after a segment", "end + call.dilation)};", "end)};"),
+        ("different signs", "(apart > 0.0f ? apart : 0.0f)", "0.0f"),
+        ("pairs that do not count", "total += counts ? loss : 0.0f;", "total += loss;"),
+        ("the opposite direction", "(bits_of_y[w] >> (7 - k))", "(bits_of_y[w] >> k)"),
+        ("pairs of two boxes", "float(weight) * difference", "difference"),
+        ("sign", "(x[w] < 0.0f ? -coefficient : coefficient)", "coefficient"),
+        ("images of masks", "call.image_index[m], 0, h, left", "0, 0, h, left"),
+        ("rows of boxes", "!box.has_row(h) || left >= right", "left >= right"),
+        ("columns outside", "call.width - step.dx)", "call.width)"),
+        ("rows near the box", "h < box.bottom + call.dilation", "h < box.bottom"),
+        (
+            "the last task",
+            "divide_up(call.height, rows_per_task(call))",
+            "call.height / rows_per_task(call)",
+        ),
+        ("zeros beside the box", "zeros(h, right, call.width);", ""),
+    ),
+    *of(
+        "portable/box_pairwise",
+        BOX_PORTABLE,
+        ("the opposite direction", "(bits[there] >> (7 - k))", "(bits[there] >> k)"),
+        ("images of masks", "similarity[image_index[masks]]", "similarity[image_index[:1]]"),
+        ("pairs of two boxes", "loss * weight, 0)", "loss, 0)"),
+        ("sign", "torch.where(logits < 0, -1, 1)", "torch.where(logits < 0, 1, 1)"),
+        ("pairs that do not count", "torch.where(weight > 0, slope, 0)", "slope"),
+    ),
+    *of(
+        "portable/box_pairwise",
+        BOX_COLORS,
+        ("dark colours", "images / 12.92)", "images / 12.9)"),
+        ("valid neighbours", "values.mul_(valid[there])", "values.mul_(valid[here])"),
+        ("threshold", "(values >= threshold)", "(values > 0)"),
+        (
+            "directions of bits",
+            ">= threshold).to(torch.uint8) << k\n    return bits",
+            ">= threshold).to(torch.uint8) << 7 - k\n    return bits",
+        ),
+    ),
+    *of(
+        "portable/image_affinity",
+        "test_image_affinity test_weights_are_the_definition test_portable_matches_the_reference"
+        " test_one_color_everywhere",
+        ("positions", "weights += position_weights(", "weights -= position_weights("),
+        ("values of the centre", "Mode(1, 0.1, EPS, True)", "Mode(1, 0.1, EPS, False)"),
+        ("slope of the deviation", ".mul_(-kind.scale)", ".mul_(kind.scale)"),
+        ("gradient of the centre", "x - mean, value=len(dilations))", "x - mean, value=1)"),
+        ("pixels of the frame", "    fold_frame(grad_frame, neighbors.frame)\n", ""),
+        ("one colour", "deviation == 0, math.inf", "deviation == 1, math.inf"),
+    ),
     # --- Native kernels of dilated affinity and its propagation -----------------------------------
     *of(
         "native/affinity_propagation.cpp",
@@ -1479,7 +1600,7 @@ MUTANTS = [
             "target[:, num_channels:] < 0",
         ),
         ("slices of a volume", "volume.transpose(1, 2).flatten(0, 1)", "volume.flatten(0, 1)"),
-        ("nnU-Net's own loss", "return loss + self.field(", "return self.field("),
+        ("nnU-Net's own loss", "self.own(net_output, target) + field", "field"),
         ("the decay", "self.current_epoch / self.num_epochs", "0.0"),
     ),
     *of(
@@ -1501,7 +1622,7 @@ MUTANTS = [
         "mmseg",
         "test_training_loops test_calling_convention_of_mmsegmentation"
         " test_the_registry_of_mmengine",
-        ("the factor of the loss", "return self.loss_weight * super()", "return super()"),
+        ("the factor of the loss", "self.loss_weight * super()", "super()"),
         (
             "the head's ignore_index",
             "self.ignore_index = checks.check_ignore_index(ignore_index)",

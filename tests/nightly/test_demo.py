@@ -31,7 +31,7 @@ def run(folder, *arguments, **environment):
     for title in ("cross-entropy", "cross-entropy + AAF"):
         assert re.search(rf"\| {re.escape(title)} +\|", result.stdout)
     assert "cross-entropy + AR" not in result.stdout  # only where it is asked for
-    assert f"picture: {folder}/scenes.png" in result.stdout
+    assert f"pictures: {folder}/scenes.png, {folder}/scenes-training.png" in result.stdout
     assert Image.open(folder / "scenes.png").size[0] > 500
     return result.stdout
 

@@ -155,9 +155,11 @@ def affinity_field_loss(
     contributes 0 with a zero gradient.
 
     Args:
-        logits: (N, C, H, W) floating, see :func:`affinity_field_terms`.
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
         target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
-            whole numbers (looked at on a CPU, in eager mode).
+            whole numbers (looked at on a CPU, in eager mode). With ``activation="sigmoid"`` labels
+            0 and 1, (N, C, H, W); for one channel (N, H, W) too.
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
         edge_weight: (C, K) floating, weight of each class and size in the edge term; rows usually
             sum to 1. Default 1/K. Differentiable.
@@ -165,7 +167,14 @@ def affinity_field_loss(
         edge_lambda: factor of the edge term, at least 0.
         non_edge_lambda: factor of the non-edge term, at least 0.
         affinity_lambda: factor of both terms, at least 0.
-        margin, eps, ignore_index, variant, activation: see :func:`affinity_field_terms`.
+        margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
+        eps: clamp of the probabilities, at least the logits' machine epsilon and below 0.5.
+        ignore_index: label of the pixels to leave out, even where a class has this number; None if
+            there is no such label. The default is 255; torch's own losses have -100.
+        variant: ``"paper"``, the equations; ``"authors"``, the published TensorFlow code, from
+            which :func:`affinity_field_terms` tells the differences.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel (vessels, cracks,
+            membranes) or several labels per pixel. Not with variant "authors".
         include_background: False leaves row 0 out of the tables, in sums and in counts: the channel
             of class 0. The other channels still have edges towards class 0.
         reduction: ``"mean"``: all images are one batch of pairs. ``"none"``: the loss of each image
@@ -265,20 +274,39 @@ def affinity_field_cross_entropy(
     (pixel, channel) that are not ignored, in which entries of label 1 have the weight pos_weight.
 
     Args:
-        logits, target, kernel_sizes: see :func:`affinity_field_terms`.
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode). With ``activation="sigmoid"`` labels
+            0 and 1, (N, C, H, W); for one channel (N, H, W) too.
+        kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
         weight: (C,) floating, the weight w of each class in cross-entropy. Default 1. With
             softmax alone.
-        edge_weight, non_edge_weight, edge_lambda, non_edge_lambda, affinity_lambda,
-            include_background: see :func:`affinity_field_loss`. Cross-entropy keeps class 0.
-        margin, eps, ignore_index, variant, activation: see :func:`affinity_field_terms`.
+        edge_weight: (C, K) floating, weight of each class and size in the edge term. Default 1/K.
+        non_edge_weight: (C, K), likewise for the non-edge term.
+        edge_lambda: factor of the edge term, at least 0.
+        non_edge_lambda: factor of the non-edge term, at least 0.
+        affinity_lambda: factor of both terms, at least 0.
+        margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
+        eps: clamp of the probabilities, at least the logits' machine epsilon and below 0.5.
+        ignore_index: label of the pixels to leave out, even where a class has this number; None if
+            there is no such label. The default is 255; torch's own losses have -100.
+        variant: ``"paper"``, the equations; ``"authors"``, the published TensorFlow code, from
+            which :func:`affinity_field_terms` tells the differences.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel (vessels, cracks,
+            membranes) or several labels per pixel. Not with variant "authors".
+        include_background: False leaves the channel of class 0 out of the affinity field. The other
+            channels still have edges towards class 0; cross-entropy keeps it.
         pos_weight: (C,) floating, the weight of label 1 in each channel's binary cross-entropy, as
             :func:`torch.nn.functional.binary_cross_entropy_with_logits` has it. Default 1. With
             sigmoid alone.
         label_smoothing: in [0, 1], as :func:`torch.nn.functional.cross_entropy` has it. With
             softmax alone. A part of its term is plain torch, which docs/affinity_field.md counts.
-        reduction: see :func:`affinity_field_loss`. ``"none"`` is the loss of each image, (N,),
+        reduction: ``"mean"``: all images are one batch. ``"none"`` is the loss of each image, (N,),
             where torch's cross-entropy has a number for each pixel.
-        process_group: see :func:`affinity_field_loss`; both terms are means over all processes.
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits. In nats.
@@ -334,30 +362,34 @@ class AffinityFieldLoss(Loss):
 
     Args:
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
-        edge_lambda, non_edge_lambda, affinity_lambda, margin, eps, ignore_index, variant,
-            activation, include_background, reduction, process_group: see
-            :func:`tritonaff.affinity_field_loss`.
+        edge_lambda: factor of the edge term, at least 0.
+        non_edge_lambda: factor of the non-edge term, at least 0.
+        affinity_lambda: factor of both terms, at least 0.
+        margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
+        eps: clamp of the probabilities, at least the logits' machine epsilon and below 0.5.
+        ignore_index: label of the pixels to leave out, even where a class has this number; None if
+            there is no such label. The default is 255; torch's own losses have -100.
+        variant: ``"paper"``, the equations; ``"authors"``, the published TensorFlow code.
         cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
         weight: (C,) floating, or a sequence of C numbers: the weight of each class in
             cross-entropy. Default 1. (``class_weight`` is its deprecated name.) With softmax alone.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel (vessels, cracks,
+            membranes) or several labels per pixel. Not with variant "authors".
         pos_weight: (C,) floating, or a sequence of C numbers: the weight of label 1 in binary
             cross-entropy. Default 1. With sigmoid alone.
-        label_smoothing: in cross-entropy, see :func:`tritonaff.affinity_field_cross_entropy`.
+        label_smoothing: in [0, 1], in cross-entropy, as torch has it. With softmax alone.
+        include_background: False leaves the channel of class 0 out of the affinity field. The other
+            channels still have edges towards class 0; cross-entropy keeps it.
+        reduction: ``"mean"``: all images are one batch of pairs. ``"none"``: the loss of each
+            image, (N,). No ``"sum"``: edges and non-edges are means over numbers of their own.
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Shapes:
-        ``forward(logits, target, progress=None, normalizer=None, return_terms=False)`` with logits
-        (N, C, H, W) and target (N, H, W) gives a scalar, or (N,) with ``reduction="none"``.
-        ``progress`` in [0, 1], the fraction of training done, multiplies the affinity field loss by
-        10 ** -progress as the authors do, but not cross-entropy. (The range of a tensor is checked
-        where labels are: on a CPU, in eager mode.) Under torch.compile pass a 0-d tensor: a Python
-        float that changes compiles a second time. In a CUDA graph the tensor must be on the logits'
-        device: a tensor elsewhere is read once, at capture. Where another library calls
-        ``loss(logits, target)``, :meth:`set_progress` tells the module. ``normalizer``, (2, K): see
-        :func:`tritonaff.affinity_field_loss`; cross-entropy, which divides by another number, must
-        then be computed beside the loss.
-
-        ``return_terms=True`` gives ``(loss, terms)``, for logs: a dict of the detached terms
-        ``"edge"``, ``"non_edge"`` and ``"cross_entropy"`` (if asked for), which add up to the loss.
+        ``loss(logits, target)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar, or
+        (N,) with ``reduction="none"``; :meth:`forward` has more arguments. Where another library
+        calls the loss, :meth:`set_progress` tells it how much of training is done.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -432,6 +464,30 @@ class AffinityFieldLoss(Loss):
         normalizer: Tensor | None = None,
         return_terms: bool = False,
     ) -> Any:
+        """The loss of a batch.
+
+        Args:
+            logits: (N, C, H, W) of float16, bfloat16, float32 or float64.
+            target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that
+                holds whole numbers (looked at on a CPU, in eager mode). With
+                ``activation="sigmoid"`` labels 0 and 1, (N, C, H, W); for one channel (N, H, W)
+                too.
+            progress: fraction of training done, in [0, 1]: multiplies the affinity field loss, but
+                not cross-entropy, by 10 ** -progress, as the authors do. (The range of a tensor is
+                checked where labels are: on a CPU, in eager mode.) Under torch.compile pass a 0-d
+                tensor: a Python float that changes compiles a second time. In a CUDA graph the
+                tensor must be on the logits' device: a tensor elsewhere is read once, at capture.
+            normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to
+                divide by, in place of the batch's own; :meth:`normalizer` counts them.
+                Cross-entropy, which divides by another number, must then be computed beside the
+                loss.
+            return_terms: also return the terms, for logs: a dict of the detached ``"edge"``,
+                ``"non_edge"`` and ``"cross_entropy"`` (if asked for), which add up to the loss.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits, in
+            nats; with ``return_terms=True`` a pair (loss, terms).
+        """
         return self._loss(logits, target, progress, normalizer, return_terms)
 
     def set_progress(self, progress: float | Tensor | None) -> None:
@@ -506,14 +562,33 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
     Args:
         num_classes: C, at least 2; with sigmoid the number of channels, at least 1.
         kernel_sizes: K distinct odd sizes, each at least 3; an int is one size.
-        edge_lambda, non_edge_lambda, affinity_lambda, margin, eps, ignore_index, variant,
-            activation, include_background, reduction, process_group: see
-            :func:`tritonaff.affinity_field_loss`.
-        cross_entropy, weight, pos_weight, label_smoothing: see :class:`AffinityFieldLoss`.
+        edge_lambda: factor of the edge term, at least 0.
+        non_edge_lambda: factor of the non-edge term, at least 0.
+        affinity_lambda: factor of both terms, at least 0.
+        margin: KL divergence, in nats, beyond which an edge is satisfied; at least 0.
+        eps: clamp of the probabilities, at least the logits' machine epsilon and below 0.5.
+        ignore_index: label of the pixels to leave out, even where a class has this number; None if
+            there is no such label. The default is 255; torch's own losses have -100.
+        variant: ``"paper"``, the equations; ``"authors"``, the published TensorFlow code.
+        cross_entropy: add cross-entropy, as :func:`tritonaff.affinity_field_cross_entropy` does.
+        weight: (C,) floating, or a sequence of C numbers: the weight of each class in
+            cross-entropy. Default 1. (``class_weight`` is its deprecated name.) With softmax alone.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel (vessels, cracks,
+            membranes) or several labels per pixel. Not with variant "authors".
+        pos_weight: (C,) floating, or a sequence of C numbers: the weight of label 1 in binary
+            cross-entropy. Default 1. With sigmoid alone.
+        label_smoothing: in [0, 1], in cross-entropy, as torch has it. With softmax alone.
+        include_background: False leaves the channel of class 0 out of the affinity field. The other
+            channels still have edges towards class 0; cross-entropy keeps it.
+        reduction: ``"mean"``: all images are one batch of pairs. ``"none"``: the loss of each
+            image, (N,). No ``"sum"``: edges and non-edges are means over numbers of their own.
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Shapes:
-        ``forward(logits, target, progress=None, normalizer=None, return_terms=False)`` as
-        :class:`AffinityFieldLoss`; logits must have C classes.
+        ``loss(logits, target)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar, or
+        (N,) with ``reduction="none"``; :meth:`forward` has more arguments.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -611,7 +686,9 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         return {"params": [self.edge_scores, self.non_edge_scores], "lr": lr, "weight_decay": 0.0}
 
     def normalizer(self, target: Tensor, num_classes: int | None = None) -> Tensor:
-        """See :meth:`AffinityFieldLoss.normalizer`."""
+        """Numbers of edge and non-edge entries, (2, K) int64, in a target of C classes. Add up the
+        numbers of a batch's parts and give ``forward`` the total with every part.
+        """
         return super().normalizer(target, self.num_classes if num_classes is None else num_classes)
 
     def forward(
@@ -622,6 +699,30 @@ class AdaptiveAffinityFieldLoss(AffinityFieldLoss):
         normalizer: Tensor | None = None,
         return_terms: bool = False,
     ) -> Any:
+        """The loss of a batch, with the weights as they are now.
+
+        Args:
+            logits: (N, C, H, W) of float16, bfloat16, float32 or float64, with C = num_classes.
+            target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that
+                holds whole numbers (looked at on a CPU, in eager mode). With
+                ``activation="sigmoid"`` labels 0 and 1, (N, C, H, W); for one channel (N, H, W)
+                too.
+            progress: fraction of training done, in [0, 1]: multiplies the affinity field loss, but
+                not cross-entropy, by 10 ** -progress, as the authors do. (The range of a tensor is
+                checked where labels are: on a CPU, in eager mode.) Under torch.compile pass a 0-d
+                tensor: a Python float that changes compiles a second time. In a CUDA graph the
+                tensor must be on the logits' device: a tensor elsewhere is read once, at capture.
+            normalizer: (2, K) of int32 or int64, the numbers of edge and of non-edge entries to
+                divide by, in place of the batch's own; :meth:`normalizer` counts them.
+                Cross-entropy, which divides by another number, must then be computed beside the
+                loss.
+            return_terms: also return the terms, for logs: a dict of the detached ``"edge"``,
+                ``"non_edge"`` and ``"cross_entropy"`` (if asked for), which add up to the loss.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits, in
+            nats; with ``return_terms=True`` a pair (loss, terms).
+        """
         if isinstance(logits, Tensor) and logits.dim() == 4 and logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits must have num_classes = {self.num_classes} classes, got {logits.shape[1]}"
@@ -752,8 +853,9 @@ def _loss(
 
 def _totals(counted: ops.Counted, options: AffinityFieldOptions) -> Tensor:
     """Numbers of edge and non-edge entries of each size, (2, K)."""
+    totals: Tensor = counted.totals
     if options.include_background:
-        return counted.totals
+        return totals
     return torch.stack(counted.entry_counts())[:, 1:].sum(dim=1)
 
 

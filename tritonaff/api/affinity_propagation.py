@@ -105,8 +105,14 @@ class AffinityPropagation(OptionsModule):
     """:func:`tritonaff.affinity_propagation` with fixed options.
 
     Args:
-        rates, iterations, self_weight, steepness, from_logits, normalize, border: see
-            :func:`tritonaff.affinity_propagation`.
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
+        iterations: number of iterations; 0 gives a copy.
+        self_weight: lambda, at least 0: how much a sure pixel keeps its class.
+        steepness: mu, above 1; e would be the ordinary sigmoid.
+        from_logits: True: the affinity is given as logits. False: as numbers in [0, 1].
+        normalize: ``"sum"``: divide by the sum over the classes after each iteration; ``"none"``.
+        border: ``"valid"``: there are no neighbours outside the image. ``"replicate"``: the border
+            pixels go on outside.
 
     Shapes:
         ``forward(probs, affinity)`` with probs (N, C, H, W) and affinity (N, 8 R, H, W) gives the
@@ -147,6 +153,12 @@ class AffinityPropagation(OptionsModule):
         super().__init__(options)
 
     def forward(self, probs: Tensor, affinity: Tensor) -> Tensor:
+        """The refined probabilities, (N, C, H, W), in the dtype of probs.
+
+        Args:
+            probs: (N, C, H, W) of float16, bfloat16, float32 or float64: probabilities, not logits.
+            affinity: (N, 8 R, H, W) of one of these dtypes, by rate and neighbour.
+        """
         return _propagate(probs, affinity, self.options)
 
 

@@ -66,7 +66,7 @@ def affinity_regression_terms(
             0 and 1, (N, C, H, W); for one channel (N, H, W) too.
         grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
             None: every pixel.
-        ignore_index: label of the points to leave out, see :func:`affinity_field_terms`.
+        ignore_index: label of the points to leave out; None if there is no such label.
         activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel or several labels
             per pixel.
 
@@ -116,15 +116,25 @@ def affinity_regression_loss(
     with a zero gradient. With ``activation="sigmoid"`` the mean is over images and channels.
 
     Args:
-        logits, target, grid_sizes, ignore_index, activation: see :func:`affinity_regression_terms`.
+        logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides. Half precision
+            is read as it is and computed in float32.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode). With ``activation="sigmoid"`` labels
+            0 and 1, (N, C, H, W); for one channel (N, H, W) too.
+        grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
+            None: every pixel.
+        ignore_index: label of the points to leave out; None if there is no such label.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel or several labels
+            per pixel.
         reduction: ``"mean"``; ``"sum"`` over the images; or ``"none"``, the mean square of each
             image, (N,), with sigmoid of each image and channel, (N, C): 0 without any point that
             counts.
         normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
             batch's own (with sigmoid images times channels);
             :meth:`AffinityRegressionLoss.normalizer` counts them.
-        process_group: see :func:`affinity_field_loss`; the mean is over the images of all
-            processes.
+        process_group: None: the images of this process. A group: the images of all its processes,
+            for which every process must call; the gradient is multiplied by the number of
+            processes, a factor that averaging of gradients cancels.
 
     Returns:
         A scalar in [0, 1], see reduction: float32, float64 for float64 logits.
@@ -158,13 +168,21 @@ class AffinityRegressionLoss(Loss):
     with cross-entropy alone has reached its peak.
 
     Args:
-        grid_sizes, ignore_index, activation, reduction, process_group: see
-            :func:`tritonaff.affinity_regression_loss`.
+        grid_sizes: at least one size, each at least 1; grids finer than the image repeat pixels.
+            None: every pixel.
+        ignore_index: label of the points to leave out; None if there is no such label.
+        process_group: None: the images of this process. A group: the images of all its processes,
+            for which every process must call; the gradient is multiplied by the number of
+            processes, a factor that averaging of gradients cancels.
+        activation: ``"softmax"``, one class per pixel; ``"sigmoid"``, one channel or several labels
+            per pixel.
+        reduction: ``"mean"`` or ``"sum"`` over the images, or ``"none"``, the mean square of each
+            image, (N,), with sigmoid of each image and channel, (N, C).
 
     Shapes:
-        ``forward(logits, target, normalizer=None)`` with logits (N, C, H, W) and target (N, H, W)
-        gives a scalar, or with ``reduction="none"`` a value for each image. The loss has one term,
-        and no ``return_terms``.
+        ``loss(logits, target)`` with logits (N, C, H, W) and target (N, H, W) gives a scalar, or
+        with ``reduction="none"`` a value for each image. The loss has one term, and no
+        ``return_terms``.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -193,6 +211,20 @@ class AffinityRegressionLoss(Loss):
         super().__init__(options, process_group)
 
     def forward(self, logits: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            logits: (N, C, H, W) of float16, bfloat16, float32 or float64.
+            target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that
+                holds whole numbers (looked at on a CPU, in eager mode). With
+                ``activation="sigmoid"`` labels 0 and 1, (N, C, H, W); for one channel (N, H, W)
+                too.
+            normalizer: int32 or int64 scalar, the number of images to divide by, in place of the
+                batch's own; :meth:`normalizer` counts them.
+
+        Returns:
+            A scalar in [0, 1], or as ``reduction`` says: float32, float64 for float64 logits.
+        """
         return _loss(logits, target, self.options, normalizer, self.process_group)
 
     def normalizer(self, target: Tensor) -> Tensor:
@@ -223,7 +255,7 @@ def square_root_affinity(
 
     Args:
         logits: (N, C, H, W) of float16, bfloat16, float32 or float64, any strides.
-        grid_sizes: grids of the L points, see :func:`affinity_regression_terms`. None: every pixel,
+        grid_sizes: grids of the L points, each at least 1. None: every pixel,
             L = H W.
 
     Returns:
@@ -254,8 +286,9 @@ def label_affinity(
     """Matrices of the affinity that the labels ask for between all pairs of sample points.
 
     Args:
-        target: (N, H, W), see :func:`dilated_affinity_target`.
-        grid_sizes: grids of the L points, see :func:`affinity_regression_terms`. None: every pixel,
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers.
+        grid_sizes: grids of the L points, each at least 1. None: every pixel,
             L = H W.
         ignore_index: label of the points that do not count.
 

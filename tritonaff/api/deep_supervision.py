@@ -24,14 +24,12 @@ class DeepSupervision(nn.Module):
             adaptive loss learns one set of weights for all resolutions.
         weights: a factor of at least 0 for each output, from the first one on; an output whose
             factor is 0 is not looked at. Default: halves 1, 1/2, 1/4, ..., divided by their sum.
-        align_corners: how one target is resized, see :func:`tritonaff.resize_labels`.
+        align_corners: how one target is resized: the pixels of the corners are kept, instead of the
+            image's edges.
 
     Shapes:
-        ``forward(logits, target, progress=None)`` with a sequence of logits (N, C, H, W), or
-        (N, K, D, H, W), and one target, which is resized to each of the logits, or a sequence of
-        targets, one for each, gives the loss's value. A single tensor of logits, as networks give
-        in evaluation, is one output with the factor 1. ``progress``: see
-        :class:`tritonaff.AffinityFieldLoss`.
+        ``loss(logits, target)`` with a sequence of logits (N, C, H, W), or (N, K, D, H, W), and one
+        target or as many, gives the loss's value.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made; another number of logits than
@@ -67,6 +65,18 @@ class DeepSupervision(nn.Module):
         target: Tensor | Sequence[Tensor],
         progress: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of all outputs.
+
+        Args:
+            logits: a sequence of logits, (N, C, H, W) or (N, K, D, H, W), each of its own size. A
+                single tensor, as networks give in evaluation, is one output with the factor 1.
+            target: one target, which is resized to each of the logits, or a sequence of targets,
+                one for each.
+            progress: fraction of training done, in [0, 1], for losses that take it.
+
+        Returns:
+            A scalar, or whatever the loss gives.
+        """
         options = {} if progress is None else {"progress": progress}
         if isinstance(logits, Tensor):
             value: Tensor = self.loss(logits, target, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ from tritonaff.options import (
     dilated_affinity_options,
 )
 from tritonaff.rates import DIRECTIONS
+
+
+class NeighborCountsLike(Protocol):
+    """Counts by rate and neighbour category, as :class:`tritonaff.NeighborStatistics` has them."""
+
+    pixel_count: Tensor
+    """(R, 9): pixels."""
+    signal_count: Tensor
+    """(R, 9, 2): signals, (different, same)."""
+
+
+Statistics = NeighborCountsLike | Sequence[Any]
 
 
 class DilatedAffinityTerms(NamedTuple):
@@ -68,8 +80,11 @@ def dilated_affinity_terms(
         affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
             finite, with the channels of :func:`dilated_affinity_target`. Half precision is read as
             it is and computed in float32.
-        target: (N, H, W), see :func:`dilated_affinity_target`.
-        rates, ignore_index: see :func:`dilated_affinity_target`.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode).
+        rates: R distinct rates, in pixels of the logits; a pair (r1, r2) is r1 rows and r2 columns,
+            an int r is (r, r).
+        ignore_index: label of the pixels to leave out; None if there is no such label.
         gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
 
     Returns:
@@ -102,7 +117,7 @@ def dilated_affinity_loss(
     rates: Rates,
     *,
     weighting: Weighting = "sqrt",
-    statistics: Any = None,
+    statistics: Statistics | None = None,
     gamma: float = 2.0,
     beta: float = 1.0,
     ignore_index: int | None = 255,
@@ -122,9 +137,13 @@ def dilated_affinity_loss(
     gradient.
 
     Args:
-        affinity_logits: (N, 8 R, H, W) floating, see :func:`dilated_affinity_terms`.
-        target: (N, H, W), see :func:`dilated_affinity_target`.
-        rates: see :func:`dilated_affinity_target`. The paper's sets, in its bracket notation, are
+        affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, any strides, all
+            finite. Channels are ordered by rate and, within a rate (r1, r2), by neighbour:
+            {-r1, 0, r1} rows x {-r2, 0, r2} columns without the centre, row by row.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode).
+        rates: R distinct rates, in pixels of the logits; a pair (r1, r2) is r1 rows and r2 columns,
+            an int r is (r, r). The paper's sets, in its bracket notation, are
             {8, 16} (its best), {8, 16, 32}, {8, 16, 32, 64}, {8, (12, 24), 16} and
             {8, (12, 24), 16, (32, 64), 48}: small rates serve training, large ones propagation.
         weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
@@ -142,7 +161,9 @@ def dilated_affinity_loss(
             a mean over a number of its own.
         normalizer: (R, 9, 3) of int32 or int64, counts (pixels, different signals, same signals) to
             use in place of the batch's own; :meth:`DilatedAffinityLoss.normalizer` counts them.
-        process_group: see :func:`affinity_field_loss`.
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits. In nats.
@@ -176,15 +197,24 @@ class DilatedAffinityLoss(Loss):
     """:func:`tritonaff.dilated_affinity_loss` with fixed options.
 
     Args:
-        rates, weighting, statistics, gamma, beta, ignore_index, reduction, process_group: see
-            :func:`tritonaff.dilated_affinity_loss`. The counts of the statistics are copied into
-            buffers, which move with the module.
+        rates: R distinct rates, in pixels of the logits; a pair (r1, r2) is r1 rows and r2 columns,
+            an int r is (r, r).
+        weighting: ``"sqrt"`` (the paper's choice), ``"neighbor"``, ``"signal"`` or ``"none"``.
+        statistics: the counts that the weights are computed from: ``NeighborStatistics`` of a data
+            set with the same rates and ignore_index, or a pair (pixel_count (R, 9), signal_count
+            (R, 9, 2)) of int32 or int64. They are copied into buffers, which move with the module.
+            None: the counts of each batch.
+        gamma: the focusing parameter, at least 0.
+        beta: factor of the loss, at least 0; try 0.1 first.
+        ignore_index: label of the pixels to leave out; None if there is no such label.
+        reduction: ``"mean"``: all images are one batch. ``"none"``: the loss of each image, (N,).
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Shapes:
-        ``forward(affinity_logits, target, normalizer=None, return_terms=False)`` with
-        affinity_logits (N, 8 R, H, W) and target (N, H, W) gives a scalar, or (N,) with
-        ``reduction="none"``. ``return_terms=True`` gives ``(loss, terms)``, for logs: a dict of the
-        detached terms by rate, ``"rate 8 x 8"``, which add up to the loss.
+        ``loss(affinity_logits, target)`` with affinity_logits (N, 8 R, H, W) and target (N, H, W)
+        gives a scalar, or (N,) with ``reduction="none"``; :meth:`forward` has more arguments.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -207,7 +237,7 @@ class DilatedAffinityLoss(Loss):
         rates: Rates,
         *,
         weighting: Weighting = "sqrt",
-        statistics: Any = None,
+        statistics: Statistics | None = None,
         gamma: float = 2.0,
         beta: float = 1.0,
         ignore_index: int | None = 255,
@@ -230,6 +260,22 @@ class DilatedAffinityLoss(Loss):
         normalizer: Tensor | None = None,
         return_terms: bool = False,
     ) -> Any:
+        """The loss of a batch.
+
+        Args:
+            affinity_logits: (N, 8 R, H, W) of float16, bfloat16, float32 or float64, by rate and
+                neighbour.
+            target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that
+                holds whole numbers (looked at on a CPU, in eager mode).
+            normalizer: (R, 9, 3) of int32 or int64, counts (pixels, different signals, same
+                signals) to use in place of the batch's own; :meth:`normalizer` counts them.
+            return_terms: also return the terms, for logs: a dict of the detached terms by rate,
+                ``"rate 8 x 8"``, which add up to the loss.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits, in
+            nats; with ``return_terms=True`` a pair (loss, terms).
+        """
         checks.check_bool("return_terms", return_terms)
         given = None
         if self.pixel_count is not None and self.signal_count is not None:

@@ -98,9 +98,15 @@ class PAMR(OptionsModule):
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] | int = (1,)) -> None:
         super().__init__(refinement_options(num_iter, dilations))
-        self.register_load_state_dict_pre_hook(_drop_kernels)
+        self.register_load_state_dict_pre_hook(_drop_kernels)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The masks (N, C, H, W), refined by the images.
+
+        Args:
+            x: images (N, K, H, W), floating.
+            mask: masks (N, C, h, w), floating, any numbers; another size is first resized.
+        """
         return _refine(x, mask, "pamr", self.options)
 
 
@@ -116,8 +122,9 @@ class PAR(OptionsModule):
         num_iter: number of iterations; both projects have 10.
 
     Shapes:
-        ``forward(imgs, masks)`` with imgs (N, K, H, W) and masks (N, C, h, w), see
-        :class:`tritonaff.PAMR`.
+        ``forward(imgs, masks)`` with imgs (N, K, H, W) and masks (N, C, h, w), any numbers, gives
+        the refined masks (N, C, H, W), in the dtype of masks. Masks of another size are first
+        resized, bilinearly, with aligned corners. Differentiable with respect to both, once.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -133,9 +140,15 @@ class PAR(OptionsModule):
 
     def __init__(self, dilations: Sequence[int] | int, num_iter: int) -> None:
         super().__init__(refinement_options(num_iter, dilations))
-        self.register_load_state_dict_pre_hook(_drop_kernels)
+        self.register_load_state_dict_pre_hook(_drop_kernels)  # type: ignore[no-untyped-call]
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
+        """The masks (N, C, H, W), refined by the images.
+
+        Args:
+            imgs: images (N, K, H, W), floating.
+            masks: masks (N, C, h, w), floating, any numbers; another size is first resized.
+        """
         return _refine(imgs, masks, "par", self.options)
 
 

@@ -125,7 +125,14 @@ def instance_affinity_terms(
         logits: (N, K, H, W) or (N, K, D, H, W) of float16, bfloat16, float32 or float64, any
             strides, with a channel for every offset. Half precision is read as it is and computed
             in float32. Logits of pairs that do not count may be NaN.
-        ids, offsets, background, ignore_index, anchor: see :func:`instance_affinity_target`.
+        ids: (N, H, W) or (N, D, H, W) of any integer dtype up to 64 bits; only equality matters.
+        offsets: K offsets, each a tuple of signed integers, one for each axis of the ids, not all
+            0: channel k is the pair of a voxel and the voxel at offsets[k] from it.
+        background: id of the voxels that belong to no instance, whose pairs all have the target
+            "different"; None: 0 is an id like any other.
+        ignore_index: id of the voxels to leave out; None if there is no such id.
+        anchor: ``"source"``: a channel at x is the pair (x, x + offset); ``"destination"``: (x, x -
+            offset).
         gamma: the focusing parameter, at least 0; 0 is binary cross-entropy.
         invert: the logits speak of "different" (a boundary): pt is 1 - p for pairs of one instance.
             The tables stay (different, same).
@@ -206,8 +213,16 @@ def instance_affinity_loss(
     ============  ==============================================================================
 
     Args:
-        logits: (N, K, H, W) or (N, K, D, H, W) floating, see :func:`instance_affinity_terms`.
-        ids, offsets, background, ignore_index, anchor: see :func:`instance_affinity_target`.
+        logits: (N, K, H, W) or (N, K, D, H, W) of float16, bfloat16, float32 or float64, any
+            strides, with a channel for every offset. Logits of pairs that do not count may be NaN.
+        ids: (N, H, W) or (N, D, H, W) of any integer dtype up to 64 bits; only equality matters.
+        offsets: K offsets, each a tuple of signed integers, one for each axis of the ids, not all
+            0: channel k is the pair of a voxel and the voxel at offsets[k] from it.
+        background: id of the voxels that belong to no instance, whose pairs all have the target
+            "different"; None: 0 is an id like any other.
+        ignore_index: id of the voxels to leave out; None if there is no such id.
+        anchor: ``"source"``: a channel at x is the pair (x, x + offset); ``"destination"``: (x, x -
+            offset).
         loss: ``"bce"``, ``"dice"``, ``"mse"`` or ``"focal"``, or weights of several of them,
             ``{"bce": 1.0, "dice": 1.0}``.
         balance: weights of the targets, see above; Dice has none.
@@ -220,7 +235,9 @@ def instance_affinity_loss(
         normalizer: (K, 2) of int32 or int64, counts (different, same) to use in place of the
             batch's own; :meth:`InstanceAffinityLoss.normalizer` counts them. Not for Dice, which is
             no sum over images.
-        process_group: see :func:`affinity_field_loss`.
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits.
@@ -253,15 +270,31 @@ class InstanceAffinityLoss(Loss):
     """:func:`tritonaff.instance_affinity_loss` with fixed options.
 
     Args:
-        offsets, background, ignore_index, anchor, invert: pairs and targets, see
-            :func:`tritonaff.instance_affinity_loss`.
-        loss, balance, channels, gamma, reduction, process_group: the loss of the pairs, see there.
+        offsets: K offsets, each a tuple of signed integers, one for each axis of the ids, not all
+            0: channel k is the pair of a voxel and the voxel at offsets[k] from it.
+        loss: ``"bce"``, ``"dice"``, ``"mse"`` or ``"focal"``, or weights of several of them,
+            ``{"bce": 1.0, "dice": 1.0}``.
+        balance: weights of the targets: ``"none"``, ``"inverse"`` (each target's mean, halved),
+            ``"clipped"`` (gunpowder's) or ``"positive"`` (PyTC's); Dice has none.
+        channels: ``"mean"`` or ``"sum"`` over the channels, or ``"pooled"``: the pairs of all
+            channels are one sum.
+        background: id of the voxels that belong to no instance, whose pairs all have the target
+            "different"; None: 0 is an id like any other.
+        ignore_index: id of the voxels to leave out; None if there is no such id.
+        anchor: ``"source"``: a channel at x is the pair (x, x + offset); ``"destination"``: (x, x -
+            offset).
+        invert: the channels say 1 for "different", as torch-em's do.
+        gamma: the focusing parameter of ``"focal"``, at least 0.
+        reduction: ``"mean"``: all images are one batch of pairs. ``"none"``: the loss of each
+            image, (N,).
+        process_group: None: the loss of this process's batch. A group: the loss of all its
+            processes' batches as one batch, for which every process must call; its gradient is
+            multiplied by the number of processes, a factor that averaging of gradients cancels.
 
     Shapes:
-        ``forward(logits, ids, normalizer=None, return_terms=False)`` with logits (N, K, H, W) and
-        ids (N, H, W), or (N, K, D, H, W) and (N, D, H, W), gives a scalar, or (N,) with
-        ``reduction="none"``. ``return_terms=True`` gives ``(loss, terms)``, for logs: a dict of the
-        detached terms by the names of the losses, which add up to the loss.
+        ``loss(logits, ids)`` with logits (N, K, H, W) and ids (N, H, W), or (N, K, D, H, W) and
+        (N, D, H, W), gives a scalar, or (N,) with ``reduction="none"``; :meth:`forward` has more
+        arguments.
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
@@ -305,6 +338,21 @@ class InstanceAffinityLoss(Loss):
         normalizer: Tensor | None = None,
         return_terms: bool = False,
     ) -> Any:
+        """The loss of a batch.
+
+        Args:
+            logits: (N, K, H, W) or (N, K, D, H, W) of float16, bfloat16, float32 or float64.
+            ids: (N, H, W) or (N, D, H, W) of any integer dtype up to 64 bits; only equality
+                matters.
+            normalizer: (K, 2) of int32 or int64, counts (different, same) to use in place of the
+                batch's own; :meth:`normalizer` counts them.
+            return_terms: also return the terms, for logs: a dict of the detached terms by the names
+                of the losses, which add up to the loss.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``: float32, float64 for float64 logits; with
+            ``return_terms=True`` a pair (loss, terms).
+        """
         checks.check_bool("return_terms", return_terms)
         loss, terms = _loss(logits, ids, self.options, normalizer, self.process_group)
         return (loss, terms) if return_terms else loss

@@ -53,7 +53,7 @@ class Loss(OptionsModule):
 
 def by_image(loss_of_batch: Callable[..., LossAndTerms], *tensors: Tensor) -> LossAndTerms:
     """The loss and the terms of each image as a batch of its own, (N,) each."""
-    images = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+    images = zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
     losses, terms = zip(*(loss_of_batch(*image) for image in images), strict=True)
     n = len(tensors[0])  # a batch of no images splits into one of no images
     stacked = {name: torch.stack([of_image[name] for of_image in terms])[:n] for name in terms[0]}

@@ -73,7 +73,10 @@ def neighbor_counts(
     :class:`NeighborStatistics` adds them up over a data set.
 
     Args:
-        target, rates, ignore_index: see :func:`dilated_affinity_target`.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode).
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
+        ignore_index: label of the pixels to leave out; None if there is no such label.
 
     Returns:
         :class:`NeighborCounts` on the target's device; categories as :func:`neighbor_categories`
@@ -100,7 +103,10 @@ def neighbor_categories(target: Tensor, rates: Rates, *, ignore_index: int | Non
     pixel counts if it has a valid neighbour.
 
     Args:
-        target, rates, ignore_index: see :func:`dilated_affinity_target`.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers (looked at on a CPU, in eager mode).
+        rates: R distinct rates; a pair (r1, r2) is r1 rows and r2 columns, an int r is (r, r).
+        ignore_index: label of the pixels to leave out; None if there is no such label.
 
     Returns:
         (R, 9) int64 on the target's device.

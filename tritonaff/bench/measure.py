@@ -71,7 +71,7 @@ def measure(
     in its caches: for "compiled" on the reference, for our own on the opaque op.
     """
     others = yardsticks(case)
-    backend = "auto" if impl in others else {"compiled": "reference"}.get(impl, impl)
+    backend: Any = "auto" if impl in others else {"compiled": "reference"}.get(impl, impl)
     loss = case.loss
     if impl in others:
         loss, inputs = others[impl](*inputs)

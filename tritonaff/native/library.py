@@ -30,6 +30,7 @@ OPERATIONS = (
     "affinity_field",
     "affinity_propagation",
     "affinity_regression",
+    "box_pairwise",
     "dilated_affinity",
     "instance_affinity",
 )

@@ -110,7 +110,7 @@ class CountedByChannel(Counted):
     ) -> None:
         self.logits = logits
         # A single channel is not split: autograd would copy its gradient.
-        images = logits.split(1, dim=1) if logits.shape[1] > 1 else (logits,)
+        images = torch.split(logits, 1, dim=1) if logits.shape[1] > 1 else (logits,)
         self.channels = [
             Counted(x, labels, options, backend)
             for x, labels in zip(images, target.unbind(dim=1), strict=True)
@@ -135,7 +135,7 @@ class CountedByChannel(Counted):
         parts = [
             channel.sums_with_gradient(of_sums.contiguous(), of_loss)
             for channel, of_sums, of_loss in zip(
-                self.channels, coefficients.split(1, dim=1), of_log_loss, strict=True
+                self.channels, torch.split(coefficients, 1, dim=1), of_log_loss, strict=True
             )
         ]
         sums, log_loss, zeros = zip(*parts, strict=True)

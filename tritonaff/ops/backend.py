@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tritonaff.native.library import OPERATIONS
 from tritonaff.native.library import obstacle as native_obstacle
+from tritonaff.options import Backend
 
-BACKENDS = ("auto", "triton", "native", "portable", "reference")
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "native", "portable", "reference")
 # Most tiles hold a pixel's classes in one block, of at most this size.
 MAX_TILE_CLASSES = 1024
 LEAST_TRITON = (3, 6)
@@ -27,7 +28,7 @@ LEAST_CAPABILITY = (7, 0)
 _current = "auto"
 
 
-def use_backend(backend: str) -> AbstractContextManager[None]:
+def use_backend(backend: Backend) -> AbstractContextManager[None]:
     """Chooses the implementation of every operation of this library inside a ``with`` block.
 
     Args:
@@ -114,7 +115,7 @@ def implementation(
 
 @cache
 def _module(room: str, name: str) -> Any:
-    return importlib.import_module(f"tritonaff.{room}.{name}")
+    return importlib.import_module(f"..{room}.{name}", __package__)
 
 
 def native_runs(name: str, backend: str, tensor: Tensor) -> bool:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+# "tritonaff"; where a copy of the package has another name, its ops have their own namespace.
+NAMESPACE = __name__.partition(".")[0]
+
 
 def define(
     name: str, schema: str, mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """A decorator that turns a function into the op ``tritonaff::name`` with this schema."""
-    return torch.library.custom_op(f"tritonaff::{name}", mutates_args=mutates, schema=schema)
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, schema=schema)
 
 
 def register_gradients(

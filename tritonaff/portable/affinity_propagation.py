@@ -85,7 +85,7 @@ def backward(
 class Stencil:
     """The sum over neighbours of Eq. 6 for some images, its normalisation, and their adjoints.
 
-    gates: (n, 8 R, H, W), 0 where the neighbour is outside image and frame.
+    gates: (n, 8 R, H, W), of which some may have no neighbour.
     """
 
     def __init__(
@@ -113,16 +113,12 @@ class Stencil:
             self.steps = [
                 (k, (within(dy, height - 1), within(dx, width - 1))) for k, (dy, dx) in self.steps
             ]
-        self.frame = tuple(max((step[dim] for _, step in self.steps), default=0) for dim in (0, 1))
+        rows, columns = (max((step[dim] for _, step in self.steps), default=0) for dim in (0, 1))
+        self.frame = rows, columns
 
         self.gates = affinity.to(dtype)
         if self.slope is not None:
-            self.gates = (self.gates * self.slope).sigmoid()
-        self.inside = self.gates.new_zeros(1, *self.gates.shape[1:], dtype=torch.bool)
-        ones = self.framed(self.gates.new_ones(1, 1, *self.size))
-        for k, window in self.windows():
-            self.inside[:, k] = ones[window][:, 0] == 1
-        self.gates = self.gates.where(self.inside, 0)
+            self.gates = (self.gates * self.slope).sigmoid_()
 
     def framed(self, x: Tensor) -> Tensor:
         above, left = self.frame
@@ -177,10 +173,10 @@ class Stencil:
             grad_gates[:, k] += (grad_y * framed[window]).sum(dim=1)
 
     def affinity_backward(self, grad_gates: Tensor) -> Tensor:
-        """The gradient of the affinity, given the gradient of the gates."""
+        """The gradient of the affinity, in place of the gradient of the gates."""
         if self.slope is not None:
-            grad_gates = grad_gates * (self.gates * (1 - self.gates) * self.slope)
-        return grad_gates.where(self.inside, 0)
+            grad_gates.mul_(self.gates).mul_(1 - self.gates).mul_(self.slope)
+        return grad_gates
 
 
 def within(step: int, most: int) -> int:

@@ -99,7 +99,7 @@ def fold_frame(grad: Tensor, frame: tuple[int, int]) -> None:
     """
     for dim, width in zip((2, 3), frame, strict=True):
         if width:
-            first, inner, last = grad.split([width, grad.shape[dim] - 2 * width, width], dim=dim)
+            first, inner, last = torch.split(grad, [width, grad.shape[dim] - 2 * width, width], dim)
             inner.select(dim, 0).add_(first.sum(dim=dim))
             inner.select(dim, -1).add_(last.sum(dim=dim))
             first.zero_()

@@ -1,4 +1,4 @@
-"""Affinities of pixels by their colours, as docs/image_pairs.md defines them, in eager PyTorch.
+"""Affinities of pixels by their colours, as docs/image_affinity.md defines them, in eager PyTorch.
 
 This file is the specification: every other implementation is tested against it in float64. The code
 is written to be read beside the definitions and never optimised.

@@ -92,10 +92,10 @@ def backward(
 
     grad_y, other = new_iterate(probs), new_iterate(probs)
     last = iterates.pop()
-    normalize = normalize_options(probs, blocks)
-    launch(normalize_backward_kernel, pixel_grid(probs, normalize["BLOCK_P"]),
+    options = normalize_options(probs, blocks)
+    launch(normalize_backward_kernel, pixel_grid(probs, options["BLOCK_P"]),
         grad, last, totals.pop(), grad_y,
-        probs.shape[1], width, height * width, *grad.stride(), **normalize,
+        probs.shape[1], width, height * width, *grad.stride(), **options,
     )  # fmt: skip
     del last
     # A launch that does not use a tensor gets some tensor: here, and in place of the total before
