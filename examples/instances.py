@@ -164,13 +164,13 @@ def score(
 def draw(path: Path, image: np.ndarray, ids: np.ndarray, results: list[Result]) -> None:
     """The image and its ids; probabilities and segments of every method. Of a volume, a plane."""
     plane = ... if ids.ndim == 2 else ids.shape[0] // 2
-    columns = [("image", image[plane], "ids", paint(ids, ids)[plane])]
+    columns = [("image", image[plane], "ids", paint(ids[plane], ids[plane]))]
     for result in results:
         probs = np.stack([prob[plane] for prob in result.probs])
         # Red, green and blue: the voxel above, nine above, nine to the left. Gray: the membrane.
         channels = [ids.ndim - 2, -10, -9] if len(probs) > 1 else [0]
         shown = probs[channels].transpose(1, 2, 0)
-        segments = paint(result.segments, ids)[plane]
+        segments = paint(result.segments[plane], ids[plane])
         columns.append((result.title, shown, f"segments of {result.title}", segments))
     figure = Figure((3 * len(columns), 6.4), layout="constrained")
     axes = figure.subplots(2, len(columns))
