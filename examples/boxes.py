@@ -2,11 +2,11 @@
 
     python examples/boxes.py FOLDER      # laid out as train.py --help says
 
-The labels tell no instances apart: a connected part of a class is one. Each instance is a crop
-around its box, of a fixed size; the network sees the crop and learns its mask from the box: the
-projections of mask and box to the rows and columns shall agree, and, with the pairwise loss,
-neighbours of similar colours have one label. The true masks serve for scores alone. Then the masks
-of the last network are made coarse, and refined by the colours of the crops.
+The labels give the boxes, and serve for scores: a connected part of a class is an instance. The
+network has a channel for each class. Outside of all boxes of its class a pixel is background; in a
+box, the mask's projections to rows and columns shall be the box's; and, with the pairwise loss,
+neighbours of similar colours have one label. Then the masks of the last network are made coarse,
+and refined by the colours of the images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
-from dataset import DataError, Dataset, Pair, load_folder
+from dataset import DataError, Pair, load_folder, random_crops
 from matplotlib.figure import Figure
 from network import SmallUNet, to_input
 from rich.console import Console
@@ -38,90 +39,89 @@ from tritonaff.files import check_writable, replacing
 LOSSES = {"projection": "projections", "projection+pairwise": "projections + pairwise"}
 COARSE = 8  # pixels of the coarse masks, a side
 
-# ------------------------------------------------------------------------------------ instances
+# ------------------------------------------------------------------------------------ boxes
 
 
-class Instances(NamedTuple):
-    """A crop for each of M instances."""
+class Boxes(NamedTuple):
+    """M instances in a batch of N images."""
 
-    images: Tensor  # (M, S, S, 3) of bytes
-    masks: Tensor  # (M, S, S) of bool
-    boxes: Tensor  # (M, 4): left, top, right, bottom, edges included
-
-
-def find_instances(pairs: list[Pair], classes: list[int], options: argparse.Namespace) -> Instances:
-    """Connected parts of the classes, at least ``least`` pixels, in crops of one size."""
-    images, masks, boxes = [], [], []
-    for image, labels in pairs:
-        for value in classes:
-            parts, _ = ndimage.label(labels == value)
-            for k, place in enumerate(ndimage.find_objects(parts), start=1):
-                mask = parts == k
-                if mask.sum() < options.least:
-                    continue
-                around = tuple(
-                    slice(max(0, side.start - margin), min(size, side.stop + margin))
-                    for side, size in zip(place, labels.shape, strict=True)
-                    for margin in [(side.stop - side.start) // 4 + 1]
-                )
-                crop = resized(torch.from_numpy(image[around]).permute(2, 0, 1), options.size)
-                images.append(crop.clamp(0, 255).to(torch.uint8).permute(1, 2, 0))
-                masks.append(resized(torch.from_numpy(mask[around])[None], options.size)[0] > 0.5)
-                boxes.append(box_of(masks[-1]))
-    if not images:
-        raise DataError(f"no instance of at least {options.least} pixels in one of the splits")
-    return Instances(torch.stack(images), torch.stack(masks), torch.stack(boxes))
+    edges: Tensor  # (M, 4): left, top, right, bottom, edges included
+    image_index: Tensor  # (M,)
+    channel: Tensor  # (M,): the class, as a channel of the network
 
 
-def resized(x: Tensor, size: int) -> Tensor:
-    """(C, H, W) as (C, size, size), in floating point."""
-    return F.interpolate(x[None].float(), (size, size), mode="bilinear", antialias=True)[0]
+def find_boxes(labels: Tensor, classes: list[int]) -> Boxes:
+    """Boxes of the connected parts of the classes in labels (N, H, W)."""
+    rows = [
+        (x.start, y.start, x.stop - 1, y.stop - 1, image, channel)
+        for image, of_image in enumerate(labels.numpy())
+        for channel, value in enumerate(classes)
+        for y, x in ndimage.find_objects(ndimage.label(of_image == value)[0])
+    ]
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+    return Boxes(table[:, :4], table[:, 4], table[:, 5])
 
 
-def box_of(mask: Tensor) -> Tensor:
-    rows, columns = mask.nonzero().unbind(dim=1)
-    return torch.stack((columns.min(), rows.min(), columns.max(), rows.max()))
-
-
-def inside(boxes: Tensor, size: int) -> Tensor:
-    """True in the boxes, (M, size, size)."""
-    left, top, right, bottom = boxes[:, :, None, None].unbind(dim=1)
-    place = torch.arange(size, device=boxes.device)
-    rows, columns = place[:, None], place
+def inside(edges: Tensor, height: int, width: int) -> Tensor:
+    """True in the boxes, (M, H, W)."""
+    left, top, right, bottom = edges[:, :, None, None].unbind(dim=1)
+    rows = torch.arange(height, device=edges.device)[:, None]
+    columns = torch.arange(width, device=edges.device)
     return (rows >= top) & (rows <= bottom) & (columns >= left) & (columns <= right)
+
+
+def filled(boxes: Boxes, shape: tuple[int, ...]) -> Tensor:
+    """True in any box of the channel, (N, C, H, W)."""
+    n, channels, height, width = shape
+    count = torch.zeros(n * channels, height, width, device=boxes.edges.device)
+    place = boxes.image_index * channels + boxes.channel
+    count.index_add_(0, place, inside(boxes.edges, height, width).float())
+    return count.view(shape) > 0
 
 
 # -------------------------------------------------------------------------- training, scores
 
 
+def background_loss(logits: Tensor, boxes: Boxes, counted: Tensor) -> Tensor:
+    """Cross-entropy of the pixels that are outside of all boxes of their channel."""
+    outside = ~filled(boxes, logits.shape) & counted
+    return (F.softplus(logits) * outside).sum() / outside.sum().clamp(min=1)
+
+
 def projection_loss(mask_logits: Tensor, in_box: Tensor) -> Tensor:
-    """Dice of the projections of masks and boxes (M, S, S) to rows and columns."""
+    """Dice of the projections of masks and boxes (M, H, W) to rows and columns."""
     loss = torch.zeros((), device=mask_logits.device)
     for dim in (1, 2):
-        p, y = mask_logits.sigmoid().amax(dim=dim), in_box.amax(dim=dim).float()
+        p, y = (mask_logits.sigmoid() * in_box).amax(dim=dim), in_box.amax(dim=dim).float()
         total = (p * p).sum(dim=1) + (y * y).sum(dim=1) + 1e-5
-        loss = loss + (1 - 2 * (p * y).sum(dim=1) / total).mean()
+        loss = loss + (1 - 2 * (p * y).sum(dim=1) / total).sum() / max(1, len(p))
     return loss
 
 
-def train(loss: str, data: Instances, options: argparse.Namespace) -> nn.Module:
+def train(
+    loss: str, pairs: list[Pair], classes: list[int], options: argparse.Namespace
+) -> nn.Module:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
-    network = SmallUNet(1, widths=(8, 16, 32, 48)).to(device, memory_format=torch.channels_last)
+    network = SmallUNet(len(classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate)
     steps = options.steps
     poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 0.9)
-    for step in range(steps):
-        chosen = torch.randint(len(data.images), (options.batch_size,))
-        images, boxes = data.images[chosen].to(device), data.boxes[chosen].to(device)
-        mask_logits = network(to_input(images, device)).logits[:, 0]
-        value = projection_loss(mask_logits, inside(boxes, options.size))
+    for step, (images, labels) in enumerate(islice(random_crops(pairs, options), steps)):
+        boxes = Boxes(*(x.to(device) for x in find_boxes(labels, classes)))
+        logits = network(to_input(images, device)).logits
+        mask_logits = logits[boxes.image_index, boxes.channel]
+        counted = (labels != options.ignore_index)[:, None].to(device)
+        value = background_loss(logits, boxes, counted)
+        value = value + projection_loss(mask_logits, inside(boxes.edges, *logits.shape[2:]))
         if "pairwise" in loss:
-            # Every crop is an image of its own.
-            similarity = color_similarity(images.permute(0, 3, 1, 2), threshold=options.threshold)
-            index = torch.arange(len(images), device=device)
-            warmup = min(1.0, 3 * step / steps)
-            value = value + box_pairwise_loss(mask_logits, similarity, boxes, index, warmup=warmup)
+            # Once an image: all its masks share it.
+            colors = images.permute(0, 3, 1, 2).to(device)
+            similarity = color_similarity(colors, threshold=options.threshold)
+            value = value + box_pairwise_loss(
+                mask_logits, similarity, boxes.edges, boxes.image_index,
+                warmup=min(1.0, 4 * step / steps),
+            )  # fmt: skip
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -132,31 +132,33 @@ def train(loss: str, data: Instances, options: argparse.Namespace) -> nn.Module:
 
 
 @torch.inference_mode()
-def probabilities(network: nn.Module, data: Instances) -> Tensor:
-    """(M, S, S), 0 outside the boxes, on the CPU."""
+def probabilities(network: nn.Module, image: np.ndarray) -> Tensor:
+    """(C, H, W) of an image (H, W, 3), on the CPU."""
     device = next(network.parameters()).device
-    parts = [network(to_input(x, device)).logits[:, 0].sigmoid() for x in data.images.split(64)]
-    return torch.cat(parts).cpu() * inside(data.boxes, data.masks.shape[-1])
+    return network(to_input(torch.from_numpy(image[None]), device)).logits[0].sigmoid().cpu()
 
 
 def made_coarse(probs: Tensor) -> Tensor:
     """Means over COARSE x COARSE pixels, enlarged again."""
-    means = F.avg_pool2d(probs[:, None], COARSE, ceil_mode=True, count_include_pad=False)
-    return F.interpolate(means, probs.shape[1:], mode="bilinear")[:, 0]
+    means = F.avg_pool2d(probs[None], COARSE, ceil_mode=True, count_include_pad=False)
+    return F.interpolate(means, probs.shape[1:], mode="bilinear")[0]
 
 
-def refined(probs: Tensor, data: Instances, iterations: int) -> Tensor:
-    """Masks and background, each pixel by its neighbours of similar colours."""
-    refine = PAR(dilations=[1, 2, 4, 8], num_iter=iterations)
-    both = torch.stack((1 - probs, probs), dim=1)
-    background, mask = refine(data.images.permute(0, 3, 1, 2), both).unbind(dim=1)
-    return mask / (background + mask)
+def refined(probs: Tensor, image: np.ndarray, refine: PAR) -> Tensor:
+    """Masks (C, H, W) and their complements, each pixel by its neighbours of similar colours."""
+    both = torch.cat((probs, 1 - probs))[None]
+    masks, others = refine(torch.from_numpy(image[None]).permute(0, 3, 1, 2), both)[0].chunk(2)
+    return masks / (masks + others)
 
 
-def mean_iou(masks: Tensor, data: Instances) -> float:
-    """Mean over the instances."""
-    both = (masks & data.masks).sum(dim=(1, 2))
-    return (both / (masks | data.masks).sum(dim=(1, 2))).mean().item()
+def count(
+    masks: Tensor, labels: np.ndarray, options: argparse.Namespace, classes: list[int]
+) -> Tensor:
+    """Pixels in mask and truth, and in either of them, (2, C)."""
+    target = torch.from_numpy(labels)
+    truth = torch.stack([target == value for value in classes])
+    counted = target != options.ignore_index
+    return torch.stack([x.sum(dim=(1, 2)) for x in ((masks & truth), (masks | truth) & counted)])
 
 
 # ------------------------------------------------------------------------------ command line
@@ -182,44 +184,52 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(f"{unknown[0]} is none of the classes {', '.join(data.classes)}")
     picture = options.output / f"{data.name}-boxes.png"
     check_writable(picture)
-    training, test = (instances_of(data, split, options) for split in ("train", "test"))
-    print(f"{len(training.images)} training and {len(test.images)} test instances", flush=True)
-    masks = {"boxes": inside(test.boxes, options.size)}
-    for loss in options.loss:
-        probs = probabilities(train(loss, training, options), test)
-        masks[LOSSES[loss]] = probs > 0.5
-    coarse = made_coarse(probs)
-    masks["coarse"] = coarse > 0.5
-    masks["coarse, refined"] = refined(coarse, test, options.iterations) > 0.5
+    classes = [data.classes.index(name) for name in options.classes]
+    networks = {LOSSES[loss]: train(loss, data.train, classes, options) for loss in options.loss}
+
+    refine, rows, counts = PAR(dilations=[1, 2, 4, 8], num_iter=options.iterations), [], {}
+    for image, labels in data.test[:: options.every]:
+        boxes = find_boxes(torch.from_numpy(labels)[None], classes)
+        masks = {"boxes": filled(boxes, (1, len(classes), *labels.shape))[0]}
+        for title, network in networks.items():
+            probs = probabilities(network, image)
+            masks[title] = probs > 0.5
+        coarse = made_coarse(probs)
+        masks["coarse"] = coarse > 0.5
+        masks["coarse, refined"] = refined(coarse, image, refine) > 0.5
+        for title, mask in masks.items():
+            counts[title] = counts.get(title, 0) + count(mask, labels, options, classes)
+        rows.append((image, masks))
 
     console = Console()
     table = Table("masks", box=box.ROUNDED if console.is_terminal else box.ASCII)
-    table.add_column("mean IoU", justify="right")
-    for title, mask in masks.items():
-        table.add_row(title, f"{mean_iou(mask, test):.3f}")
+    for name in options.classes:
+        table.add_column(f"IoU of {name}", justify="right")
+    for title, (both, either) in counts.items():
+        table.add_row(title, *(f"{iou:.3f}" for iou in (both / either).tolist()))
     console.print(table)
-    draw(picture, test, masks)
+    print(f"of {len(rows)} test images; the boxes are the true ones")
+    draw(picture, rows)
     print(f"picture: {picture}")
 
 
-def instances_of(data: Dataset, split: str, options: argparse.Namespace) -> Instances:
-    classes = [data.classes.index(name) for name in options.classes]
-    return find_instances(getattr(data, split), classes, options)
-
-
-def draw(path: Path, data: Instances, masks: dict[str, Tensor], rows: int = 6) -> None:
-    """Crops, evenly chosen, with the outlines of each mask."""
-    chosen = np.linspace(0, len(data.images) - 1, min(rows, len(data.images))).astype(int)
-    masks = {"truth": data.masks, **masks}
-    figure = Figure((1.7 * len(masks), 1.7 * len(chosen) + 0.4), layout="constrained")
-    axes = figure.subplots(len(chosen), len(masks), squeeze=False)
-    for row, index in zip(axes, chosen, strict=True):
-        for axis, mask in zip(row, masks.values(), strict=True):
-            axis.imshow(data.images[index])
-            axis.contour(mask[index].float(), [0.5], colors="yellow", linewidths=1.2)
+def draw(path: Path, rows: list[tuple[np.ndarray, dict[str, Tensor]]], most: int = 4) -> None:
+    """Images, evenly chosen, with the outlines of each mask."""
+    chosen = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
+    titles = list(rows[0][1])
+    height, width = rows[0][0].shape[:2]
+    size = 2.6 * len(titles), 2.6 * height / width * len(chosen) + 0.4
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(len(chosen), len(titles), squeeze=False)
+    for axis_row, index in zip(axes, chosen, strict=True):
+        image, masks = rows[index]
+        for axis, title in zip(axis_row, titles, strict=True):
+            axis.imshow(image)
+            for mask, color in zip(masks[title], ("yellow", "cyan", "red"), strict=False):
+                axis.contour(mask.numpy(), [0.5], colors=color, linewidths=0.9)
             axis.axis("off")
-    for axis, title in zip(axes[0], masks, strict=True):
-        axis.set_title(title, fontsize=8)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
     with replacing(path) as new:
         figure.savefig(new, format="png", dpi=110)
 
@@ -231,14 +241,14 @@ def parse_arguments() -> argparse.Namespace:
     add("data", type=Path, metavar="FOLDER", help="a data set as train.py --help describes")
     add("--ignore-index", type=whole(0, 255), default=255, help="label of pixels that never count")
     add("--classes", nargs="+", default=["car", "pedestrian"], help="names, of things with boxes")
-    add("--least", type=whole(1), default=200, help="pixels of an instance")
     add("--loss", nargs="+", choices=LOSSES, default=list(LOSSES), help="losses to train with")
     add("--threshold", type=rate, default=0.3, help="least similarity of the pairwise loss")
     add("--iterations", type=whole(1), default=10, help="of the refinement")
-    add("--steps", type=whole(1), default=600, help="of each training")
-    add("--batch-size", type=whole(1), default=32, help="crops in a batch")
-    add("--size", type=whole(8), default=64, help="rows and columns of a crop")
+    add("--steps", type=whole(1), default=400, help="of each training")
+    add("--batch-size", type=whole(1), default=8, help="crops in a batch")
+    add("--size", type=whole(1), nargs=2, default=[96, 128], metavar=("H", "W"), help="of a crop")
     add("--learning-rate", type=rate, default=3e-3, help="at the first step")
+    add("--every", type=whole(1), default=4, help="takes each so many-th test image")
     add("--seed", type=whole(0), default=0, help="of initial weights and crops")
     add("--output", type=Path, default=Path("runs"), help="folder of the picture")
     # fmt: on

@@ -52,7 +52,7 @@ def draw_predictions(
     rows = 2 * len(chosen)
     size = 2.5 * len(titles), (2.5 * height / width + 0.15) * rows + 1.2
     figure = Figure(size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.05)
     axes = figure.subplots(rows, len(titles), squeeze=False)
     for k, index in enumerate(chosen):
         image, labels = data.test[index]

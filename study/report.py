@@ -167,5 +167,5 @@ READING = (
     "With three seeds, normally spread, and no effect, the mean would still exceed the spread one "
     "time in twenty, and there are many cells below: do not rely on a single cell. One seed allows "
     "no judgement at all. `study/study.py report` writes everything on this page, verdicts "
-    "included, from [the results](results/study)."
+    "included, from [the results](https://github.com/tritonaff/tritonaff/tree/main/docs/results/study)."
 )

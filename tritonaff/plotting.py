@@ -239,7 +239,7 @@ def label_colors(
 
     Args:
         labels: (H, W) of an integer dtype, on any device.
-        num_classes: C. A label outside [0, C) is void, and white.
+        num_classes: number of classes C. A label outside [0, C) is void, and white.
         palette: colours that matplotlib knows, by class; used again from the first where there
             are more classes.
 
@@ -277,7 +277,7 @@ def draw_boundaries(axis: Axes, labels: Tensor, **line: Any) -> None:
         >>> from matplotlib.figure import Figure
         >>> from tritonaff.plotting import draw_boundaries
         >>> axis = Figure().subplots()
-        >>> image = axis.imshow(torch.rand(2, 3, 3))
+        >>> image = axis.imshow(torch.rand(2, 3, 3).numpy())
         >>> draw_boundaries(axis, torch.tensor([[0, 0, 1], [0, 0, 1]]), color="black")
         >>> len(axis.collections[0].get_segments())
         2
@@ -306,7 +306,7 @@ def draw_errors(
         axis: axes to draw on.
         prediction: (H, W) of an integer dtype, on any device.
         target: (H, W), likewise; a label outside [0, C) is void.
-        num_classes: C.
+        num_classes: number of classes C.
         baseline: (H, W), classes that something else predicts. Then "wrong" is wrong in both.
 
     Raises:

@@ -172,7 +172,7 @@ def make_instance_affinity_inputs(
 def make_images(target: Tensor, generator: torch.Generator) -> Tensor:
     """Images (N, 3, H, W) of bytes: a colour for each label of a target (N, H, W), and noise."""
     colors = torch.rand(256, 3, generator=generator)[target].movedim(-1, 1)
-    noise = 0.05 * torch.randn(colors.shape, generator=generator)
+    noise = 0.01 * torch.randn(colors.shape, generator=generator)
     return (255 * (0.8 * colors + 0.1 + noise).clamp(0, 1)).to(torch.uint8)
 
 
@@ -285,7 +285,10 @@ def refinement_loss(masks: Tensor, target: Tensor, images: Tensor) -> Tensor:
 
 
 def refinement_tables(masks: Tensor, target: Tensor, images: Tensor) -> tuple[Tensor]:
-    return (PAR((1, 2, 4, 8, 12, 24), 10)(images, masks),)
+    return (REFINE(images, masks),)
+
+
+REFINE = PAR(dilations=(1, 2, 4, 8, 12, 24), num_iter=10)
 
 
 AFFINITY_FIELD_SIZES = (3, 5, 7)

@@ -1290,7 +1290,11 @@ MUTANTS = [
         ("logarithm of the sum", "- log_of(x + y) +", "- log_of(x - y) +"),
         ("logarithm of the neighbour", "log_x + log_of(y)", "log_x + log_of(x)"),
         ("different signs", "+ tl.maximum(apart, 0.0)", "+ apart"),
-        ("pairs in the box", "counts = own & there &", "counts = there &"),
+        (
+            "bits outside of the box",
+            "bits_stride_w), mask=own, other=0)",
+            "bits_stride_w), mask=is_inside(h, w, H, W), other=0)",
+        ),
         ("images of masks", "tl.load(index_ptr + m) * bits_stride_n", "m * bits_stride_n * 0"),
         ("programs at the box's end", "(last_row >= top)", "(first_row >= top)"),
         ("programs after the box", "(first_row < bottom)", "(last_row < bottom)"),
@@ -1618,7 +1622,7 @@ MUTANTS = [
         "mmseg",
         "test_training_loops test_calling_convention_of_mmsegmentation"
         " test_the_registry_of_mmengine",
-        ("the factor of the loss", "return self.loss_weight * super()", "return super()"),
+        ("the factor of the loss", "self.loss_weight * super()", "super()"),
         (
             "the head's ignore_index",
             "self.ignore_index = checks.check_ignore_index(ignore_index)",

@@ -286,7 +286,8 @@ def label_affinity(
     """Matrices of the affinity that the labels ask for between all pairs of sample points.
 
     Args:
-        target: (N, H, W), see :func:`dilated_affinity_target`.
+        target: (N, H, W) or (N, 1, H, W), of an integer dtype, bool, or floating point that holds
+            whole numbers.
         grid_sizes: grids of the L points, each at least 1. None: every pixel,
             L = H W.
         ignore_index: label of the points that do not count.

@@ -202,13 +202,24 @@ def box_pairwise_loss(
     labels of i and j differ, over all pairs of a pixel in the box and a neighbour in the image.
 
     Args:
-        mask_logits, similarity, boxes, image_index, labels, threshold, dilation, stride: see
-            :func:`box_pairwise_terms`.
+        mask_logits: (M, H, W) or (M, 1, H, W) of float16, bfloat16, float32 or float64: M instances
+            of N images together.
+        similarity: of :func:`color_similarity` at the same ``dilation`` and ``stride``, (N, 8, H,
+            W) or bits (N, H, W); or the images themselves, (N, 3, stride H, stride W). None, with
+            ``labels``: every pair inside the image.
+        boxes: (M, 4), left, top, right, bottom in pixels of the images, floating point or integers.
+        image_index: (M,) of int32 or int64: the image of each mask. None if there is one image.
+        labels: (M, H, W) or (M, 1, H, W), the true masks, not 0 inside, for full supervision.
         warmup: a factor in [0, 1] of the loss, a number or a tensor: BoxInst takes
             ``min(iteration / 10000, 1)``. None: 1.
+        threshold: the least similarity of a pair that counts.
+        dilation: distance of the neighbours in pixels of the masks.
+        stride: pixels of the images for one of the masks.
         reduction: ``"mean"``: the pairs of all masks are one batch. ``"sum"``: not divided.
             ``"none"``: the loss of each mask over its own pairs.
-        process_group: see :func:`affinity_field_loss`.
+        process_group: None: the masks of this process. A group: the masks of all its processes as
+            one batch, for which every process must call; the gradient is multiplied by the number
+            of processes, a factor that averaging of gradients cancels.
 
     Returns:
         A scalar, or (M,) with ``reduction="none"``: float32, float64 for float64 logits. 0, with a
@@ -244,11 +255,17 @@ class BoxPairwiseLoss(Loss):
     """:func:`tritonaff.box_pairwise_loss` with fixed options.
 
     Args:
-        threshold, dilation, stride, reduction, process_group: see
-            :func:`tritonaff.box_pairwise_loss`.
+        threshold: the least similarity of a pair that counts.
+        dilation: distance of the neighbours in pixels of the masks.
+        stride: pixels of the images for one of the masks.
+        reduction: ``"mean"``: the pairs of all masks are one batch. ``"sum"``: not divided.
+            ``"none"``: the loss of each mask, (M,).
+        process_group: None: the masks of this process. A group: the masks of all its processes as
+            one batch, for which every process must call; the gradient is multiplied by the number
+            of processes, a factor that averaging of gradients cancels.
 
     Shapes:
-        ``forward(mask_logits, similarity, boxes, image_index=None, labels=None, warmup=None)`` with
+        ``loss(mask_logits, similarity, boxes)``, and more arguments of :meth:`forward`, with
         mask logits (M, H, W) or (M, 1, H, W), similarity (N, 8, H, W), its bits (N, H, W) or the
         images (N, 3, stride H, stride W), and boxes (M, 4) gives a scalar, or (M,) with
         ``reduction="none"``.
@@ -288,6 +305,23 @@ class BoxPairwiseLoss(Loss):
         labels: Tensor | None = None,
         warmup: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            mask_logits: (M, H, W) or (M, 1, H, W) of float16, bfloat16, float32 or float64: M
+                instances of N images together.
+            similarity: of :func:`color_similarity` at the same ``dilation`` and ``stride``, (N, 8,
+                H, W) or bits (N, H, W); or the images themselves, (N, 3, stride H, stride W). None,
+                with ``labels``: every pair inside the image.
+            boxes: (M, 4), left, top, right, bottom in pixels of the images.
+            image_index: (M,) of int32 or int64: the image of each mask. None if there is one image.
+            labels: (M, H, W) or (M, 1, H, W), the true masks, not 0 inside, for full supervision.
+            warmup: a factor in [0, 1] of the loss, a number or a tensor: BoxInst takes
+                ``min(iteration / 10000, 1)``. None: 1.
+
+        Returns:
+            A scalar, or (M,) with ``reduction="none"``: float32, float64 for float64 logits.
+        """
         return _loss(
             mask_logits, similarity, boxes, image_index, labels, warmup, self.options,
             self.process_group,

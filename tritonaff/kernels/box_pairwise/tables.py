@@ -40,7 +40,7 @@ def tables_kernel(
         bits = tl.load(bits_ptr + offsets(h, w, bits_stride_h, bits_stride_w), mask=own, other=0)
         for k in range(8):
             there_h, there_w, there = neighbor(h, w, k, H, W, DILATION)
-            counts = own & there & has_bit(bits, k)
+            counts = there & has_bit(bits, k)  # no bits outside of the box
             # [BLOCK_P]
             y = tl.load(
                 logits_ptr + offsets(there_h, there_w, stride_h, stride_w), mask=counts, other=0.0
