@@ -193,25 +193,30 @@ def remedy(page: Page) -> list[str]:
     best = int(least.argmax())
     weight, steepness, iterations, pixels = settings[best]
     setting = f'"{pixels}", λ {weight:g}, μ {steepness:g}, {iterations} iterations'
-    if least[best] >= 0:
-        verdict = f"With {setting} no seed loses on the validation split of any set."
+    gains = "; ".join(
+        f"{TITLE[data]} {changes[split, data][:, best].mean():+.2f} ({split})"
+        for split in ("val", "test")
+        for data in sets
+    )
+    if least[best] > -0.05:  # 0.0 in the tables
+        verdict = f"Rule: with {setting}, no seed loses 0.05 on the validation split of any set."
     else:
         verdict = (
-            "There is no safe setting: with each, a seed loses on the validation split of a set, "
-            f"at least {-least[best]:.2f} ({setting})."
+            f"There is no rule: with each setting a seed loses, at least {-least[best]:.2f} on the "
+            f"validation split of a set, with {setting}."
         )
     heads = [f"{TITLE[data]}, {split}" for split in ("validation", "test") for data in sets]
     return [
         REMEDY.format(count=len(settings), sure=found["sure"]),
         table(["pixels, setting", *heads], lines),
-        verdict,
+        f"{verdict} Its mean changes: {gains}.",
     ]
 
 
 HARM = (
     "Why: the pixels by their number of neighbours with the same label, along one rate, 10 "
-    "iterations, λ 6, μ 7, all percent but the last two columns. These are the sums of the gates "
-    "to a pixel's neighbours with its label and with another label. A pixel keeps its class "
+    "iterations, λ 6, μ 7, percent. The last two columns are no percent: sums of the gates to a "
+    "pixel's neighbours with its label and with another label. A pixel keeps its class "
     "while λ max p and the same gates outweigh the other gates, in each of 10 iterations; the "
     "pixels of thin things and beside boundaries have the least accurate affinity and the most "
     "neighbours of another label."
