@@ -36,18 +36,13 @@ LABELS = [
 CENTRE = 4, 4  # row and column
 MARGIN = 3.0
 
-# Operations of the bench, with their names in the table and its chart.
+# The operations of the bench that README.md shows, with their names in the table and its chart.
 OPERATIONS = {
     "affinity_field": "affinity field, 3 sizes",
-    "affinity_field_cross_entropy": "cross-entropy + affinity field, 3 sizes",
-    "affinity_field_sigmoid": "affinity field, sigmoid, 3 sizes",
-    "affinity_regression": "affinity regression, 180 points",
     "affinity_regression_every_pixel": "affinity regression, every pixel",
     "dilated_affinity": "dilated affinity, 4 rates",
     "affinity_propagation": "propagation, 10 iterations, 4 rates",
     "instance_affinity": "instance affinity",
-    "box_pairwise": "masks from boxes",
-    "refinement": "refinement by colours, 10 iterations",
 }
 # The library's implementations on a CPU; the fastest that was measured is shown.
 OURS = ("native", "portable")

@@ -889,7 +889,7 @@ MUTANTS = [
         ("one direction twice", "dy * d), shifted(width, dx * d)", "dy * d), shifted(width, d)"),
         ("sizes beyond the image", "if d < max(label.shape[-2:])", "if d < min(label.shape[-2:])"),
         ("classes of a block", "sums[1, classes, k] +=", "sums[1, : p.shape[1], k] +="),
-        ("the own plane", "image * (num_classes - 1) + label", "image * num_classes + label"),
+        ("the own plane", "image * (num_classes - 1) + channel", "image * num_classes + channel"),
     ),
     *of(
         "portable/affinity_field",

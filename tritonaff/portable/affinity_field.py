@@ -190,22 +190,22 @@ def edge_entries(
     logits: Tensor, label: Tensor, top: Tensor, rest: Tensor, d: int, eps: float
 ) -> Iterator[Edges]:
     """The edge entries of one size, direction by direction."""
-    n, num_classes, height, width = logits.shape
+    _, num_classes, height, width = logits.shape
     pixel = torch.arange(label.numel(), device=label.device).view(label.shape)
-    image = torch.arange(n, device=label.device).view(n, 1, 1, 1)
-    plane = image * (num_classes - 1) + label.clamp(min=0)  # of a pixel's own channel, beyond pixel
     for here, there in windows(label, d):
         differ = (label[here] >= 0) & (label[there] >= 0) & (label[here] != label[there])
         if selects_pairs(label.device):
-            a, b, own = pixel[here][differ], pixel[there][differ], plane[here][differ]
-            weight = logits.new_ones(())
+            a, weight = pixel[here][differ], logits.new_ones(())
         else:
-            a, b, own = pixel[here].flatten(), pixel[there].flatten(), plane[here].flatten()
-            weight = differ.flatten().to(logits.dtype)
-        at_a, at_b = (own * (height * width) + x for x in (a, b))
+            a, weight = pixel[here].flatten(), differ.flatten().to(logits.dtype)
+        rows, columns = (there[axis].start - here[axis].start for axis in (1, 2))
+        b = a + (rows * width + columns)
+        channel = label.view(-1)[a].clamp(min=0)
+        image = torch.div(a, height * width, rounding_mode="floor")
+        own = (image * (num_classes - 1) + channel) * (height * width)  # of the channel's plane
+        at_a, at_b = own + a, own + b
         p_a, q_a = entries(logits, top, rest, at_a, a, eps)
         p_b, q_b = entries(logits, top, rest, at_b, b, eps)
-        channel = label.view(-1)[a].clamp(min=0)
         ratios = (p_b / p_a).log(), (q_b / q_a).log()
         yield Edges(weight, channel, at_a, at_b, p_a, q_a, p_b, q_b, *ratios)
 

@@ -147,7 +147,7 @@ class Stencil:
         """The gradient of y, given the gradient of p = y / total."""
         if not self.normalizes:
             return grad_p
-        return (grad_p - (grad_p * p).sum(dim=1, keepdim=True)) / total
+        return (grad_p - (grad_p * p).sum(dim=1, keepdim=True)).div_(total)
 
     def step_backward(self, grad_y: Tensor, p: Tensor) -> Tensor:
         """The gradient of the p from which y was computed, given the gradient of y."""
@@ -155,12 +155,12 @@ class Stencil:
         grad_p = grad_y * largest
         largest_grad = (grad_y * p).sum(dim=1, keepdim=True)
         grad_p = self.self_weight * grad_p.scatter_add_(1, first, largest_grad)
-        framed = torch.zeros_like(self.framed(p))
+        (height, width), (above, left) = self.size, self.frame
+        framed = F.pad(grad_p, (left, left, above, above)) if above or left else grad_p
         for k, here, there in self.windows():
             framed[there].addcmul_(self.gates[:, k : k + 1][here], grad_y[here])
         fold_frame(framed, self.frame)
-        (height, width), (above, left) = self.size, self.frame
-        return grad_p.add_(framed[..., above : above + height, left : left + width])
+        return framed[..., above : above + height, left : left + width]
 
     def gates_backward(self, grad_y: Tensor, p: Tensor, grad_gates: Tensor) -> None:
         """Adds the gradient of the gates in one iteration."""
