@@ -329,6 +329,10 @@ def test_which_pixel_of_513_is_taken():
         *range(0, 513, 4)
     ]
     assert tritonaff.resize_labels(target, (1, 1), align_corners=True).item() == 0
+    # 11 to 4: 0, 3.33, 6.67 and 10 round to the nearest.
+    eleven = torch.arange(11).expand(1, 11, 11)
+    taken = tritonaff.resize_labels(eleven, (1, 4), align_corners=True)
+    assert taken.flatten().tolist() == [0, 3, 7, 10]
 
 
 def test_ids_of_volumes_are_resized():

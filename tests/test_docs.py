@@ -129,6 +129,13 @@ def test_the_scores_of_cracks_are_those_of_the_trainings():
     assert f"--steps {rows[0]['steps']}" in page
 
 
+def test_the_times_beside_a_busy_process_are_measurements():
+    page = (ROOT / "docs/native.md").read_text()
+    for row in json.loads((ROOT / "docs/results/busy.json").read_text())["rows"]:
+        times = f"{row['alone_ms']:.1f}, {row['beside_ms']:.1f} ms: {row['times']:.1f} x"
+        assert times in page
+
+
 def test_native_kernels_are_shown_once_they_are_measured():
     readme = pytest.importorskip("readme", exc_type=ImportError)
     row = {"op": "affinity_field", "mode": "fwd_bwd", "dtype": "float32", "peak_bytes": 1e6}

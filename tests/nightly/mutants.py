@@ -1503,7 +1503,6 @@ MUTANTS = [
     *of(
         NATIVE_FIELD,
         "test_sigmoid test_binary_cross_entropy_beside_it test_every_backend_matches_the_reference",
-        ("the class of a channel", "one_channel() ? 1 : channel", "channel"),
         ("the labels of a channel", "std::max<int64_t>(c, 2)", "c"),
         (
             "the logit of the first class",
