@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 # Tests of the tiles as a GPU runs them, on a machine without a GPU.
 TILE_TESTS := backend affinity_field affinity_propagation affinity_regression box_pairwise dilated_affinity instance_affinity compile
 
-.PHONY: help demo test test-version test-ptx test-nightly bench docs lint format package clean
+.PHONY: help demo test test-adapters test-version test-ptx test-nightly bench docs lint format package clean
 
 help:
 	@echo "make demo          trains with two losses: a table, pictures; DATA=folder"
 	@echo "make test          the tests, about eight minutes on two cores"
+	@echo "make test-adapters the adapters and docs, beside the libraries themselves"
 	@echo "make bench         time and memory on this machine"
 	@echo "make docs          the site, in build/site"
 	@echo "make test-ptx      without a GPU: the tiles, compiled for one and emulated"
@@ -37,6 +38,13 @@ test-version: $(VENV)/test.stamp
 		-k "not (triton or tiles) or every_op"
 	$(BIN)/python examples/train.py --no-compile --steps 20 \
 		--loss ce ce+aaf ce+ar ce+dilated
+
+# A virtual environment of its own: beside a CPU build of torch the package index's torchvision, and
+# with it torchmetrics, fails to import. tests/vision.py mends the import for these tests.
+test-adapters:
+	$(MAKE) $(VENV)-adapters/adapters.stamp VENV=$(VENV)-adapters
+	$(VENV)-adapters/bin/python -m pytest -n auto --dist worksteal $(ARGS) \
+		tests/test_adapters.py tests/test_training_loops.py tests/test_docs.py
 
 test-ptx: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ptx -k "ptx or triton or tiles" tests/nightly/test_ptx.py $(TILE_TESTS:%=tests/test_%.py) $(ARGS)

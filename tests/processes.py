@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from vision import import_torchvision
 from interpreted import BLOCKS
 from torch import distributed as dist
 
@@ -38,7 +37,6 @@ def end_processes(module, function, size, folder):
 
 
 def main(module, function, size, folder, rank):
-    import_torchvision()  # torchmetrics imports it
     size, folder, rank = int(size), Path(folder), int(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
