@@ -1,4 +1,4 @@
-"""The site: the pages of this folder and, from the docstrings, those of docs/api. ``make docs``."""
+"""The site: the pages of this folder, and pages of docs/api from the docstrings. ``make docs``."""
 
 import re
 

@@ -12,7 +12,7 @@ from skimage.measure import label
 
 MEMBRANE, IGNORED = 0, -1  # ids of voxels without an instance
 LONGEST_OFFSET = 27  # a mutex watershed refuses smaller images
-# Of the drawn volumes; planes are four times as far apart as rows and columns.
+# Drawn volumes, whose planes are four times as far apart as rows and columns.
 SIZE, SPACING = np.array((8, 64, 64)), np.array((4, 1, 1))
 NUM_SEEDS = 25
 

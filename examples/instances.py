@@ -162,7 +162,9 @@ def score(
 
 
 def draw(path: Path, image: np.ndarray, ids: np.ndarray, results: list[Result]) -> None:
-    """The image and its ids; probabilities and segments of every method. Of a volume, a plane."""
+    """The image and its ids; probabilities and segments of every method; one plane of a
+    volume.
+    """
     plane = ... if ids.ndim == 2 else ids.shape[0] // 2
     columns = [("image", image[plane], "ids", paint(ids[plane], ids[plane]))]
     for result in results:

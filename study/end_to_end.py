@@ -223,12 +223,12 @@ SETTINGS = """\
 - Losses and scores at the resolution of the image, logits of stride 4 enlarged bilinearly. Where
   there are two classes, one channel with a sigmoid: crack against road, membrane against cell.
 - Weights: affinity fields and AAF 1, affinity regression 0.1 in the last third of the steps, Dice
-  1, U-Net's w0 3, dilated affinity 0.1 with the rates 8 and 16 pixels (CamVid) or 2 and 4. Of two
-  learning rates, 0.003 and 0.01, cross-entropy with the first seed chose on the validation split;
-  CamVid has CrackForest's choice.
+  1, U-Net's w0 3, dilated affinity 0.1 with the rates 8 and 16 pixels (CamVid) or 2 and 4.
+  Cross-entropy with the first seed chose between the learning rates 0.003 and 0.01 on the
+  validation split; CamVid has CrackForest's choice.
 - F1 counts a predicted pixel as right within 2 pixels of a labelled one and the reverse, clDice
   compares skeletons (scikit-image), IoU is of the thin class; all pool the split. "At 0.5" and
   boundary scores call a pixel thin from the probability 0.5; all other scores from the threshold,
   0.1 to 0.9, that is best for the score on the validation split. Rand error: cells are the
-  connected parts of what is not membrane, predicted membranes thinned to nothing; mean over
+  connected parts of all that is no membrane, predicted membranes thinned to nothing; mean over
   images."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from disk import full_disk
+from folders import save_folder
 from torch.nn import functional as F
 
 import tritonaff
@@ -509,20 +510,18 @@ def cracks(script):
 @pytest.fixture
 def road(tmp_path):
     """Images of dark lines, one or two pixels wide, with a few ignored pixels."""
-    root, rng = tmp_path / "road", np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for k in range(2):
-            labels = np.zeros((40, 56), np.uint8)
-            labels[np.arange(40), np.arange(40) // 2 + 9 * k] = 1
-            labels[17 + k, 20:] = 1
-            image = (150 - 90 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
-            labels[:3, :3] = 255
-            Image.fromarray(image).save(root / "images" / split / f"{k}.png")
-            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
-    (root / "classes.txt").write_text("road\ncrack\n")
-    return root
+    rng = np.random.default_rng(0)
+
+    def draw(k):
+        labels = np.zeros((40, 56), np.uint8)
+        labels[np.arange(40), np.arange(40) // 2 + 9 * k] = 1
+        labels[17 + k, 20:] = 1
+        image = (150 - 90 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
+        labels[:3, :3] = 255
+        return image, labels
+
+    pairs = {split: [draw(0), draw(1)] for split in ("train", "val", "test")}
+    return save_folder(tmp_path / "road", ["road", "crack"], pairs)
 
 
 def test_cracks_are_found_and_trainings_are_kept(cracks, road, tmp_path, monkeypatch, capsys):
@@ -601,19 +600,17 @@ def instances(script):
 @pytest.fixture
 def membranes(tmp_path):
     """Bright cells of 13 x 13 pixels between dark membranes, with a few ignored pixels."""
-    root, rng = tmp_path / "membranes", np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for k in range(2):
-            y, x = np.mgrid[:45, :60]
-            labels = ((y % 15 > 1) & (x % 15 > 1)).astype(np.uint8)
-            image = (60 + 100 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
-            labels[:3, :3] = 255
-            Image.fromarray(image).save(root / "images" / split / f"{k}.png")
-            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
-    (root / "classes.txt").write_text("membrane\ncell\n")
-    return root
+    rng = np.random.default_rng(0)
+
+    def draw():
+        y, x = np.mgrid[:45, :60]
+        labels = ((y % 15 > 1) & (x % 15 > 1)).astype(np.uint8)
+        image = (60 + 100 * labels + rng.normal(0, 10, labels.shape)).astype(np.uint8)
+        labels[:3, :3] = 255
+        return image, labels
+
+    pairs = {split: [draw(), draw()] for split in ("train", "val", "test")}
+    return save_folder(tmp_path / "membranes", ["membrane", "cell"], pairs)
 
 
 @pytest.fixture

@@ -886,7 +886,7 @@ MUTANTS = [
         ("gradient through the clamp", "valid[images] * (p > eps)", "valid[images]"),
         ("gradient through the upper clamp", " * (q > eps)", ""),
         ("sides of a box", "rows[..., d : d + width]", "rows[..., :width]"),
-        ("one direction twice", "dy * d), shifted(width, dx * d)", "dy * d), shifted(width, d)"),
+        ("one direction twice", "overlap(width, dx * d)", "overlap(width, d)"),
         ("sizes beyond the image", "if d < max(label.shape[-2:])", "if d < min(label.shape[-2:])"),
         ("classes of a block", "sums[1, classes, k] +=", "sums[1, : p.shape[1], k] +="),
         ("the own plane", "image * (num_classes - 1) + channel", "image * num_classes + channel"),
@@ -923,11 +923,7 @@ MUTANTS = [
         "portable/affinity_propagation",
         "test_affinity_propagation test_portable_does_not_depend_on_its_blocks"
         " test_the_largest_passes_its_gradient_to_the_first_of_equals[portable]",
-        (
-            "neighbours above",
-            "slice(start + step + frame, stop + step + frame)",
-            "slice(start + frame, stop + frame)",
-        ),
+        ("neighbours above", "overlap(height, dy, above)", "overlap(height, 0, above)"),
         ("gates without their derivative", ".mul_(1 - self.gates)", ""),
         ("the self weight of the gradient", "self.self_weight * grad_p", "grad_p"),
         (
@@ -940,7 +936,6 @@ MUTANTS = [
             "framed[there].addcmul_(self.gates[:, k : k + 1][here], grad_y[here])",
             "framed[there].add_(self.gates[:, k : k + 1][here])",
         ),
-        ("a frame of the narrower step", "self.frame = max(dy for", "self.frame = min(dy for"),
         (
             "gradient of border pixels",
             "        fold_frame(framed, self.frame)\n",
@@ -1488,6 +1483,16 @@ MUTANTS = [
             "slice(i, i + 1), slice(j, j + classes)",
         ),
         ("ignored labels", " & (label != ignore_index)", ""),
+    ),
+    *of(
+        "portable/blocks",
+        "test_affinity_propagation test_portable_does_not_depend_on_its_blocks",
+        (
+            "a frame of the narrower step",
+            "max(dy for dy, _ in inside)",
+            "min(dy for dy, _ in inside)",
+        ),
+        ("a frame without its place", "slice(first + step + frame,", "slice(first + step,"),
     ),
     *of(
         "portable/blocks",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from backbone import Backbone
+from folders import save_folder
 
 import tritonaff
 
@@ -43,36 +43,22 @@ def thin(finetune):
     return sys.modules["thin"]
 
 
-class Backbone(nn.Module):
-    channels = 4, 5, 6, 7
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(9)
-        self.mix = nn.ModuleList(nn.Conv2d(3, c, kernel_size=1) for c in self.channels)
-
-    def forward(self, images):
-        x = (images.permute(0, 3, 1, 2).float() - 127) / 128
-        return [mix(F.avg_pool2d(x, 4 << k)) for k, mix in enumerate(self.mix)]
-
-
 @pytest.fixture(scope="module")
 def cracks(tmp_path_factory):
     """A folder of gray images of 70x50 with a dark line; a corner is ignored."""
-    root, rng = tmp_path_factory.mktemp("cracks"), np.random.default_rng(0)
-    for split, count in (("train", 5), ("val", 2), ("test", 2)):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for k in range(count):
-            labels = np.zeros((50, 70), np.uint8)
-            at = 10 + rng.integers(30)
-            labels[at : at + 3, 5:65] = 1
-            image = np.where(labels, 60, 160) + rng.integers(-20, 20, labels.shape)
-            labels[:4, :4] = 255
-            Image.fromarray(image.astype(np.uint8)).save(root / "images" / split / f"{k}.png")
-            Image.fromarray(labels).save(root / "labels" / split / f"{k}.png")
-    (root / "classes.txt").write_text("road\ncrack\n")
-    return root
+    rng = np.random.default_rng(0)
+
+    def draw():
+        labels = np.zeros((50, 70), np.uint8)
+        at = 10 + rng.integers(30)
+        labels[at : at + 3, 5:65] = 1
+        image = np.where(labels, 60, 160) + rng.integers(-20, 20, labels.shape)
+        labels[:4, :4] = 255
+        return image.astype(np.uint8), labels
+
+    counts = {"train": 5, "val": 2, "test": 2}
+    pairs = {split: [draw() for _ in range(count)] for split, count in counts.items()}
+    return save_folder(tmp_path_factory.mktemp("cracks"), ["road", "crack"], pairs)
 
 
 @pytest.fixture

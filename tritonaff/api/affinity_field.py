@@ -853,9 +853,8 @@ def _loss(
 
 def _totals(counted: ops.Counted, options: AffinityFieldOptions) -> Tensor:
     """Numbers of edge and non-edge entries of each size, (2, K)."""
-    totals: Tensor = counted.totals
     if options.include_background:
-        return totals
+        return counted.totals
     return torch.stack(counted.entry_counts())[:, 1:].sum(dim=1)
 
 

@@ -51,6 +51,9 @@ class Counted:
     channel and answer, and log losses likewise.
     """
 
+    totals: Tensor
+    pixel_count: Tensor
+
     def __init__(
         self, logits: Tensor, target: Tensor, options: AffinityFieldOptions, backend: str
     ) -> None:

@@ -29,10 +29,10 @@ from tritonaff.portable.blocks import (
     in_layout_of,
     label_dtype,
     may_hold,
+    overlap,
     sum_dtype,
 )
-
-DIRECTIONS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+from tritonaff.rates import DIRECTIONS
 
 
 def statistics(
@@ -138,14 +138,10 @@ def windows(image: Tensor, d: int) -> Iterator[tuple[Any, Any]]:
     distance d, and of these neighbours.
     """
 
-    def shifted(size: int, step: int) -> tuple[slice, slice]:
-        start, stop = max(0, -step), max(0, min(size, size - step))
-        return slice(start, stop), slice(start + step, stop + step)
-
     height, width = image.shape[-2:]
     for dy, dx in DIRECTIONS:
         if abs(dy * d) < height and abs(dx * d) < width:
-            (y, y_there), (x, x_there) = shifted(height, dy * d), shifted(width, dx * d)
+            (y, y_there), (x, x_there) = overlap(height, dy * d), overlap(width, dx * d)
             yield (..., y, x), (..., y_there, x_there)
 
 

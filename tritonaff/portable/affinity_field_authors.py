@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonaff.portable.affinity_field import (
-    DIRECTIONS,
     distances,
     numbers_where_ignored,
     softmax_backward_,
@@ -33,6 +32,7 @@ from tritonaff.portable.blocks import (
     label_dtype,
     sum_dtype,
 )
+from tritonaff.rates import DIRECTIONS
 
 
 def statistics(

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import at_least_float32, fold_frame, groups, precision
+from tritonaff.portable.blocks import (
+    at_least_float32,
+    fold_frame,
+    groups,
+    overlap,
+    precision,
+    replicated,
+)
 from tritonaff.rates import rate_offsets
 
 
@@ -106,9 +113,7 @@ class Stencil:
         self.steps = list(zip(offsets[::2], offsets[1::2], strict=True))
         self.frame = 0, 0
         if border == "replicate":
-            # Beyond the image, a pixel further away is the same border pixel.
-            self.steps = [(within(dy, height - 1), within(dx, width - 1)) for dy, dx in self.steps]
-            self.frame = max(dy for dy, _ in self.steps), max(dx for _, dx in self.steps)
+            self.steps, self.frame = replicated(self.steps, height, width)
 
         self.gates = affinity.to(dtype)
         if self.slope is not None:
@@ -122,16 +127,11 @@ class Stencil:
         """The number of every neighbour, the pixels that have it, and where it is in the framed
         image.
         """
-
-        def shifted(step: int, size: int, frame: int) -> tuple[slice, slice]:
-            start, stop = max(0, -step - frame), min(size, size - step + frame)
-            return slice(start, stop), slice(start + step + frame, stop + step + frame)
-
         (height, width), (above, left) = self.size, self.frame
         for k, (dy, dx) in enumerate(self.steps):
             if abs(dy) < height + above and abs(dx) < width + left:
-                rows, columns = shifted(dy, height, above), shifted(dx, width, left)
-                yield k, (..., rows[0], columns[0]), (..., rows[1], columns[1])
+                (y, y_there), (x, x_there) = overlap(height, dy, above), overlap(width, dx, left)
+                yield k, (..., y, x), (..., y_there, x_there)
 
     def step(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration, and the divisor (n, 1, H, W) of its result."""
@@ -174,7 +174,3 @@ class Stencil:
         if self.slope is not None:
             grad_gates.mul_(self.gates).mul_(1 - self.gates).mul_(self.slope)
         return grad_gates
-
-
-def within(step: int, most: int) -> int:
-    return max(-most, min(most, step))

@@ -1,9 +1,9 @@
-"""Steps of bounded memory, dtypes and layouts, which the portable implementations share."""
+"""Bounded steps, neighbours, dtypes and layouts, which the portable implementations share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -91,6 +91,30 @@ def in_layout_of(logits: Tensor, grad: Tensor, dtype: torch.dtype | None = None)
     if (like.dtype, like.stride()) == (grad.dtype, grad.stride()):
         return grad
     return torch.empty_like(logits, dtype=dtype).copy_(grad)
+
+
+def overlap(size: int, step: int, frame: int = 0) -> tuple[slice, slice]:
+    """The pixels of an axis whose neighbour ``step`` further on is inside the axis and its frame,
+    and these neighbours' places in the framed axis; two empty slices if there are none.
+    """
+    first, end = max(0, -step - frame), min(size, size - step + frame)
+    if first >= end:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, end), slice(first + step + frame, end + step + frame)
+
+
+def replicated(
+    steps: Iterable[tuple[int, int]], height: int, width: int
+) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Steps to neighbours where the border pixels go on outside the image, none longer than the
+    image, since a pixel further away is the same border pixel; and the frame that holds them: its
+    rows above and below, its columns on both sides.
+    """
+    inside = [
+        (max(1 - height, min(height - 1, dy)), max(1 - width, min(width - 1, dx)))
+        for dy, dx in steps
+    ]
+    return inside, (max(dy for dy, _ in inside), max(dx for _, dx in inside))
 
 
 def fold_frame(grad: Tensor, frame: tuple[int, int]) -> None:

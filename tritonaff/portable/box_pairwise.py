@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import at_least_float32, groups, precision, sum_dtype
+from tritonaff.portable.blocks import at_least_float32, groups, overlap, precision, sum_dtype
 from tritonaff.rates import DIRECTIONS
 
 # From linear RGB to X, Y, Z relative to the white of D65.
@@ -37,7 +37,7 @@ def color_similarity(
     shape = (n, 8, height, width) if threshold is None else (n, height, width)
     result = colors.new_zeros(shape, dtype=colors.dtype if threshold is None else torch.uint8)
     for k, (dy, dx) in enumerate(DIRECTIONS):
-        here, there = overlap(height, width, dilation * dy, dilation * dx)
+        here, there = windows(height, width, dilation * dy, dilation * dx)
         values = (colors[here] - colors[there]).square_().sum(dim=1)
         values = values.sqrt_().mul_(-0.5).exp_()
         if valid is not None:
@@ -109,7 +109,7 @@ def backward(
     for masks, pairs in blocks_of_pairs(mask_logits, similarity, boxes, image_index, dilation):
         logits = at_least_float32(mask_logits[masks])
         slopes = torch.zeros_like(logits)
-        # Of p or 1 - p, the smaller one at x_i keeps the digits of the difference.
+        # The smaller one of p and 1 - p at x_i keeps the digits of the difference.
         sign = torch.where(logits < 0, -1, 1).to(logits.dtype)
         miss = torch.sigmoid(-logits.abs())
         for here, there, weight in pairs:
@@ -143,7 +143,7 @@ def blocks_of_pairs(
 def pairs_of_block(bits: Tensor, dilation: int) -> Iterator[Pairs]:
     _, height, width = bits.shape
     for k, (dy, dx) in list(enumerate(DIRECTIONS))[4:]:
-        here, there = overlap(height, width, dilation * dy, dilation * dx)
+        here, there = windows(height, width, dilation * dy, dilation * dx)
         # The opposite direction of k is 7 - k.
         weight = ((bits[here] >> k) & 1) + ((bits[there] >> (7 - k)) & 1)
         yield Pairs(here, there, weight)
@@ -157,15 +157,7 @@ def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
-def overlap(height: int, width: int, dy: int, dx: int) -> tuple[Place, Place]:
+def windows(height: int, width: int, dy: int, dx: int) -> tuple[Place, Place]:
     """The rows and columns of pixels whose neighbour at (dy, dx) is inside, and the neighbours'."""
-    rows, rows_there = overlap_of_axis(height, dy)
-    columns, columns_there = overlap_of_axis(width, dx)
-    return (..., rows, columns), (..., rows_there, columns_there)
-
-
-def overlap_of_axis(size: int, step: int) -> tuple[slice, slice]:
-    first, end = max(0, -step), min(size, size - step)
-    if first >= end:
-        return slice(0, 0), slice(0, 0)
-    return slice(first, end), slice(first + step, end + step)
+    (y, y_there), (x, x_there) = overlap(height, dy), overlap(width, dx)
+    return (..., y, x), (..., y_there, x_there)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import at_least_float32, fold_frame, in_layout_of
+from tritonaff.portable.blocks import at_least_float32, fold_frame, in_layout_of, replicated
 from tritonaff.rates import DIRECTIONS
 
 EPS = 1e-8
@@ -86,14 +86,9 @@ class Neighbors:
 
     def __init__(self, images: Tensor, dilations: list[int]) -> None:
         height, width = images.shape[2:]
-        # Beyond the image, a pixel further away is the same border pixel.
-        self.steps = [
-            (max(1 - height, min(height - 1, d * dy)), max(1 - width, min(width - 1, d * dx)))
-            for d in dilations
-            for dy, dx in DIRECTIONS
-        ]
-        above, left = (max(distances) for distances in zip(*self.steps, strict=True))
-        self.frame, self.size = (above, left), (height, width)
+        steps = ((d * dy, d * dx) for d in dilations for dy, dx in DIRECTIONS)
+        self.steps, self.frame = replicated(steps, height, width)
+        self.size, (above, left) = (height, width), self.frame
         images = at_least_float32(images)
         self.framed = F.pad(images, (left, left, above, above), mode="replicate")
         self.center = self.framed[self.window(0, 0)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonaff.portable.blocks import block_size, precision, sum_dtype
+from tritonaff.portable.blocks import block_size, overlap, precision, sum_dtype
 
 NOT_COUNTED = 255
 
@@ -143,11 +143,8 @@ def pairs(
     n, *size = ids.shape
     steps = zip(offsets[::3], offsets[1::3], offsets[2::3], strict=True)
     for channel, step in enumerate(steps):
-        box = [
-            (max(0, -distance), min(length, length - distance))
-            for distance, length in zip(step, size, strict=True)
-        ]
-        if any(first >= end for first, end in box):
+        box = [overlap(length, distance)[0] for distance, length in zip(step, size, strict=True)]
+        if any(part.start == part.stop for part in box):
             continue
         for images, *here in blocks_of_box(n, box, block_size(ids)):
             there = [
@@ -167,12 +164,12 @@ def pairs(
 
 
 def blocks_of_box(
-    n: int, box: list[tuple[int, int]], elements: int
+    n: int, box: list[slice], elements: int
 ) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Cuts the box of n images into blocks of about this many voxels: whole images, some planes of
     one image, or some rows of one plane.
     """
-    (z, z_end), (y, y_end), (x, x_end) = box
+    (z, z_end), (y, y_end), (x, x_end) = ((part.start, part.stop) for part in box)
     row = x_end - x
     rows = min(y_end - y, max(1, elements // row))
     planes = min(z_end - z, max(1, elements // (row * (y_end - y)))) if rows == y_end - y else 1

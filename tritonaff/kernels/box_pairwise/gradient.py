@@ -65,7 +65,7 @@ def gradient_kernel(
                 logits_ptr + offsets(there_h, there_w, stride_h, stride_w),
                 mask=weight > 0, other=0.0,
             ).to(tl.float32)  # fmt: skip
-            # Of p or 1 - p, the smaller one at x keeps the digits of the difference.
+            # The smaller one of p and 1 - p at x keeps the digits of the difference.
             slope = weight * (miss_at(sign * (x + y)) - miss)
             grad = tl.where(weight > 0, grad + slope, grad)
         grad *= sign * tl.load(coefficients_ptr + m)
