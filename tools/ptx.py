@@ -507,6 +507,8 @@ class Kernel:
             return self.memory(head, parts, o, mask, what)
         if head == "mov":
             return self.move(o, kind)
+        if head == "setp" and len(parts) == 2 and kind in ("f16x2", "bf16x2"):
+            return self.compare_halves(COMPARE[parts[0]], kind, o)
         if head == "setp" and len(parts) == 2:
             return self.assign(
                 o[0], COMPARE[parts[0]].format(*(self.operand(x, kind) for x in o[1:]))
@@ -540,6 +542,15 @@ class Kernel:
         if kind == "bf16":  # its operands are float32
             value = f"to_bfloat16({value})"
         return self.assign(o[0], f"flush({value})" if "ftz" in parts else value)
+
+    def compare_halves(self, form: str, kind: str, o: list[str]) -> list[str]:
+        """Compares the low halves of two registers, then the high ones: a predicate for each."""
+        number = "from_bfloat16({})" if kind == "bf16x2" else "{}.view(np.float16)"
+        lines = []
+        for predicate, shift in zip(o[0].split("|"), (0, 16), strict=True):
+            halves = (f"({self.operand(x, 'u32')} >> {shift}).astype(np.uint16)" for x in o[1:])
+            lines += self.assign(predicate, form.format(*(number.format(x) for x in halves)))
+        return lines
 
     def move(self, o: list[str], kind: str) -> list[str]:
         """Moves; some take a register apart or put one together."""

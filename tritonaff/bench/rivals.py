@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tritonaff.rates import DIRECTIONS
 from tritonaff.testing import INSTANCE_OFFSETS
 
 # From the inputs of an operation, makes a loss and the inputs of this loss, as Case.yardstick does.
@@ -97,8 +99,7 @@ def refined_by_convolutions(masks: Tensor, target: Tensor, images: Tensor) -> Te
     there = neighbors_by_convolutions(colors, dilations)  # (N, C, 8 D, H, W)
     deviation = there.std(dim=2, keepdim=True)
     of_color = -(((there - colors[:, :, None]).abs() / (deviation + 1e-8) / 0.3) ** 2)
-    steps = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
-    distances = [d * (y * y + x * x) ** 0.5 for d in dilations for y, x in steps]
+    distances = [d * math.hypot(dy, dx) for d in dilations for dy, dx in DIRECTIONS]
     r = torch.tensor(distances, dtype=masks.dtype, device=masks.device)
     of_position = -((r / (r.std() + 1e-8) / 0.3) ** 2)
     weights = of_color.mean(dim=1, keepdim=True).softmax(dim=2)
