@@ -503,17 +503,16 @@ def affinity_field_map(
         p = p.clamp(eps, 1 - eps)
         total = logits.new_zeros(target.shape[0], *logits.shape[2:])
         for size in options.kernel_sizes:
+            d = (size - 1) // 2
             parts = torch.zeros_like(total), torch.zeros_like(total)  # edges, non-edges
             counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
             for dy, dx in equations.DIRECTIONS:
-                shift = dy * (size - 1) // 2, dx * (size - 1) // 2
-                p_j = equations.shifted(p, *shift, 0.5)
-                pair = counted * equations.shifted(counted, *shift, 0)
-                edge = has_label != equations.shifted(has_label, *shift, 0)
-                kl = p_j * (p_j / p).log() + (1 - p_j) * ((1 - p_j) / (1 - p)).log()
-                for k, (loss, kind) in enumerate(((F.relu(margin - kl), edge), (kl, ~edge))):
-                    parts[k].add_((loss * pair * kind).sum(dim=1))
-                    counts[k] += (pair * kind).sum()
+                kl, edge, non_edge = equations.pairs(
+                    p, 1 - p, has_label, counted, d * dy, d * dx, "paper"
+                )
+                for k, (loss, kind) in enumerate(((F.relu(margin - kl), edge), (kl, non_edge))):
+                    parts[k].add_((loss * kind).sum(dim=1))
+                    counts[k] += kind.sum()
             for part, count in zip(parts, counts, strict=True):
                 total += part / count.clamp(min=1) / len(options.kernel_sizes)
         return total

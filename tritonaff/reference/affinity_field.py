@@ -49,17 +49,7 @@ def affinity_field_terms(
         edge_sum = non_edge_sum = logits.new_zeros(c)
         edge_count = non_edge_count = logits.new_zeros(c, dtype=torch.int64)
         for dy, dx in DIRECTIONS:
-            # i is the pixel itself, j its neighbour at (dy, dx), both on the whole image. Any
-            # probability would do outside the image: such pairs are not counted.
-            p_j, q_j = (shifted(t, d * dy, d * dx, 0.5) for t in (p, q))
-            has_label_j, counted_j = (shifted(t, d * dy, d * dx, 0) for t in (has_label, counted))
-            pair = counted * counted_j
-            if variant == "authors":
-                pair = pair * shifted(counted, -d * dy, -d * dx, 0)
-
-            kl = p_j * (p_j / p).log() + q_j * (q_j / q).log()  # KL(p_j || p_i)
-            edge = pair * (has_label != has_label_j)
-            non_edge = pair * (has_label == has_label_j)
+            kl, edge, non_edge = pairs(p, q, has_label, counted, d * dy, d * dx, variant)
             row = None if variant == "paper" else has_label
             edge_sum = edge_sum + sum_by_class(F.relu(margin - kl) * edge, row)
             non_edge_sum = non_edge_sum + sum_by_class(kl * non_edge, row)
@@ -75,6 +65,22 @@ def affinity_field_terms(
         torch.stack(edge_counts, dim=1),
         torch.stack(non_edge_counts, dim=1),
     )
+
+
+def pairs(
+    p: Tensor, q: Tensor, has_label: Tensor, counted: Tensor, dy: int, dx: int, variant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(p_j || p_i), and whether the pair is an edge and a non-edge, each (N, C, H, W): i is the
+    pixel itself, j its neighbour at (dy, dx), both on the whole image.
+    """
+    # Any probability would do outside the image: such pairs are not counted.
+    p_j, q_j = (shifted(t, dy, dx, 0.5) for t in (p, q))
+    has_label_j, counted_j = (shifted(t, dy, dx, 0) for t in (has_label, counted))
+    pair = counted * counted_j
+    if variant == "authors":
+        pair = pair * shifted(counted, -dy, -dx, 0)
+    kl = p_j * (p_j / p).log() + q_j * (q_j / q).log()
+    return kl, pair * (has_label != has_label_j), pair * (has_label == has_label_j)
 
 
 def cross_entropy_terms(
