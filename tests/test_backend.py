@@ -84,9 +84,14 @@ def test_affinity_regression_where_there_is_no_tile(device, classes, grid_sizes,
         tritonaff.affinity_regression_loss(logits, target, grid_sizes)
 
 
-def test_triton_without_a_device_or_interpreter(monkeypatch, pytestconfig):
+@pytest.fixture
+def nothing_emulated(pytestconfig):
     if pytestconfig.getoption("--ptx"):
         pytest.skip("a GPU is emulated")
+
+
+@pytest.mark.usefixtures("nothing_emulated")
+def test_triton_without_a_device_or_interpreter(monkeypatch):
     pytest.importorskip(
         "triton", minversion="3.6"
     )  # it asks for the interpreter when it is imported
@@ -121,6 +126,7 @@ except ValueError as error:
     assert "no Triton on device cpu" in result.stdout, result.stderr
 
 
+@pytest.mark.usefixtures("nothing_emulated")
 def test_a_triton_that_is_too_old(monkeypatch, device):
     triton = pytest.importorskip("triton")
     logits, target = make_inputs((1, 3, 6, 6), device=device)
@@ -137,6 +143,7 @@ def test_a_triton_that_is_too_old(monkeypatch, device):
     backends._no_triton.cache_clear()
 
 
+@pytest.mark.usefixtures("nothing_emulated")
 def test_a_gpu_that_is_too_old(monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
