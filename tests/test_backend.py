@@ -154,6 +154,7 @@ def test_a_gpu_that_is_too_old(monkeypatch):
     assert obstacle == "the tiles need a GPU of compute capability 7.0, got 6.1"
 
 
+@pytest.mark.usefixtures("nothing_emulated")
 def test_triton_not_installed(monkeypatch):
     monkeypatch.setattr(backends, "_triton_installed", lambda: False)
     logits, target = make_inputs((1, 3, 6, 6))
