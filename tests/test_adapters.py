@@ -297,6 +297,9 @@ def test_calling_convention_of_a_trainer(batch):
         torch.testing.assert_close(ours(outputs, labels), expected)
     share = ours((logits,), labels, num_items_in_batch=torch.tensor(4 * labels.numel()))
     torch.testing.assert_close(share, expected / 4)
+    enlarged = F.interpolate(logits, (19, 30), mode="bilinear")
+    more = labels.new_zeros(len(labels), 19, 30)
+    torch.testing.assert_close(ours((logits,), more), loss(enlarged, more))
     with pytest.raises(TypeError, match="labels must be a tensor, got NoneType: the data set"):
         ours({"logits": logits}, None)
     with pytest.raises(TypeError, match="loss must be a module, got str"):

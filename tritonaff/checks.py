@@ -416,9 +416,13 @@ def check_label_values(target: Tensor, num_classes: int | None, ignore_index: in
         return
     label, ignored = target.to(torch.int64), label_to_ignore(ignore_index)
     if looked_at and label.numel():
-        # Two passes over the labels, as long as none is wrong.
-        least, most = label.where(label != ignored, 0).aminmax()
-        if least >= 0 and (num_classes is None or most < num_classes):
+
+        def are_classes(labels: Tensor) -> bool:
+            least, most = labels.aminmax()
+            return bool(least >= 0) and (num_classes is None or bool(most < num_classes))
+
+        # One pass over the labels where none is ignored, and three elsewhere.
+        if are_classes(label) or are_classes(label.where(label != ignored, 0)):
             return
     wrong = label < 0
     if num_classes is not None:

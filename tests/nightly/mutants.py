@@ -1440,11 +1440,11 @@ MUTANTS = [
             "valid = ~(there >> 31);",
         ),
         ("logits of 0", "(logit[w] > 0.0f ? -1 : 0)", "(logit[w] >= 0.0f ? -1 : 0)"),
-        ("gradients of the neighbour before", "result.clear(0, first);", ""),
     ),
     *of(
         "native/dilated_affinity.cpp",
         DILATED_TESTS + "native_kernels_do_not_depend_on_their_strips"
+        " test_native_kernels_take_images_smaller_than_a_vector"
         " test_gradient_is_at_most_twice_as_far_off_as_eager"
         " test_native_matches_the_reference",
         (
@@ -1453,7 +1453,7 @@ MUTANTS = [
             "pitch_(width)",
         ),
         ("pixels without signals", "!= 0 ? k : CATEGORIES", "!= 0 ? k : NEIGHBORS"),
-        ("the focus", "s.power_of_q(gamma)) * s.loss", "s.power_of_q(1.0f)) * s.loss"),
+        ("the focus", "power[w] = -gamma * (s.log", "power[w] = -1.5f * (s.log"),
         ("slope of the focus", "(gamma * pt * s.loss + q)", "(pt * s.loss + q)"),
         ("counts of the row before", "                counts.clear(0, columns);\n", ""),
         (
@@ -1467,6 +1467,7 @@ MUTANTS = [
             "std::min(height, start + band_rows() + 1)",
         ),
         ("sign of same signals", "= -table[2 * k + 1];", "= table[2 * k + 1];"),
+        ("gradients of the neighbour before", "result.clear(0, first);", ""),
         (
             "memory behind the last logit",
             "std::memcpy(buffer, logit, count * sizeof(float));",

@@ -199,7 +199,12 @@ inline void store_row(
     int64_t at = x.offset(n, c, h, w);
     if (x.dtype == FLOAT32) {
         float* out = static_cast<float*>(x.data) + at;
-        if (out != row) store_strided(row, out, x.stride_w, count);
+        if (out == row) return;
+        if (x.stride_w == 1) {
+            std::memcpy(out, row, count * sizeof(float));
+        } else {
+            store_strided(row, out, x.stride_w, count);
+        }
     } else {
         uint16_t* out = static_cast<uint16_t*>(x.data) + at;
         (x.dtype == BFLOAT16 ? store_bfloat16 : store_float16)(row, out, x.stride_w, count);
@@ -310,10 +315,14 @@ inline void store(float* x, Vector vector) {
     std::memcpy(x, &vector, sizeof vector);
 }
 
-// Asks for a row that will be read soon. Rows of an image lie so far apart that a processor does
-// not guess the next one.
+// Asks for a row that will be read soon, or written. Rows of an image lie so far apart that a
+// processor does not guess the next one.
 inline void prefetch(const float* row, int n) {
     for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w);
+}
+
+inline void prefetch_to_write(const float* row, int n) {
+    for (int w = 0; w < n; w += 16) __builtin_prefetch(row + w, 1);
 }
 
 // --- Threads ------------------------------------------------------------------------------------

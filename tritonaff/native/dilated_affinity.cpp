@@ -137,12 +137,21 @@ struct Signal {
         log = log_of_1_plus(e);
         loss = log - (u < 0.0f ? u : 0.0f);
     }
-
-    // q^gamma = exp(-gamma (-log(q))).
-    float power_of_q(float gamma) const {
-        return exp_of_negative(-gamma * (log + (u > 0.0f ? u : 0.0f)));
-    }
 };
+
+// Writes q^gamma = exp(-gamma (-log(q))), for any gamma but 2; a loop of its own, as above.
+ROW_FUNCTION void power_row(
+    Floats logit, Floats e, Ints own, Ints there, float gamma, FloatsOut power, int n
+) {
+    n &= -LANES;
+    #pragma omp simd
+    for (int w = 0; w < n; w++) {
+        Signal s(logit[w], e[w], own[w], there[w]);
+        power[w] = -gamma * (s.log + (s.u > 0.0f ? s.u : 0.0f));
+    }
+    #pragma omp simd
+    for (int w = 0; w < n; w++) power[w] = exp_of_negative(power[w]);
+}
 
 // --- Tables -------------------------------------------------------------------------------------
 
@@ -152,7 +161,7 @@ constexpr int ONE_DIFFERENT = 1, ONE_SAME = 1 << 8, PREDICTED_RIGHT = 16;
 
 template <bool GAMMA_IS_2>
 ROW_FUNCTION void focal_row(
-    Floats logit, Floats e, Ints own, Ints there, float gamma, FloatsOut different_sum,
+    Floats logit, Floats e, Ints own, Ints there, Floats power, FloatsOut different_sum,
     FloatsOut same_sum, IntsOut counts, int n
 ) {
     n &= -LANES;
@@ -160,7 +169,7 @@ ROW_FUNCTION void focal_row(
     for (int w = 0; w < n; w++) {
         Signal s(logit[w], e[w], own[w], there[w]);
         float q = (s.below < 0 ? 1.0f : s.e) / (1.0f + s.e);
-        float focal = masked((GAMMA_IS_2 ? q * q : s.power_of_q(gamma)) * s.loss, s.valid);
+        float focal = masked((GAMMA_IS_2 ? q * q : power[w]) * s.loss, s.valid);
         same_sum[w] += masked(focal, s.same);
         different_sum[w] += masked(focal, ~s.same);
         int32_t one = (s.same & (ONE_SAME - ONE_DIFFERENT)) + ONE_DIFFERENT;
@@ -253,7 +262,7 @@ ROW_FUNCTION void coefficient_row(
 
 template <bool GAMMA_IS_2>
 ROW_FUNCTION void gradient_row(
-    Floats logit, Floats e, Ints own, Ints there, float gamma, Floats different_grad,
+    Floats logit, Floats e, Ints own, Ints there, float gamma, Floats power, Floats different_grad,
     Floats same_grad, FloatsOut grad, int n
 ) {
     n &= -LANES;
@@ -263,7 +272,7 @@ ROW_FUNCTION void gradient_row(
         float larger = 1.0f / (1.0f + s.e), smaller = s.e * larger;
         float pt = s.below < 0 ? smaller : larger, q = s.below < 0 ? larger : smaller;
         float slope = GAMMA_IS_2 ? q * q * (2.0f * pt * s.loss + q)
-                                 : s.power_of_q(gamma) * (gamma * pt * s.loss + q);
+                                 : power[w] * (gamma * pt * s.loss + q);
         int32_t different = as_int(different_grad[w]), same = as_int(same_grad[w]);
         float coefficient = as_float((same & s.same) | (different & ~s.same));
         grad[w] = masked(slope * coefficient, s.valid);
@@ -358,6 +367,15 @@ struct Batch {
         }
         return logit;
     }
+
+    // Asks for the row of the logits two rows below, and of the gradient: a run of rows is short.
+    void ask_for_rows_below(const Patch& patch, int row, int s, const Images& grad) const {
+        int64_t h = patch.h + row + 2;
+        if (h >= height || logits.dtype != FLOAT32 || logits.stride_w != 1) return;
+        int64_t channel = NEIGHBORS * patch.rate + s;
+        prefetch(load_row(logits, patch.n, channel, h, patch.w, 0, nullptr), patch.columns);
+        prefetch_to_write(row_to_write(grad, patch.n, channel, h, patch.w, nullptr), patch.columns);
+    }
 };
 
 // One number for each pixel of a patch's row.
@@ -371,7 +389,7 @@ struct alignas(64) Line {
 
 template <bool GAMMA_IS_2>
 void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
-    Line<float> logit, e, different_sum, same_sum;
+    Line<float> logit, e, power, different_sum, same_sum;
     Line<int32_t> counts, category;
     for (int64_t task; tasks.next(task);) {
         Entry* table = tables + task * batch.num_rates * CATEGORIES;
@@ -386,8 +404,14 @@ void add_tables(const Batch& batch, Tasks& tasks, Entry* tables) {
                     if (first == last) continue;
                     const float* x = batch.load(patch, row, s, first, last, logit.data);
                     exp_row(x, e.data, last - first);
+                    if (!GAMMA_IS_2) {
+                        power_row(
+                            x, e.data, own + first, there + first, batch.gamma, power.data,
+                            last - first
+                        );
+                    }
                     focal_row<GAMMA_IS_2>(
-                        x, e.data, own + first, there + first, batch.gamma, different_sum.at(first),
+                        x, e.data, own + first, there + first, power.data, different_sum.at(first),
                         same_sum.at(first), counts.at(first), last - first
                     );
                 }
@@ -408,7 +432,7 @@ template <bool GAMMA_IS_2>
 void write_gradient(
     const Batch& batch, Tasks& tasks, const float* grad_loss_sum, const Images& grad
 ) {
-    Line<float> logit, e, result, different_grad[ROWS], same_grad[ROWS];
+    Line<float> logit, e, power, result, different_grad[ROWS], same_grad[ROWS];
     Line<int32_t> different;
     for (int64_t task; tasks.next(task);) {
         batch.patches(task, [&](const Patch& patch) {
@@ -428,14 +452,21 @@ void write_gradient(
             // All rows of a channel one after the other: memory likes long runs.
             for (int s = 0; s < NEIGHBORS; s++) {
                 for (int row = 0; row < patch.rows; row++) {
+                    batch.ask_for_rows_below(patch, row, s, grad);
                     auto [first, last, own, there] = batch.neighbors(patch, row, s);
                     result.clear(0, first);
                     result.clear(last, std::max(last, columns));
                     if (first < last) {
                         const float* x = batch.load(patch, row, s, first, last, logit.data);
                         exp_row(x, e.data, last - first);
+                        if (!GAMMA_IS_2) {
+                            power_row(
+                                x, e.data, own + first, there + first, batch.gamma, power.data,
+                                last - first
+                            );
+                        }
                         gradient_row<GAMMA_IS_2>(
-                            x, e.data, own + first, there + first, batch.gamma,
+                            x, e.data, own + first, there + first, batch.gamma, power.data,
                             different_grad[row].at(first), same_grad[row].at(first),
                             result.at(first), last - first
                         );
