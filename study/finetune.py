@@ -36,7 +36,7 @@ from dataset import DataError, Dataset, Pair, load_folder
 from evaluation import confusion, mean_iou
 from losses import LOSSES, Batch, CrossEntropy, Facts, Output, boundary_distance, log_loss
 from PIL import Image
-from thin import THRESHOLDS, ThinScore
+from thin import THRESHOLDS, ThinScore, tolerant_f1
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import rounded
@@ -75,6 +75,16 @@ BATCH_SIZE, CROP = 4, 224
 FIRST = {"ce": 1.0, "ce+affinity": 1.0, "ce+aaf": 1.0}
 THEN = {"ce+dice": 1.0, "unet": 3.0}
 LAST = {"ce+dilated": 0.1, "ce+ar": 0.1}
+# Of "ce+affinity", each changed alone, with the first seed. The validation split chooses.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"weight": 0.3},
+    {"weight": 3.0},
+    {"options": (("margin", 1.0),)},
+    {"options": (("kernel_sizes", (5,)),)},
+    {"options": (("start", 0.5),)},
+    {"options": (("decay", False),)},
+)
+MORE_SEEDS = (0, 1, 2, 3, 4)  # of the chosen settings, and of what they are compared with
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,22 @@ class Run:
     learning_rate: float
     weight: float = 1.0
     seed: int = 0  # of initial weights and crops
+    options: tuple[tuple[str, Any], ...] = ()  # of the loss
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> Run:
+        """A run from a file, where tuples are lists."""
+        options = fields.get("options", ())
+        options = ((key, tuple(x) if isinstance(x, list) else x) for key, x in options)
+        return cls(**fields | {"options": tuple(options)})
 
     @property
     def name(self) -> str:
         """A file name."""
-        words = self.data, self.loss, f"{self.weight:g}", f"{self.steps}", f"{self.learning_rate:g}"
-        return "-".join([*words, f"seed{self.seed}"])
+        words = [self.data, self.loss, f"{self.weight:g}"]
+        for key, value in self.options:
+            words.append(key + "".join(c for c in str(value) if c.isalnum() or c == "."))
+        return "-".join([*words, f"{self.steps}", f"{self.learning_rate:g}", f"seed{self.seed}"])
 
 
 Results = dict[str, dict[str, Any]]  # contents of the runs' files, by name
@@ -101,20 +121,51 @@ Results = dict[str, dict[str, Any]]  # contents of the runs' files, by name
 def plan(data: Sequence[str], results: Results) -> list[Run]:
     """The runs whose settings are known from the results so far, the most informative first."""
     runs = []
-    for losses in (FIRST, THEN, LAST):
+    for stage in (FIRST, THEN, None, LAST):
         for name in data:
             setting = SETTINGS[name]
             rates = [Run(name, "ce", setting.steps, rate) for rate in setting.learning_rates]
             runs += rates
             if any(run.name not in results for run in rates):
                 return list(dict.fromkeys(runs))
-            best = max(rates, key=lambda run: results[run.name]["looks"][-1]["miou"])
-            runs += [
-                replace(best, loss=loss, weight=weight, seed=seed)
-                for seed in SEEDS
-                for loss, weight in losses.items()
-            ]
+            best = max(rates, key=lambda run: last_iou(results[run.name]))
+            runs += search(best, results) if stage is None else with_losses(best, stage)
     return list(dict.fromkeys(runs))
+
+
+def with_losses(base: Run, losses: dict[str, float]) -> list[Run]:
+    return [
+        replace(base, loss=loss, weight=weight, seed=seed)
+        for seed in SEEDS
+        for loss, weight in losses.items()
+    ]
+
+
+def trials(base: Run) -> list[Run]:
+    """The settings to choose from, the plan's first."""
+    default = replace(base, loss="ce+affinity", weight=FIRST["ce+affinity"])
+    return [default, *(replace(default, **change) for change in CHANGES)]
+
+
+def search(base: Run, results: Results) -> list[Run]:
+    """The trials; when all are known, the best, the plan's and cross-entropy with more seeds."""
+    runs = trials(base)
+    if any(run.name not in results for run in runs):
+        return runs
+    winner = max(runs, key=lambda run: validation(results[run.name]))
+    compared = winner, runs[0], base
+    return runs + [replace(run, seed=seed) for seed in MORE_SEEDS for run in compared]
+
+
+def validation(result: dict[str, Any]) -> float:
+    """The score of the validation split that chooses: of thin structures F1 at 2 pixels, percent,
+    at the best threshold; else the last mean IoU.
+    """
+    return tolerant_f1(result["val"]["thin"]).max() if "val" in result else last_iou(result)
+
+
+def last_iou(result: dict[str, Any]) -> float:
+    return 100 * result["looks"][-1]["miou"]
 
 
 # -------------------------------------------------------------------------------------- data
@@ -192,7 +243,7 @@ def make(run: Run, data: Dataset, backbone: nn.Module) -> tuple[Network, CrossEn
     setting = SETTINGS[run.data]
     channels = len(data.classes) if setting.thin is None else 1
     facts = Facts(channels, setting.ignore_index, 1, [labels for _, labels in data.train])
-    options = {"rates": setting.rates} if run.loss == "ce+dilated" else {}
+    options = {"rates": setting.rates} if run.loss == "ce+dilated" else dict(run.options)
     criterion = LOSSES[run.loss](facts, run.weight, **options)
     torch.manual_seed(run.seed)
     network = Network(backbone, channels, criterion.neighbors, trained=True)
@@ -367,7 +418,7 @@ def finished(output: Path, collected: Path) -> Results:
     """The runs that ``collect`` wrote earlier, and the runs' files."""
     runs = json.loads(collected.read_text())["runs"] if collected.exists() else []
     files = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
-    return dict(sorted(({Run(**run["run"]).name: run for run in runs} | files).items()))
+    return dict(sorted(({Run.read(run["run"]).name: run for run in runs} | files).items()))
 
 
 def train_missing(folders: dict[str, Path], output: Path, collected: Path) -> None:

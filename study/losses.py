@@ -79,17 +79,32 @@ def log_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 class Affinity(CrossEntropy):
-    """Affinity fields of fixed sizes; AAF paper, Eq. 3."""
+    """Affinity fields of fixed sizes; AAF paper, Eq. 3. Cross-entropy alone before ``start``, a
+    fraction of training.
+    """
 
-    def __init__(self, facts: Facts, weight: float, kernel_sizes: Sequence[int] = (3,)) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        weight: float,
+        kernel_sizes: Sequence[int] = (3,),
+        margin: float = 3.0,
+        start: float = 0.0,
+        decay: bool = True,
+    ) -> None:
         super().__init__(facts, weight)
+        self.start, self.decay = start, decay
         self.field = AffinityFieldLoss(
-            kernel_sizes, ignore_index=facts.ignore_index, activation=facts.activation
+            kernel_sizes,
+            margin=margin,
+            ignore_index=facts.ignore_index,
+            activation=facts.activation,
         )
 
     def forward(self, output: Output, batch: Batch, progress: Tensor) -> Tensor:
-        field = self.field(output.logits, batch.target, progress)
-        return super().forward(output, batch, progress) + self.weight * field
+        field = self.field(output.logits, batch.target, progress if self.decay else None)
+        weight = self.weight * (progress >= self.start)
+        return super().forward(output, batch, progress) + weight * field
 
 
 class AdaptiveAffinity(Affinity):

@@ -82,3 +82,14 @@ def rand_error(predicted: np.ndarray, true: np.ndarray) -> float:
         )
         cells = cells[tuple(nearest)]
     return float(adapted_rand_error(ndimage.label(true)[0], cells)[0])
+
+
+def tolerant_f1(thin: dict[str, Any]) -> np.ndarray:
+    """F1 by threshold, percent, from the counts; a pixel is right within the tolerance."""
+    return harmonic_mean(thin, ("near", "predicted"), ("found", "true"))
+
+
+def harmonic_mean(thin: dict[str, Any], *shares: tuple[str, str]) -> np.ndarray:
+    """Percent, by threshold, of two shares of counts."""
+    first, second = (np.array(thin[a]) / np.maximum(thin[b], 1) for a, b in shares)
+    return 100 * 2 * first * second / np.maximum(first + second, 1e-12)

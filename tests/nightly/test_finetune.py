@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,8 @@ def small(finetune, monkeypatch):
     monkeypatch.setattr(finetune, "CROP", 32)
     monkeypatch.setattr(finetune, "EfficientNetLite0", Backbone)
     monkeypatch.setattr(finetune, "SEEDS", (0, 1))
+    monkeypatch.setattr(finetune, "MORE_SEEDS", (0, 1, 2))
+    monkeypatch.setattr(finetune, "CHANGES", finetune.CHANGES[-2:])
 
 
 # -------------------------------------------------------------------------------------- data
@@ -210,10 +212,9 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
     finetune.collect(output, collected)
     output = tmp_path / "another machine"  # which has the collected runs alone
     finetune.train_missing(folders, output, collected)
-    rates = len(finetune.SETTINGS["crackforest"].learning_rates)
-    losses = len(finetune.FIRST | finetune.THEN | finetune.LAST)
     everything = finetune.finished(output, collected)
-    assert count - 1 == len(everything) == rates - 1 + 2 * losses
+    assert {run.name for run in finetune.plan(["crackforest"], everything)} == set(everything)
+    assert count - 1 == len(everything)
     assert len(list(output.glob("*.json"))) == len(everything) - 3
     finetune.collect(output, collected)
     assert len(json.loads(collected.read_text())["runs"]) == len(everything)
@@ -225,6 +226,7 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
     for heading in ("# Does it help", "## What the papers claim", "### CrackForest, end to end"):
         assert f"\n{heading}" in f"\n{page}"
     assert "+ dilated affinity, then 10 iterations" in page
+    assert "start 0.5" in page
     for picture in ("differences", "curves", "camvid"):
         assert (tmp_path / f"docs/study-{picture}.png").stat().st_size > 0
 
@@ -241,6 +243,23 @@ def test_the_first_look_tells_the_learning_rate(finetune):
     others = [run for run in runs if run.loss != "ce" or run.seed]
     assert {run.learning_rate for run in others} == {1e-2}
     losses = finetune.FIRST | finetune.THEN | finetune.LAST
-    assert len(results) == 1 + 2 * len(finetune.SEEDS) * len(losses)  # one for the other rate
+    more = 2 * (len(finetune.MORE_SEEDS) - len(finetune.SEEDS))  # the first settings are as good
+    count = len(finetune.SEEDS) * len(losses) + len(finetune.CHANGES) + more
+    assert len(results) == 1 + 2 * count  # one for the other rate
     names = [name.split("-")[0] for name in results]
     assert set(names[: 1 + 3 * len(finetune.FIRST)]) == {"crackforest"}
+
+
+def test_the_validation_split_chooses_settings(finetune):
+    base = finetune.Run("camvid", "ce", 300, 1e-2)
+    results = {run.name: {"looks": [{"miou": 0.5}]} for run in finetune.trials(base)}
+    best = finetune.trials(base)[3]
+    results[best.name] = {"looks": [{"miou": 0.6}], "test": {"miou": 0.0}}
+    more = finetune.search(base, results)[len(results) :]
+    assert {run.seed for run in more if run.options == best.options} == set(finetune.MORE_SEEDS)
+    assert {run.loss for run in more} == {"ce", "ce+affinity"}
+
+
+def test_runs_are_read_as_they_were_written(finetune):
+    for run in finetune.trials(finetune.Run("isbi", "ce", 300, 1e-2)):
+        assert finetune.Run.read(json.loads(json.dumps(asdict(run)))) == run
