@@ -300,6 +300,9 @@ def test_calling_convention_of_a_trainer(batch):
     enlarged = F.interpolate(logits, (19, 30), mode="bilinear")
     more = labels.new_zeros(len(labels), 19, 30)
     torch.testing.assert_close(ours((logits,), more), loss(enlarged, more))
+    coarse = SegmentationLoss(loss, "logits")((logits[..., ::2, ::2],), labels)
+    nearest = tritonaff.resize_labels(labels, logits[..., ::2, ::2].shape[-2:])
+    torch.testing.assert_close(coarse, loss(logits[..., ::2, ::2], nearest))
     with pytest.raises(TypeError, match="labels must be a tensor, got NoneType: the data set"):
         ours({"logits": logits}, None)
     with pytest.raises(TypeError, match="loss must be a module, got str"):

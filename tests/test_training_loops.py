@@ -404,6 +404,7 @@ def test_calling_convention_of_mmsegmentation(batch):
     torch.testing.assert_close(loss_fn(logits, target, reduction_override="mean"), expected)
     assert loss_fn.ignore_index == 255
     assert loss_fn.loss_name == "loss_aaf"
+    assert AAFLoss(4, loss_name="loss_affinity").loss_name == "loss_affinity"
     weighted = AAFLoss(4, class_weight=[1.0, 2.0, 0.0, 1.0], cross_entropy=True)
     assert weighted.weight.tolist() == [1, 2, 0, 1]
     with pytest.raises(ValueError, match=r"weight must be None, got Tensor.*masked_fill\(~mask"):
