@@ -51,7 +51,6 @@ def no_rand_error(thin: dict[str, Any]) -> np.ndarray:
     return 100 * (1 - np.array(thin["rand_error"]))
 
 
-LOSSES = finetune.FIRST | finetune.THEN | finetune.LAST
 ByThreshold = Callable[[dict[str, Any]], np.ndarray]
 
 
@@ -109,7 +108,7 @@ def runs_of(page: Page, data: str) -> list[dict[str, Any]]:
     base = chosen_base(runs)
     if base is None:
         return []
-    compared = finetune.with_losses(base, LOSSES)
+    compared = finetune.with_losses(base, finetune.WEIGHTS)
     return [run for run in runs if Run.read(run["run"]) in compared]
 
 
@@ -149,7 +148,7 @@ def section(page: Page) -> None:
     missing = [
         f"- {TITLE[name]}: {'; '.join(NAMES[loss] for loss in left)}"
         for name in finetune.SETTINGS
-        for left in [[loss for loss in LOSSES if loss not in rows_of(page, name)]]
+        for left in [[loss for loss in finetune.WEIGHTS if loss not in rows_of(page, name)]]
         if left
     ]
     page.say("## Networks trained end to end", SETTINGS, f"Steps and learning rate: {steps}.")
@@ -215,7 +214,7 @@ UNCHANGED = "the plan's settings"
 def changed(run: Run) -> str:
     """How the settings differ from the plan's, in words."""
     words = [f"{key} {value}" for key, value in run.options]
-    if run.weight != LOSSES[run.loss]:
+    if run.weight != finetune.WEIGHTS[run.loss]:
         words.append(f"weight {run.weight:g}")
     return ", ".join(words) or UNCHANGED
 

@@ -2,6 +2,7 @@
 
     python study/finetune.py train --crackforest FOLDER --camvid FOLDER --isbi FOLDER
     python study/finetune.py collect    # docs/results/study/finetune.json, for the report
+    python study/finetune.py pictures --crackforest FOLDER    # where each loss fails
 
 A run takes minutes on a core and leaves a file: ``train`` goes on with the runs that have no file
 and are not in finetune.json, the most informative first. study/study.py names the packages that it
@@ -34,7 +35,8 @@ import torch
 from architecture import GRAY, MULTIPLE, EfficientNetLite0, Network
 from dataset import DataError, Dataset, Pair, load_folder
 from evaluation import confusion, mean_iou
-from losses import LOSSES, Batch, CrossEntropy, Facts, Output, boundary_distance, log_loss
+from failures import draw_failures
+from losses import LOSSES, TITLES, Batch, CrossEntropy, Facts, Output, boundary_distance, log_loss
 from PIL import Image
 from thin import THRESHOLDS, ThinScore, tolerant_f1
 from torch import Tensor, nn
@@ -75,6 +77,7 @@ BATCH_SIZE, CROP = 4, 224
 FIRST = {"ce": 1.0, "ce+affinity": 1.0, "ce+aaf": 1.0}
 THEN = {"ce+dice": 1.0, "unet": 3.0}
 LAST = {"ce+dilated": 0.1, "ce+ar": 0.1}
+WEIGHTS = FIRST | THEN | LAST
 # Of "ce+affinity", each changed alone, with the first seed. The validation split chooses.
 CHANGES: tuple[dict[str, Any], ...] = (
     {"weight": 0.3},
@@ -441,6 +444,28 @@ def train_missing(folders: dict[str, Path], output: Path, collected: Path) -> No
         write_json(output / f"{run.name}.json", result)  # says that the run is complete
 
 
+def draw(folders: dict[str, Path], output: Path, collected: Path) -> None:
+    """For every loss whose network of the first seed is here, the images in which it fails most."""
+    results = finished(output, collected)
+    for name, folder in folders.items():
+        setting, data, maps = SETTINGS[name], load(folder, SETTINGS[name]), {}
+        for run in plan([name], results):
+            path = output / f"{run.name}.pt"
+            planned = not run.options and run.weight == WEIGHTS[run.loss]
+            if run.seed or not planned or not path.exists():
+                continue
+            network, _ = make(run, data, EfficientNetLite0())
+            network.load_state_dict(torch.load(path))
+            pairs = outputs(network, data.test, setting.ignore_index)
+            maps[run.loss] = [probabilities(output.logits).argmax(dim=1)[0] for output, _ in pairs]
+        for loss in maps.keys() - {"ce"} if "ce" in maps else ():
+            titles = TITLES["ce"], TITLES[loss]
+            path = output / f"failures-{name}-{loss}.png"
+            both = list(zip(maps["ce"], maps[loss], strict=True))
+            draw_failures(path, data, setting.ignore_index, titles, both)
+            print(path)
+
+
 def collect(output: Path, path: Path) -> None:
     """One file for the report."""
     results = finished(output, path)
@@ -450,11 +475,13 @@ def collect(output: Path, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="train and score every run that is missing")
-    for name in SETTINGS:
-        command.add_argument(f"--{name}", type=Path, metavar="FOLDER", help="a data set")
+    training = commands.add_parser("train", help="train and score every run that is missing")
+    drawing = commands.add_parser("pictures", help="draw where each loss fails, beside the runs")
+    for one in (training, drawing):
+        for name in SETTINGS:
+            one.add_argument(f"--{name}", type=Path, metavar="FOLDER", help="a data set")
     other = commands.add_parser("collect", help="write finetune.json for the report")
-    for one in (command, other):
+    for one in (training, drawing, other):
         one.add_argument("--output", type=Path, default=Path("runs/finetune"), metavar="FOLDER")
         one.add_argument("--results", type=Path, default=Path("docs/results/study/finetune.json"))
     options = parser.parse_args()
@@ -464,7 +491,8 @@ def main() -> int:
             return 0
         paths = {name: getattr(options, name) for name in SETTINGS}
         folders = {name: path for name, path in paths.items() if path is not None}
-        train_missing(folders, options.output, options.results)
+        act = train_missing if options.command == "train" else draw
+        act(folders, options.output, options.results)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

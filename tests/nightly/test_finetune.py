@@ -177,7 +177,7 @@ def test_all_weights_learn_and_the_backbone_of_the_next_run_does_not(finetune, c
     data = finetune.load(cracks, finetune.SETTINGS["crackforest"])
     backbone = Backbone()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    for loss in finetune.FIRST | finetune.THEN | finetune.LAST:
+    for loss in finetune.WEIGHTS:
         run = finetune.Run("crackforest", loss, 6, 1e-2)
         start, _ = finetune.make(run, data, backbone)
         result, network = finetune.train(run, data, backbone)
@@ -218,6 +218,10 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
     assert len(list(output.glob("*.json"))) == len(everything) - 3
     finetune.collect(output, collected)
     assert len(json.loads(collected.read_text())["runs"]) == len(everything)
+    finetune.draw(folders, output, collected)
+    pictures = sorted(path.name for path in output.glob("failures-*.png"))
+    assert pictures
+    assert all((output / name).stat().st_size > 5000 for name in pictures)
     shown = STUDY.parent / "docs/results/study"
     for name in ("study.json", "cost.json"):
         (results / name).write_text((shown / name).read_text())
@@ -242,7 +246,7 @@ def test_the_first_look_tells_the_learning_rate(finetune):
         results[run.name] = {"looks": [{"miou": 9}, {"miou": run.learning_rate}]}
     others = [run for run in runs if run.loss != "ce" or run.seed]
     assert {run.learning_rate for run in others} == {1e-2}
-    losses = finetune.FIRST | finetune.THEN | finetune.LAST
+    losses = finetune.WEIGHTS
     more = 2 * (len(finetune.MORE_SEEDS) - len(finetune.SEEDS))  # the first settings are as good
     count = len(finetune.SEEDS) * len(losses) + len(finetune.CHANGES) + more
     assert len(results) == 1 + 2 * count  # one for the other rate
