@@ -262,19 +262,23 @@ def enlarged(output: Output, size: tuple[int, int]) -> Output:
     return output._replace(logits=logits, affinity=affinity)
 
 
-def make_optimizer(network: Network, criterion: CrossEntropy, rate: float) -> torch.optim.AdamW:
-    """The backbone, pretrained, learns at a tenth of the rate."""
+def make_optimizer(
+    network: Network, run: Run, more_groups: Sequence[dict[str, Any]] = ()
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, and the scheduler of its rate. The backbone, pretrained, learns at a tenth of it."""
+    rate = run.learning_rate
     new = [p for name, p in network.named_parameters() if not name.startswith("backbone.")]
     groups = [{"params": new}, {"params": network.backbone.parameters(), "lr": rate / 10}]
-    groups += criterion.optimizer_groups(rate)
-    return torch.optim.AdamW(groups, rate, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([*groups, *more_groups], rate, weight_decay=1e-4)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 - step / run.steps) ** 0.9
+    )
 
 
 def train(run: Run, data: Dataset, backbone: nn.Module) -> tuple[dict[str, Any], Network]:
     """Trains a network: the content of the run's file, and the network."""
     network, criterion = make(run, data, backbone)
-    optimizer = make_optimizer(network, criterion, run.learning_rate)
-    poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 - k / run.steps) ** 0.9)
+    optimizer, poly = make_optimizer(network, run, criterion.optimizer_groups(run.learning_rate))
     source, losses, seconds, looks = batches(data.train, run), [], [], []
     network.train()
     for step in range(run.steps):
