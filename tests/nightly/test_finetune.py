@@ -21,6 +21,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
 
 STUDY = Path(__file__).parent.parent.parent / "study"
+RNGS = [np.random.default_rng(seed) for seed in range(4)]
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +266,38 @@ def test_the_validation_split_chooses_settings(finetune):
 def test_runs_are_read_as_they_were_written(finetune):
     for run in finetune.trials(finetune.Run("isbi", "ce", 300, 1e-2)):
         assert finetune.Run.read(json.loads(json.dumps(asdict(run)))) == run
+
+
+# ------------------------------------------------------------------------------------- boxes
+
+
+def test_masks_from_boxes(finetune, monkeypatch, tmp_path, capsys):
+    boxes = importlib.import_module("boxes")
+    monkeypatch.setattr(boxes, "EfficientNetLite0", Backbone)
+    monkeypatch.setattr(finetune, "CROP", 64)
+    labels = np.zeros((64, 80), np.uint8)
+    labels[20:40, 10:40], labels[30:50, 60:70] = 1, 2
+    pairs = [(rng.integers(256, size=labels.shape).astype(np.uint8), labels) for rng in RNGS]
+    splits = {"train": pairs, "val": pairs[:1], "test": pairs}
+    folder = save_folder(tmp_path / "streets", ["road", *boxes.CLASSES], splits)
+    picture = tmp_path / "boxes.png"
+    arguments = [str(folder), "--steps", "1", "--seeds", "1", "--output", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["boxes.py", *arguments])
+    assert boxes.main() == 0
+    assert "| filled boxes | 100.0 | 100.0 |" in capsys.readouterr().out  # two rectangles
+    assert picture.stat().st_size > 5000
+
+
+def test_boxes_of_connected_parts(finetune):
+    boxes = importlib.import_module("boxes")
+    labels = torch.zeros(1, 30, 40, dtype=torch.long)
+    labels[0, 2:14, 3:15], labels[0, 16:28, 20:39], labels[0, 0, 39] = 1, 2, 1  # too small
+    found = boxes.find_boxes(labels, [1, 2])
+    assert found.edges.tolist() == [[3, 2, 14, 13], [20, 16, 38, 27]]
+    assert found.channel.tolist() == [0, 1]
+    inside = boxes.filled(found, (1, 2, 30, 40))
+    assert torch.equal(inside[0, 0], (labels[0] == 1) & (labels[0].sum(1, keepdim=True) > 1))
+    logits = torch.where(inside, 20.0, -20.0)
+    counted = torch.ones(1, 1, 30, 40, dtype=torch.bool)
+    assert boxes.box_loss(logits, found, counted) < 1e-6
+    assert boxes.box_loss(-logits, found, counted) == pytest.approx(40)
