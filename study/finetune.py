@@ -67,7 +67,7 @@ class Setting:
 
 SETTINGS = {
     "crackforest": Setting(255, steps=300, thin=1, rates=(2, 4)),
-    "camvid": Setting(11, steps=300, every=8, learning_rates=(1e-2,)),
+    "camvid": Setting(11, steps=1200, every=8, learning_rates=(1e-2,)),
     "isbi": Setting(255, steps=300, thin=0, cells=True, rates=(2, 4)),
 }
 SEEDS = (0, 1, 2)

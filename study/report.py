@@ -117,12 +117,12 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
     ]
     told = [
         f"**Five sentences.** {runs} trainings, {counts} seeds for each loss, compare losses on "
-        "the same network with the same batches.",
+        "the same network with the same batches; a difference is one above the spread over seeds.",
         *(
             f"{start}, {verdicts(found, names)}."
             for start, names in (
-                ("Against cross-entropy alone", FIELDS),
-                ("Beside them", others),
+                ("Beside cross-entropy", FIELDS),
+                ("By comparison", others),
                 ("With a head of its own", dilated),
             )
             if names

@@ -155,17 +155,20 @@ def panels(rows: Rows, metrics: dict[str, Metric], title: str = "") -> Panels:
 def verdict(panels: Panels, loss: str, base: str = "ce") -> str:
     """Names, in words, the metrics in which a loss differs."""
     found: dict[str, list[str]] = {"raises": [], "lowers": []}
+    measured = 0
     for title, (rows, metric) in panels.items():
         if loss not in rows or base not in rows:
             continue
+        measured += 1
         values, others = paired(rows, loss, metric, base)
         # A difference of 0.0 in the tables is not worth a word.
         if differs(values, others) and abs(np.mean(values) - np.mean(others)) >= 0.05:
-            change = np.mean(values) - np.mean(others)
-            word = "raises" if change > 0 else "lowers"
-            found[word].append(f"{title} by {abs(change):.1f}")
-    words = [f"{word} {listed(changes)}" for word, changes in found.items() if changes]
-    return " and ".join(words) if words else "makes no difference above the spread over seeds"
+            found["raises" if np.mean(values) > np.mean(others) else "lowers"].append(title)
+    for word, titles in found.items():
+        if len(titles) == measured > 2:
+            return f"{word} every score"
+    words = [f"{word} {listed(titles)}" for word, titles in found.items() if titles]
+    return " and ".join(words) if words else "makes no difference"
 
 
 def listed(words: Sequence[str]) -> str:
