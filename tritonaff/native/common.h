@@ -277,16 +277,6 @@ struct Free {
     void operator()(T* x) const { ::operator delete[](x, std::align_val_t(64)); }
 };
 
-// Memory for n numbers, not initialised, at the start of a cache line.
-template <class T>
-using Buffer = std::unique_ptr<T[], Free<T>>;
-
-template <class T>
-Buffer<T> make_buffer(int64_t n) {
-    size_t bytes = sizeof(T) * size_t(std::max<int64_t>(n, 1));
-    return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(64))));
-}
-
 // Large new memory is fetched page by page, which takes longer than writing it: huge pages are 512
 // times fewer.
 inline void ask_for_huge_pages(void* memory, int64_t bytes) {
@@ -300,6 +290,18 @@ inline void ask_for_huge_pages(void* memory, int64_t bytes) {
 #else
     (void)memory, (void)bytes;
 #endif
+}
+
+// Memory for n numbers, not initialised, at the start of a cache line.
+template <class T>
+using Buffer = std::unique_ptr<T[], Free<T>>;
+
+template <class T>
+Buffer<T> make_buffer(int64_t n) {
+    size_t bytes = sizeof(T) * size_t(std::max<int64_t>(n, 1));
+    Buffer<T> memory(static_cast<T*>(::operator new[](bytes, std::align_val_t(64))));
+    ask_for_huge_pages(memory.get(), int64_t(bytes));
+    return memory;
 }
 
 // A vector of the compiler's own, anywhere in memory.
