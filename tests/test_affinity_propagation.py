@@ -220,9 +220,23 @@ def test_native_kernels_pass_on_what_is_no_number_to_neighbors_alone(number):
     """Pixels at the border of the image have no neighbours in the row above or below."""
     probs, affinity = make((1, 3, 7, 11), [2])
     probs[0, 1, 3, 10] = probs[0, 2, 5, 0] = number
-    case = case_with([2], iterations=2)
+    check_what_is_finite([2], probs, affinity)
+
+
+@pytest.mark.parametrize("place", [1, 4])
+def test_native_kernels_pass_nothing_through_columns_outside_the_image(place):
+    """From column 1 to the right by 5 and back by 2, or the other way round."""
+    probs, affinity = make((1, 3, 7, 6), [(1, 5), (2, 2)])
+    probs[0, 1, 0, place] = math.nan
+    check_what_is_finite([(1, 5), (2, 2)], probs, affinity)
+
+
+def check_what_is_finite(rates, probs, affinity):
+    case = case_with(rates, iterations=2)
     results = evaluate(case, available("native"), probs, affinity)
     expected = evaluate(case, "reference", probs, affinity)
+    assert not expected["0"].isfinite().all()
+    assert expected["gradient"].isfinite().any()
     for name in ("0", "gradient"):
         assert torch.equal(results[name].isfinite(), expected[name].isfinite())
 

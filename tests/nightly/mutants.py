@@ -1378,7 +1378,8 @@ MUTANTS = [
     # --- Native kernels of dilated affinity and its propagation -----------------------------------
     *of(
         "native/affinity_propagation.cpp",
-        PROPAGATION_TESTS + "native_kernels_do_not_depend_on_their_passes",
+        PROPAGATION_TESTS + "native_kernels_do_not_depend_on_their_passes"
+        " test_native_kernels_pass_nothing_through_columns_outside_the_image",
         (
             "the last vector of a neighbour",
             "int64_t last = divide_up(std::min(width, width - dx), LANES);",
@@ -1403,6 +1404,17 @@ MUTANTS = [
             "        (void)(grad_gates,",
         ),
         ("slope of the gates", "(1.0f - gate[w]) * slope", "(1.0f - gate[w])"),
+        ("surplus lanes", "        set.clear_surplus(to.p + row * plane);\n", ""),
+        (
+            "border pixels not yet normalised",
+            "            if (layout.options.replicates) set.clear_surplus(to.p + row * plane);\n",
+            "",
+        ),
+        (
+            "surplus lanes of gradients",
+            "                set.clear_surplus(other + row * plane);\n",
+            "",
+        ),
     ),
     *of(
         "native/affinity_propagation.cpp",
@@ -1413,12 +1425,6 @@ MUTANTS = [
         " test_only_what_needs_a_gradient_gets_one",
         ("a total of 0", "total == 0.0f ? zero : 1.0f / total", "1.0f / total"),
         ("all of the largest", "            left = found ? zero : left;\n", ""),
-        ("surplus lanes", "        set.clear_surplus(to.p + row * plane);\n", ""),
-        (
-            "surplus lanes of gradients",
-            "                set.clear_surplus(other + row * plane);\n",
-            "",
-        ),
         ("rows of several threads", "(task + 1) * rows_of_task", "(task + 1) * rows_of_task - 1"),
         ("only the gradient of the affinity", "t == 0 && !grad_probs", "!grad_probs"),
     ),

@@ -575,18 +575,19 @@ void iterate(
             to.p + row * plane, nullptr, pitch, layout.num_neighbors * LANES,
         };
         run(STENCIL, data, segments.of_row(row), layout.num_classes);
+        set.clear_surplus(to.p + row * plane);
         if (layout.options.normalizes) {
             normalize_row(
                 to.p + row * plane, layout.options.self_weight, to.inverse + row * pitch,
                 to.factor + row * pitch, layout.num_classes, pitch, layout.vectors
             );
+            if (layout.options.replicates) set.clear_surplus(to.p + row * plane);
         } else {
             largest_row(
                 to.p + row * plane, layout.options.self_weight, to.factor + row * pitch,
                 layout.num_classes, pitch, layout.vectors
             );
         }
-        set.clear_surplus(to.p + row * plane);
     });
 }
 
