@@ -246,6 +246,10 @@ class Case:
     """Makes a loss of torch and its inputs, which the bench measures beside the operation, from the
     operation's inputs. None: cross-entropy of logits and target.
     """
+    nearby: Case | None = None
+    """A copy whose options are a few roundings off, where the gradient jumps at an option, as a
+    hinge's does at its margin. None: the case itself.
+    """
 
     @classmethod
     def of_tables(
@@ -496,8 +500,8 @@ def check_parity(case: Case, implementation: Backend | Case, *inputs: Tensor) ->
     twice the sum of
 
     - the error of the eager reference in the logits' dtype,
-    - the change of the exact result when its inputs are off by a few float32 roundings (where the
-      exact result is nearly 0, eager mode may be right by luck),
+    - the change of the exact result when its inputs, or options (:attr:`Case.nearby`), are off by a
+      few float32 roundings (where the exact result is nearly 0, eager mode may be right by luck),
 
     plus a few roundings of the result's own dtype, plus the rounding of one term per counted entry
     of a sum, which may come from a subtraction and is then off by its terms' rounding even where it
@@ -512,7 +516,8 @@ def check_parity(case: Case, implementation: Backend | Case, *inputs: Tensor) ->
     rounding = 1e-12 if logits.dtype == torch.float64 else torch.finfo(torch.float32).eps
     exact = evaluate(case, "reference", *(_double(x) for x in inputs))
     eager = evaluate(case, "reference", *inputs)
-    nearby = evaluate(case, "reference", *(_a_few_roundings_off(x) for x in inputs))
+    moved = (_a_few_roundings_off(x) for x in inputs)
+    nearby = evaluate(case.nearby or case, "reference", *moved)
     if isinstance(implementation, Case):
         ours, name_of_ours = evaluate(implementation, "auto", *inputs), "replaced"
     else:
