@@ -485,7 +485,7 @@ def test_affinities_are_between_0_and_1(values, grid_sizes, backend):
     device = DEVICE if backend == "triton" else "cpu"
     with tritonaff.use_backend(backend):
         affinity = tritonaff.square_root_affinity(logits.to(device), grid_sizes)
-    # Half an eps for every class in the softmax's sum and in the product, and a few for their terms.
+    # Half an eps for every class in the softmax's sum and in the product, a few for the terms.
     rounding = (4 + logits.shape[1]) * torch.finfo(affinity.dtype).eps
     assert (affinity >= 0).all()
     assert (affinity <= 1 + rounding).all()

@@ -219,10 +219,11 @@ def test_native_kernels_do_not_depend_on_their_strips(width, dtype, layout):
     check_parity(case, available("native"), laid_out(logits, layout), target)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 2, 2), (2, 8, 3, 5)])
+@pytest.mark.parametrize("shape", [(1, 32, 2, 2), (2, 32, 3, 5)])
 def test_native_kernels_take_images_smaller_than_a_vector(shape):
     """A vector from the last row on ends behind the last logit in memory."""
-    check_parity(case_with([1]), available("native"), *CASE.make_inputs(shape))
+    logits, target = CASE.make_inputs(shape)
+    check_parity(case_with([1]), available("native"), logits[:, :8].contiguous(), target)
 
 
 def test_native_kernels_do_not_depend_on_the_number_of_threads():

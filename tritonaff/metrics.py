@@ -520,8 +520,8 @@ class RefinementReport(Metric):
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor, target: Tensor) -> None:
-        """Adds a batch: predicted classes before and after, and labels, each (N, H, W) of uint8,
-        int32 or int64.
+        """Adds a batch: predicted classes before and after, and labels, each (N, H, W), as losses
+        take targets.
         """
         target = checks.check_target(target)
         before = _check_like_target("before", before, target)

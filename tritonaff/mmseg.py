@@ -38,8 +38,8 @@ class AAFLoss(AdaptiveAffinityFieldLoss):
 
     Raises:
         TypeError, ValueError: a wrong option when the module is made, wrong tensors when it is
-            called; a weight (as a pixel sampler gives), an avg_factor or a reduction other than
-            "mean": pairs of pixels have none of them.
+            called; a weight (as a pixel sampler gives), an avg_factor or a reduction_override other
+            than "mean": pairs of pixels have none of them.
 
     Example:
         >>> import torch

@@ -300,7 +300,7 @@ def draw_errors(
     baseline: Tensor | None = None,
 ) -> None:
     """Draws where predicted classes are right and wrong; with a baseline, where they are better and
-    worse than the baseline too. The colours are those of ``ERRORS``; void is white.
+    worse than the baseline too. ``ERRORS`` has the colours; void is white.
 
     Args:
         axis: axes to draw on.

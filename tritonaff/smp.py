@@ -24,7 +24,7 @@ class SegmentationModelsLoss(nn.Module):
     Args:
         loss: :class:`tritonaff.AffinityFieldLoss`, :class:`tritonaff.AdaptiveAffinityFieldLoss` or
             :class:`tritonaff.AffinityRegressionLoss`. Its own ignore_index may be any label but a
-            class.
+            class; None only if ``ignore_index`` here is None too.
         mode: ``"multiclass"`` with a loss of the activation "softmax"; ``"multilabel"``, a channel
             for each label, with "sigmoid"; ``"binary"``, one channel, with "sigmoid", or with
             "softmax" for the same loss over two classes, where class 0 has the logit 0.

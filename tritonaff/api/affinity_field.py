@@ -313,7 +313,7 @@ def affinity_field_cross_entropy(
 
     Raises:
         TypeError, ValueError: as :func:`affinity_field_loss`; ``weight`` of a wrong type, dtype,
-            shape or device: weights of pixels, as those of hard example mining, are refused, since
+            shape or device: weights of pixels, as hard example mining gives, are refused, since
             pairs have none. To leave pixels out, ``target.masked_fill(~mask, ignore_index)``.
 
     Paper: Ke et al., ECCV 2018, Eq. 7 added to cross-entropy with lambda 1.

@@ -137,7 +137,8 @@ def affinity_regression_loss(
             processes, a factor that averaging of gradients cancels.
 
     Returns:
-        A scalar in [0, 1], see reduction: float32, float64 for float64 logits.
+        A scalar, in [0, 1] with ``reduction="mean"`` and no normalizer: float32, float64 for
+        float64 logits.
 
     Raises:
         TypeError, ValueError: as :func:`affinity_regression_terms`; a normalizer of a wrong type,
@@ -223,7 +224,8 @@ class AffinityRegressionLoss(Loss):
                 batch's own; :meth:`normalizer` counts them.
 
         Returns:
-            A scalar in [0, 1], or as ``reduction`` says: float32, float64 for float64 logits.
+            A scalar, in [0, 1] with ``reduction="mean"`` and no normalizer: float32, float64 for
+            float64 logits.
         """
         return _loss(logits, target, self.options, normalizer, self.process_group)
 

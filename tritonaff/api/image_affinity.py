@@ -104,7 +104,7 @@ class PAMR(OptionsModule):
         """The masks (N, C, H, W), refined by the images.
 
         Args:
-            x: images (N, K, H, W), floating.
+            x: images (N, K, H, W), uint8 or floating.
             mask: masks (N, C, h, w), floating, any numbers; another size is first resized.
         """
         return _refine(x, mask, "pamr", self.options)
@@ -146,7 +146,7 @@ class PAR(OptionsModule):
         """The masks (N, C, H, W), refined by the images.
 
         Args:
-            imgs: images (N, K, H, W), floating.
+            imgs: images (N, K, H, W), uint8 or floating.
             masks: masks (N, C, h, w), floating, any numbers; another size is first resized.
         """
         return _refine(imgs, masks, "par", self.options)

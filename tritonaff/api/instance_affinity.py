@@ -125,7 +125,8 @@ def instance_affinity_terms(
         logits: (N, K, H, W) or (N, K, D, H, W) of float16, bfloat16, float32 or float64, any
             strides, with a channel for every offset. Half precision is read as it is and computed
             in float32. Logits of pairs that do not count may be NaN.
-        ids: (N, H, W) or (N, D, H, W) of any integer dtype up to 64 bits; only equality matters.
+        ids: (N, H, W) or (N, D, H, W), or with one channel after N, of any integer dtype up to 64
+            bits; only equality matters.
         offsets: K offsets, each a tuple of signed integers, one for each axis of the ids, not all
             0: channel k is the pair of a voxel and the voxel at offsets[k] from it.
         background: id of the voxels that belong to no instance, whose pairs all have the target
@@ -215,7 +216,8 @@ def instance_affinity_loss(
     Args:
         logits: (N, K, H, W) or (N, K, D, H, W) of float16, bfloat16, float32 or float64, any
             strides, with a channel for every offset. Logits of pairs that do not count may be NaN.
-        ids: (N, H, W) or (N, D, H, W) of any integer dtype up to 64 bits; only equality matters.
+        ids: (N, H, W) or (N, D, H, W), or with one channel after N, of any integer dtype up to 64
+            bits; only equality matters.
         offsets: K offsets, each a tuple of signed integers, one for each axis of the ids, not all
             0: channel k is the pair of a voxel and the voxel at offsets[k] from it.
         background: id of the voxels that belong to no instance, whose pairs all have the target
@@ -342,8 +344,8 @@ class InstanceAffinityLoss(Loss):
 
         Args:
             logits: (N, K, H, W) or (N, K, D, H, W) of float16, bfloat16, float32 or float64.
-            ids: (N, H, W) or (N, D, H, W) of any integer dtype up to 64 bits; only equality
-                matters.
+            ids: (N, H, W) or (N, D, H, W), or with one channel after N, of any integer dtype up to
+                64 bits; only equality matters.
             normalizer: (K, 2) of int32 or int64, counts (different, same) to use in place of the
                 batch's own; :meth:`normalizer` counts them.
             return_terms: also return the terms, for logs: a dict of the detached terms by the names
