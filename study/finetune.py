@@ -462,7 +462,11 @@ def draw(folders: dict[str, Path], output: Path, collected: Path) -> None:
             network.load_state_dict(torch.load(path))
             pairs = outputs(network, data.test, setting.ignore_index)
             maps[run.loss] = [probabilities(output.logits).argmax(dim=1)[0] for output, _ in pairs]
-        for loss in maps.keys() - {"ce"} if "ce" in maps else ():
+        others = sorted(maps.keys() - {"ce"})
+        if "ce" not in maps or not others:
+            print(f"{name}: no networks of cross-entropy and of another loss, seed 0, in {output}")
+            continue
+        for loss in others:
             titles = TITLES["ce"], TITLES[loss]
             path = output / f"failures-{name}-{loss}.png"
             both = list(zip(maps["ce"], maps[loss], strict=True))
