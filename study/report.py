@@ -74,6 +74,8 @@ def headline(page: Page) -> Panels:
 def first_page(page: Page) -> None:
     found = headline(page)
     losses = [loss for loss in NAMES if any(loss in rows for rows, _ in found.values())]
+    tried = {loss for name in page.study["data"] for loss in page.rows(name)} - set(losses)
+    elsewhere = [NAMES[loss].removeprefix("+ ") for loss in NAMES if loss in tried]
     page.say("# Does it help? A controlled study", " ".join(sentences(page, found, losses)))
     lines = []
     for loss in losses:
@@ -100,7 +102,13 @@ def first_page(page: Page) -> None:
         "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range of "
         "cross-entropy over seeds: a bar within the band is no difference. Propagation is left "
         "out, because its bars would set the scale.",
+        *([FROZEN] if any("frozen" in title for title in found) else ()),
         *([THRESHOLD] if end_to_end.data_sets(page) else ()),
+        *(
+            [f"On frozen features alone, further below: {'; '.join(elsewhere)}."]
+            if elsewhere
+            else ()
+        ),
         READING,
     )
 
@@ -154,10 +162,10 @@ def verdicts(found: Panels, losses: Sequence[str]) -> str:
     return "; ".join(f"{NAMES[x].removeprefix('+ ')} {verdict(found, x)}" for x in losses)
 
 
+FROZEN = '"Frozen": a small decoder on frozen features; the others are trained end to end.'
 THRESHOLD = (
-    '"Frozen": a small decoder on frozen features; the others are trained end to end. Scores of '
-    "cracks and membranes are at the threshold of the probability that is best for the score on "
-    'the validation split, but for "at 0.5", without a choice: a loss that moves probabilities '
+    "Scores of cracks and membranes are at the threshold of the probability that is best for the "
+    'score on the validation split, but for "at 0.5", without a choice: a loss that moves probabilities '
     "towards 0 and 1, and segments no better, gains there alone."
 )
 READING = (
