@@ -165,8 +165,8 @@ def verdicts(found: Panels, losses: Sequence[str]) -> str:
 FROZEN = '"Frozen": a small decoder on frozen features; the others are trained end to end.'
 THRESHOLD = (
     "Scores of cracks and membranes are at the threshold of the probability that is best for the "
-    'score on the validation split, but for "at 0.5", without a choice: a loss that moves probabilities '
-    "towards 0 and 1, and segments no better, gains there alone."
+    'score on the validation split, but for "at 0.5", without a choice: a loss that moves '
+    "probabilities towards 0 and 1, and segments no better, gains there alone."
 )
 READING = (
     "**How to read the rest.** Numbers are percent, of the test split if nothing else is said: the "
