@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from tables import (
     SHORT,
     THIN,
     TITLE,
+    Metric,
+    Rows,
+    Scores,
     class_metrics,
     difference_table,
     short_cell,
@@ -232,37 +236,51 @@ def sizes(page: Page) -> None:
 
 
 def dilated(page: Page) -> None:
-    weightings = page.named("weightings")
-    if weightings:
-        lines = []
-        for result in weightings:
-            run, scores = result["run"], result["scores"]
-            name, beta, cells = NAMES["ce"], "", ["", ""]
-            if run["loss"] != "ce":
-                name, beta = option(run, "weighting", "sqrt"), f"{run['weight']:g}"
-                accuracy = 100 * np.array(scores["affinity_accuracy"], float)
-                cells = [f"{np.nanmean(x):.1f}" for x in (accuracy[:, :5], accuracy[:, 5:])]
-            values = [f"{metric(scores['test']):.1f}" for metric in SHORT.values()]
-            lines.append([name, beta, *values, *cells])
+    rows = dilated_rows(page, "weightings", weighting_of)
+    heads = {label: seeds for label, seeds in rows.items() if label != "ce"}
+    if heads:
         page.say(
             "### Weighting and rates of dilated affinity",
-            f"CamVid, one seed, {weightings[0]['run']['steps']} steps (Table 1): these rows "
-            "show no more than a tendency. Accuracy is the accuracy of the affinity signals, "
-            "mean over rates and categories.",
-            table(["weighting", "β", *SHORT, "accuracy n0-n4", "accuracy n5-n8"], lines),
+            f"CamVid, {page.named('weightings')[0]['run']['steps']} steps (Table 1). Accuracy is "
+            "the accuracy of the affinity signals, mean over rates and categories. The verdicts on "
+            "weightings take, for each, the β that is best on the validation split.",
+            value_table(heads, SHORT | SIGNALS),
+            difference_table(rows, SHORT),
         )
-    rates = page.named("rates")
-    if rates:
-        lines = []
-        for result in rates:
-            run, scores = result["run"], result["scores"]
-            values = [f"{metric(scores['test']):.1f}" for metric in SHORT.values()]
-            propagated = f"{METRICS['mIoU'](scores['propagated']):.1f}"
-            lines.append([rates_of(run), *values, propagated])
+    rows = dilated_rows(page, "rates", rates_of)
+    if rows:
+        beta = page.named("rates")[0]["run"]["weight"]
         page.say(
-            f'Rates, in pixels of the image, "sqrt", β = {rates[0]["run"]["weight"]:g} (Table 2):',
-            table(["rates", *SHORT, "mIoU, propagated"], lines),
+            f'Rates, in pixels of the image, "sqrt", β = {beta:g} (Table 2):',
+            value_table(rows, SHORT | {"mIoU, propagated": propagated_miou}),
         )
+
+
+def dilated_rows(page: Page, name: str, label: Callable[[dict[str, Any]], str]) -> Rows:
+    """Scores of the test split, the other scores of a run beside them, and its validation mIoU."""
+    rows: Rows = {}
+    for result in page.named(name):
+        run, scores = result["run"], result["scores"]
+        one = scores["test"] | scores | {"val": 100 * result["val"][-1]["miou"]}
+        rows.setdefault(label(run), {})[run["seed"]] = one
+    return rows
+
+
+def signal_accuracy(first: int, last: int) -> Metric:
+    """Mean accuracy of the affinity signals of the categories from ``first`` to ``last``."""
+
+    def metric(scores: Scores) -> float:
+        accuracy = np.array(scores["affinity_accuracy"], float)
+        return float(100 * np.nanmean(accuracy[:, first : last + 1]))
+
+    return metric
+
+
+SIGNALS = {"accuracy n0-n4": signal_accuracy(0, 4), "accuracy n5-n8": signal_accuracy(5, 8)}
+
+
+def propagated_miou(scores: Scores) -> float:
+    return METRICS["mIoU"](scores["propagated"])
 
 
 def transfer(page: Page) -> None:
@@ -359,6 +377,12 @@ def sizes_of(run: dict[str, Any]) -> str:
     if run["loss"] != "ce+aaf":
         return run["loss"]
     return "{" + ", ".join(map(str, option(run, "kernel_sizes", (3, 5, 7)))) + "}"
+
+
+def weighting_of(run: dict[str, Any]) -> str:
+    if run["loss"] == "ce":
+        return "ce"
+    return f"{option(run, 'weighting', 'sqrt')}, β {run['weight']:g}"
 
 
 def rates_of(run: dict[str, Any]) -> str:

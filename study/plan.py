@@ -134,8 +134,8 @@ def ablations(chosen: dict[str, Run]) -> Plan:
         "published": seeded([chosen["ce"], *published]),
         "sizes": seeded([short["ce"], *sizes]),
         "transfer": seeded(daylight),
-        "weightings": [short["ce"], *weightings],
-        "rates": rates,
+        "weightings": seeded([short["ce"], *weightings]),
+        "rates": seeded(rates),
         "resolution": resolution,
     }
 

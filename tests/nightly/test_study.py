@@ -704,6 +704,10 @@ def test_a_claim_is_held_where_it_differs_as_claimed(study, values, rises, said)
         said, "not held" + ", no difference" * ("diff" in two)
     )
     assert claims.judged("paper", "claim", [], rises)[-1] == "not measured yet"
+    alone = claims.Case("alone", [1.0], [3.0])
+    *_, words, with_one_seed = claims.judged("paper", "claim", [case, alone], rises)
+    assert with_one_seed == said
+    assert words.endswith("alone -2.0 (one seed)")
 
 
 def test_a_run_is_called_by_what_its_loss_was_told(study):
@@ -713,3 +717,58 @@ def test_a_run_is_called_by_what_its_loss_was_told(study):
     assert frozen.sizes_of({"loss": "ce+aaf", "options": []}) == "{3, 5, 7}"
     assert frozen.sizes_of({"loss": "ce", "options": []}) == "ce"
     assert frozen.rates_of({"options": [["rates", [8, [12, 24]]]]}) == "{8, (12, 24)}"
+
+
+def result_of(weighting, weight, seed, val, miou, gate):
+    options = [] if weighting == "sqrt" else [["weighting", weighting]]
+    run = {"loss": "ce+dilated", "weight": weight, "options": options, "seed": seed}
+    accuracy = [[gate] * 4 + [0.1] * 5] * 2  # the claim is about the first four categories
+    scores = {"test": split_scores(miou), "affinity_accuracy": accuracy}
+    return {"run": run, "val": [{"miou": 0.9}, {"miou": val}], "scores": scores}
+
+
+def test_a_weighting_is_judged_at_the_strength_that_validation_chose(study, tables):
+    claims, frozen = sys.modules["claims"], sys.modules["frozen"]
+    results = [
+        result_of(weighting, weight, seed, val, miou + 0.01 * seed, gate)
+        for seed in (0, 1)
+        for weighting, weight, val, miou, gate in (
+            ("none", 0.1, 0.5, 0.50, 0.2),
+            ("none", 0.5, 0.4, 0.90, 0.9),  # best on the test split, and not chosen
+            ("sqrt", 0.1, 0.3, 0.20, 0.3),
+            ("sqrt", 0.5, 0.6, 0.70, 0.5),
+            ("neighbor", 0.1, 0.5, 0.60, 0.4),
+        )
+    ]
+    page = type("Page", (), {"named": lambda self, name: results})()
+    assert frozen.weighting_of(results[0]["run"]) == "none, β 0.1"
+    miou, accuracy = claims.weighting_lines(page)
+    assert miou[2:] == ['minus "neighbor" **+10.0**; minus "none" **+20.0**', "held"]
+    assert accuracy[2:] == ['minus "none" **+20.0**; minus "sqrt" **-10.0**', "held in part"]
+
+
+def test_rates_are_judged_before_and_by_propagation(study):
+    claims = sys.modules["claims"]
+    results = []
+    for seed in (0, 1):
+        for rates, miou, after in (
+            ([8, 16], 0.6, 0.5),
+            ([8, 16, 32], 0.5, 0.6),
+            ([8, [12, 24], 16], 0.6, 0.4),
+        ):
+            result = result_of("sqrt", 0.1, seed, 0.5, miou, 0.5)
+            result["run"]["options"] = [["rates", rates]]
+            result["scores"]["propagated"] = split_scores(after)
+            results.append(result)
+    page = type("Page", (), {"named": lambda self, name: results})()
+    trained, spread = claims.rate_lines(page)
+    assert trained[2:] == [
+        "minus {8, 16, 32} **+10.0**; minus {8, (12, 24), 16} +0.0",
+        "held in part",
+    ]
+    # 0.1 off: split_scores() has whole pixels.
+    more, between = (
+        "{8, 16, 32} minus {8, 16} **+19.9**",
+        "{8, (12, 24), 16} minus {8, 16} **-10.1**",
+    )
+    assert spread[2:] == [f"{more}; {between}", "held in part"]
