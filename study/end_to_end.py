@@ -13,6 +13,7 @@ from finetune import Run
 from page import Page
 from tables import (
     NAMES,
+    PROPAGATED,
     THIN,
     TITLE,
     Metric,
@@ -119,7 +120,9 @@ def chosen_base(runs: list[dict[str, Any]]) -> Run | None:
 
 
 def rows_of(page: Page, data: str) -> Rows:
-    """Scores of the test split by loss; where there is a threshold, with the validation split's."""
+    """Scores of the test split by loss; where there is a threshold, with the validation split's.
+    Rows that NAMES lacks, of propagation that ends early, come last.
+    """
     rows: Rows = {}
     if page.finetune is None:
         return rows
@@ -128,12 +131,19 @@ def rows_of(page: Page, data: str) -> Rows:
         for key in run:
             if key == "test" or key.startswith("test_"):
                 after = key.removeprefix("test")
-                name = loss if not after else f"{loss}, {after[1:]}"
-                NAMES.setdefault(name, f"{NAMES[loss]}, then {after[1:]} iterations")
+                name = propagated(int(after[1:])) if after else loss
                 val = run.get("val" + after)
                 rows.setdefault(name, {})[seed] = run[key] | {"val": val}
-    order = [loss for known in NAMES for loss in rows if loss == known]
-    return {loss: rows[loss] for loss in order}
+    names = list(NAMES)
+    place = {loss: names.index(loss) if loss in NAMES else len(names) for loss in rows}
+    return dict(sorted(rows.items(), key=lambda row: place[row[0]]))
+
+
+def propagated(iterations: int) -> str:
+    """The row of scores after so many iterations."""
+    if iterations == finetune.ITERATIONS[-1]:
+        return PROPAGATED
+    return f"+ dilated, then {iterations} iteration{'s' * (iterations > 1)}"
 
 
 def section(page: Page) -> None:
@@ -157,7 +167,8 @@ def section(page: Page) -> None:
         page.say("\n".join(missing))
     for name in names:
         rows, metrics = rows_of(page, name), metrics_of(page, name)
-        seeds = "; ".join(f"{NAMES[loss]} {len(by_seed)}" for loss, by_seed in rows.items())
+        counts = {NAMES[loss]: len(rows[loss]) for loss in finetune.WEIGHTS if loss in rows}
+        seeds = "; ".join(f"{loss} {count}" for loss, count in counts.items())
         page.say(f"### {TITLE[name]}, end to end", f"Seeds: {seeds}.")
         page.say(value_table(rows, metrics), difference_table(rows, metrics))
         page.say("Boundaries, mean over the classes:", value_table(rows, BOUNDARY))

@@ -92,7 +92,7 @@ def first_page(page: Page) -> None:
     )
     shown = {
         title.replace(" (", "\n("): (
-            {loss: seeds for loss, seeds in rows.items() if "iterations" not in NAMES[loss]},
+            {loss: rows[loss] for loss in losses if loss in rows and loss != PROPAGATED},
             metric,
         )
         for title, (rows, metric) in found.items()
@@ -120,9 +120,7 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
     counts = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
     sets = end_to_end.data_sets(page)
     dilated = [loss for loss in ("ce+dilated", PROPAGATED) if loss in losses]
-    others = [
-        x for x in losses if x not in ("ce", *FIELDS, *dilated) and "iterations" not in NAMES[x]
-    ]
+    others = [x for x in losses if x not in ("ce", *FIELDS, *dilated)]
     told = [
         f"**Five sentences.** {runs} trainings, {counts} seeds for each loss, compare losses on "
         "the same network with the same batches; a difference is one above the spread over seeds.",

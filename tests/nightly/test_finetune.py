@@ -228,7 +228,11 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
     page = report.write(results, tmp_path / "docs").read_text()
     for heading in ("# Does it help", "## What the papers claim", "### CrackForest, end to end"):
         assert f"\n{heading}" in f"\n{page}"
-    assert "+ dilated affinity, then 10 iterations" in page
+    first, rest = page.split("## What the papers claim")
+    whole = rest.split("### CrackForest, end to end")[1].split("## Decoders on frozen")[0]
+    for row in ("then 1 iteration", "then 3 iterations", "then 10 iterations"):
+        assert f"\n| + dilated, {row} | " in whole
+        assert (f"\n| + dilated, {row} | " in first) == (row == "then 10 iterations")
     assert "start 0.5" in page
     for picture in ("differences", "curves", "camvid"):
         assert (tmp_path / f"docs/study-{picture}.png").stat().st_size > 0
