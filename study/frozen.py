@@ -244,7 +244,7 @@ def dilated(page: Page) -> None:
             f"CamVid, {page.named('weightings')[0]['run']['steps']} steps (Table 1). Accuracy is "
             "the accuracy of the affinity signals, mean over rates and categories. The verdicts on "
             "weightings take, for each, the β that is best on the validation split.",
-            value_table(heads, SHORT | SIGNALS),
+            value_table(heads, SHORT | SIGNALS, "weighting"),
             difference_table(rows, SHORT),
         )
     rows = dilated_rows(page, "rates", rates_of)
@@ -252,7 +252,7 @@ def dilated(page: Page) -> None:
         beta = page.named("rates")[0]["run"]["weight"]
         page.say(
             f'Rates, in pixels of the image, "sqrt", β = {beta:g} (Table 2):',
-            value_table(rows, SHORT | {"mIoU, propagated": propagated_miou}),
+            value_table(rows, SHORT | {"mIoU, propagated": propagated_miou}, "rates"),
         )
 
 

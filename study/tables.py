@@ -111,9 +111,9 @@ def paired(
     return tuple([metric(rows[name][seed]) for seed in seeds] for name in (loss, base))
 
 
-def value_table(rows: Rows, metrics: dict[str, Metric]) -> str:
+def value_table(rows: Rows, metrics: dict[str, Metric], heading: str = "loss") -> str:
     return table(
-        ["loss", *metrics],
+        [heading, *metrics],
         [
             [
                 NAMES.get(loss, loss),
