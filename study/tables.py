@@ -167,8 +167,19 @@ def verdict(panels: Panels, loss: str, base: str = "ce") -> str:
     for word, titles in found.items():
         if len(titles) == measured > 2:
             return f"{word} every score"
-    words = [f"{word} {listed(titles)}" for word, titles in found.items() if titles]
+    words = [f"{word} {listed(by_metric(titles))}" for word, titles in found.items() if titles]
     return " and ".join(words) if words else "makes no difference"
+
+
+def by_metric(titles: Sequence[str]) -> list[str]:
+    """Each metric once: of "IoU (a)" and "IoU (b)", "IoU (a, b)"."""
+    sets: dict[str, list[str]] = {}
+    for title in titles:
+        metric, _, data = title.removesuffix(")").partition(" (")
+        sets.setdefault(metric, []).append(data)
+    return [
+        f"{metric} ({', '.join(names)})" if any(names) else metric for metric, names in sets.items()
+    ]
 
 
 def listed(words: Sequence[str]) -> str:

@@ -675,6 +675,11 @@ def test_a_difference_is_called_one_above_the_spread_alone(tables, values, calle
         assert said == "makes no difference"
 
 
+def test_a_metric_is_named_once_with_its_sets(tables):
+    titles = ["clDice (a)", "IoU", "clDice (b, frozen)", "F1 at 0.5 (a)"]
+    assert tables.by_metric(titles) == ["clDice (a, b, frozen)", "IoU", "F1 at 0.5 (a)"]
+
+
 def test_one_seed_is_no_difference(tables):
     assert not tables.differs([0.9], [0.1])
     assert tables.difference_cell([0.9], [0.1]) == "+0.8"
