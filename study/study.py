@@ -53,7 +53,7 @@ from training import compiled_objective, machine, make, make_optimizer, objectiv
 from tritonaff.bench.measure import peak_bytes
 from tritonaff.bench.tables import write_json
 
-COST_ROUNDS = 20  # steps of each loss that are timed
+COST_ROUNDS = 60  # steps of each loss that are timed
 
 
 class Study:
