@@ -184,7 +184,10 @@ def remedy(page: Page) -> list[str]:
             name = f"{pixels}: λ {weight:g}, μ {steepness:g}, {iterations} iterations"
             cells = [
                 difference_cell(
-                    changes[split, data][:, k].tolist(), [0.0] * len(changes[split, data])
+                    *(
+                        [100 * run[split][n] for run in found["networks"] if run["data"] == data]
+                        for n in (k + 1, 0)
+                    )
                 )
                 for split in ("val", "test")
                 for data in sets

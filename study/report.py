@@ -118,12 +118,12 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
     runs = len(page.study["runs"]) + len(page.finetune["runs"] if page.finetune else ())
     seeds = {len(seeds) for rows, _ in found.values() for seeds in rows.values()}
     counts = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-    sets = end_to_end.data_sets(page)
     dilated = [loss for loss in ("ce+dilated", PROPAGATED) if loss in losses]
     others = [x for x in losses if x not in ("ce", *FIELDS, *dilated)]
     told = [
-        f"**Five sentences.** {runs} trainings, {counts} seeds for each loss, compare losses on "
-        "the same network with the same batches; a difference is one above the spread over seeds.",
+        f"**Five sentences.** {runs} trainings, choices of settings included, compare losses on "
+        f"the same network with the same batches, {counts} seeds for each loss; a difference is "
+        "one above the spread over seeds.",
         *(
             f"{start}, {verdicts(found, names)}."
             for start, names in (
@@ -140,15 +140,10 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
             f"{page.cost['losses'][loss]['ms'] / base:.2f} ({NAMES[loss].removeprefix('+ ')})"
             for loss in (*FIELDS, "ce+ar", "ce+dilated")
         ]
-        whole = [
-            f"{times[loss] / times['ce']:.2f} ({NAMES[loss].removeprefix('+ ')})"
-            for times in [end_to_end.step_times(page, name) for name in sets[:1]]
-            for loss in FIELDS
-        ]
         told.append(
             f"A step of the small decoder takes {listed(ratios)} times as long as with "
-            f"cross-entropy{f', end to end {listed(whole)}' if whole else ''}; inference takes no "
-            "longer, but for a CRF and propagation."
+            "cross-entropy, a smaller part of a step that trains the backbone too; inference takes "
+            "no longer, but for a CRF and propagation."
         )
     return told
 
@@ -170,8 +165,8 @@ READING = (
     "**How to read the rest.** Numbers are percent, of the test split if nothing else is said: the "
     "mean over seeds and, in brackets, the smallest and the largest. Tables of differences "
     "subtract cross-entropy with the same seed: the mean and, in brackets, each seed's difference. "
-    "With three seeds, normally spread, and no effect, the mean would still exceed the spread one "
-    "time in twenty, and there are many cells below: do not rely on a single cell. One seed allows "
-    "no judgement at all. `study/study.py report` writes everything on this page, verdicts "
-    "included, from [the results](https://github.com/tritonaff/tritonaff/tree/main/docs/results/study)."
+    "With normally spread scores and no effect, the mean would still exceed the spread one time in "
+    "five with two seeds, in twenty with three and in 400 with five, and there are many cells "
+    "below: do not rely on a single cell. One seed allows no judgement at all. "
+    "`study/study.py report` writes everything on this page, verdicts included, from [the results](https://github.com/tritonaff/tritonaff/tree/main/docs/results/study)."
 )

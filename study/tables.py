@@ -153,22 +153,29 @@ def panels(rows: Rows, metrics: dict[str, Metric], title: str = "") -> Panels:
 
 
 def verdict(panels: Panels, loss: str, base: str = "ce") -> str:
-    """Names, in words, the metrics in which a loss differs."""
+    """Names, in words, the metrics in which a loss differs. One seed is not judged."""
     found: dict[str, list[str]] = {"raises": [], "lowers": []}
-    measured = 0
+    judged = []
     for title, (rows, metric) in panels.items():
-        if loss not in rows or base not in rows:
+        values, others = paired(rows, loss, metric, base) if loss in rows else ([], [])
+        if len(values) < 2:
             continue
-        measured += 1
-        values, others = paired(rows, loss, metric, base)
+        judged.append(title)
         # A difference of 0.0 in the tables is not worth a word.
         if differs(values, others) and abs(np.mean(values) - np.mean(others)) >= 0.05:
             found["raises" if np.mean(values) > np.mean(others) else "lowers"].append(title)
+    if not judged:
+        return "is not judged, with one seed"
+    where, everywhere = (
+        list(dict.fromkeys(title.partition(" (")[2].removesuffix(")") for title in titles))
+        for titles in (judged, panels)
+    )
+    on = "" if where == everywhere else f" on {listed(where)}"
     for word, titles in found.items():
-        if len(titles) == measured > 2:
-            return f"{word} every score"
+        if len(titles) == len(judged) > 2:
+            return f"{word} every score{on}"
     words = [f"{word} {listed(by_metric(titles))}" for word, titles in found.items() if titles]
-    return " and ".join(words) if words else "makes no difference"
+    return " and ".join(words) if words else f"makes no difference{on}"
 
 
 def by_metric(titles: Sequence[str]) -> list[str]:

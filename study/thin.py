@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy import ndimage
 from skimage.metrics import adapted_rand_error
 from skimage.morphology import skeletonize
 
-THRESHOLDS = tuple(k / 10 for k in range(1, 10))  # of the probability
+TENTHS = tuple(k / 10 for k in range(1, 10))  # thresholds of the probability
 TOLERANCE = 2.0  # pixels, as papers on cracks have it
 COUNTS = (
     "predicted",  # pixels that are predicted thin
@@ -29,9 +30,11 @@ class ThinScore:
     tolerance and clDice; and, if ``cells``, the adapted Rand error, a mean over images.
     """
 
-    def __init__(self, ignore_index: int, cells: bool = False) -> None:
-        self.ignore_index, self.cells = ignore_index, cells
-        self.counts = np.zeros((len(THRESHOLDS), len(COUNTS)), np.int64)
+    def __init__(
+        self, ignore_index: int, cells: bool = False, thresholds: Sequence[float] = TENTHS
+    ) -> None:
+        self.ignore_index, self.cells, self.thresholds = ignore_index, cells, thresholds
+        self.counts = np.zeros((len(thresholds), len(COUNTS)), np.int64)
         self.rand: list[list[float]] = []  # by image and threshold
 
     def update(self, probs: np.ndarray, labels: np.ndarray) -> None:
@@ -39,7 +42,7 @@ class ThinScore:
         counted = labels != self.ignore_index
         true = labels == 1
         true_skeleton, from_true = skeletonize(true), distance_to(true)
-        for row, threshold in zip(self.counts, THRESHOLDS, strict=True):
+        for row, threshold in zip(self.counts, self.thresholds, strict=True):
             predicted = (probs >= threshold) & counted
             skeleton = skeletonize(predicted)
             masks = (
@@ -55,11 +58,12 @@ class ThinScore:
             )
             row += [np.count_nonzero(mask) for mask in masks]
         if self.cells:
-            self.rand.append([rand_error(probs < t, labels == 0) for t in THRESHOLDS])
+            self.rand.append([rand_error(probs < t, labels == 0) for t in self.thresholds])
 
     def compute(self) -> dict[str, Any]:
-        """By name, a number for each threshold."""
-        found: dict[str, Any] = dict(zip(COUNTS, self.counts.T.tolist(), strict=True))
+        """The thresholds, and by name a number for each."""
+        found: dict[str, Any] = {"thresholds": list(self.thresholds)}
+        found |= zip(COUNTS, self.counts.T.tolist(), strict=True)
         if self.cells:
             found["rand_error"] = np.mean(self.rand, axis=0).round(5).tolist()
         return found

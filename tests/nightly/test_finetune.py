@@ -131,7 +131,7 @@ def test_counts_of_thin_structures(thin):
     score = thin.ThinScore(255)
     score.update(probs, labels)
     counts = score.compute()
-    high, low = thin.THRESHOLDS.index(0.5), thin.THRESHOLDS.index(0.3)
+    high, low = thin.TENTHS.index(0.5), thin.TENTHS.index(0.3)
     assert (counts["predicted"][high], counts["predicted"][low]) == (20, 30)
     assert counts["near"][high] == counts["near"][low] == 20
     assert counts["found"][high] == counts["true"][high] == 20
@@ -143,6 +143,27 @@ def test_counts_of_thin_structures(thin):
     assert f1[high] == pytest.approx(100)
     assert f1[low] == pytest.approx(100 * 2 * (2 / 3) / (1 + 2 / 3))
     assert end_to_end.cl_dice(counts)[high] == pytest.approx(0)
+
+
+def test_a_choice_at_an_end_of_the_thresholds_is_told(finetune, monkeypatch):
+    end_to_end = importlib.import_module("end_to_end")
+    counts = {"predicted": [10, 10, 10], "near": [5, 9, 8], "hit": [1, 3, 2], "true": [10] * 3}
+    thin = {
+        **counts,
+        "found": [5, 9, 8],
+        "predicted_skeleton": [4] * 3,
+        "true_skeleton": [4] * 3,
+        "predicted_skeleton_hit": [1, 2, 3],  # clDice is best at the last
+        "true_skeleton_hit": [1, 2, 3],
+    }
+    rows = {
+        "ce": {0: {"val": {"thin": thin}}, 1: {"val": {"thin": thin}}},
+        "unet": {0: {"val": None}},
+    }
+    monkeypatch.setattr(end_to_end, "rows_of", lambda page, name: rows)
+    said = []
+    end_to_end.at_an_end(type("Page", (), {"say": lambda self, text: said.append(text)})(), "isbi")
+    assert [text.split(": ")[1] for text in said] == ["clDice of cross-entropy 2."]
 
 
 def test_rand_error_of_cells(thin):
@@ -167,8 +188,11 @@ def test_a_perfect_prediction_scores_all(finetune):
     found = score.compute()
     assert found["confusion"] == [[232, 0], [0, 24]]
     assert found["boundary_f_1"] == found["boundary_recall_3"] == [1, 1]
-    assert found["thin"]["rand_error"] == [0] * len(finetune.THRESHOLDS)
-    assert found["thin"]["near"] == found["thin"]["hit"] == found["thin"]["true"] == [24] * 9
+    thresholds = finetune.SETTINGS["isbi"].thresholds
+    assert found["thin"]["thresholds"] == [*thresholds]
+    assert found["thin"]["rand_error"] == [0] * len(thresholds)
+    for name in ("near", "hit", "true"):
+        assert found["thin"][name] == [24] * len(thresholds)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -213,6 +237,11 @@ def test_a_killed_study_goes_on_and_ends_on_the_page(
     finetune.collect(output, collected)
     finetune.draw(folders, output, collected)
     assert (output / "failures-crackforest-ce+affinity.png").stat().st_size > 5000
+    before = finetune.finished(output, collected)
+    for path in output.glob("*.json"):  # as if an earlier version had scored them
+        path.write_text(path.read_text().replace('"hit"', '"hits"'))
+    finetune.score_again(folders, output, collected)
+    assert finetune.finished(output, collected) == before
     output = tmp_path / "another machine"  # which has the collected runs alone
     finetune.train_missing(folders, output, collected)
     everything = finetune.finished(output, collected)

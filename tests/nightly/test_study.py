@@ -680,6 +680,26 @@ def test_a_metric_is_named_once_with_its_sets(tables):
     assert tables.by_metric(titles) == ["clDice (a, b, frozen)", "IoU", "F1 at 0.5 (a)"]
 
 
+def test_words_say_what_was_judged_and_where(tables):
+    def rows(*values):
+        return {name: dict(enumerate(v)) for name, v in zip(("ce", "a", "b"), values, strict=True)}
+
+    panels = {
+        "F1 (x)": (rows([1.0, 1.1], [3.0, 3.1], [9.0]), float),
+        "IoU (x)": (rows([1.0, 1.1], [3.0, 3.1], [9.0]), float),
+        "clDice (x)": (rows([1.0, 1.1], [3.0, 3.1], [9.0]), float),
+        "F1 (y)": ({"ce": {0: 1.0, 1: 1.1}}, float),
+    }
+    assert tables.verdict(panels, "a") == "raises every score on x"
+    assert tables.verdict(panels, "b") == "is not judged, with one seed"
+    panels["IoU (x)"] = rows([1.0, 1.1], [0.0, 0.1], []), float
+    assert tables.verdict(panels, "a") == "raises F1 (x) and clDice (x) and lowers IoU (x)"
+    panels["F1 (y)"] = rows([1.0, 1.1], [3.0, 3.1], []), float
+    assert tables.verdict(panels, "a") == "raises F1 (x, y) and clDice (x) and lowers IoU (x)"
+    alike = {"F1 (x)": (rows([1.0, 1.1], [1.0, 1.1], []), float), "F1 (y)": ({}, float)}
+    assert tables.verdict(alike, "a") == "makes no difference on x"
+
+
 def test_one_seed_is_no_difference(tables):
     assert not tables.differs([0.9], [0.1])
     assert tables.difference_cell([0.9], [0.1]) == "+0.8"
@@ -709,6 +729,11 @@ def test_a_claim_is_held_where_it_differs_as_claimed(study, values, rises, said)
         said, "not held" + ", no difference" * ("diff" in two)
     )
     assert claims.judged("paper", "claim", [], rises)[-1] == "not measured yet"
+    if said == "held":
+        opposite = claims.Case("there", [0.0, 0.1], [1.0, 1.1])
+        assert claims.judged("paper", "claim", [case, opposite], rises)[-1] == "mixed"
+        assert claims.judged("paper", "claim", [case, case], rises, every=True)[-1] == "held"
+        assert claims.judged("paper", "claim", [case, nothing], rises, every=True)[-1] == "not held"
     alone = claims.Case("alone", [1.0], [3.0])
     *_, words, with_one_seed = claims.judged("paper", "claim", [case, alone], rises)
     assert with_one_seed == said
@@ -749,7 +774,7 @@ def test_a_weighting_is_judged_at_the_strength_that_validation_chose(study, tabl
     assert frozen.weighting_of(results[0]["run"]) == "none, β 0.1"
     miou, accuracy = claims.weighting_lines(page)
     assert miou[2:] == ['minus "neighbor" **+10.0**; minus "none" **+20.0**', "held"]
-    assert accuracy[2:] == ['minus "none" **+20.0**; minus "sqrt" **-10.0**', "held in part"]
+    assert accuracy[2:] == ['minus "none" **+20.0**; minus "sqrt" **-10.0**', "not held"]
 
 
 def test_rates_are_judged_before_and_by_propagation(study):
@@ -769,11 +794,11 @@ def test_rates_are_judged_before_and_by_propagation(study):
     trained, spread = claims.rate_lines(page)
     assert trained[2:] == [
         "minus {8, 16, 32} **+10.0**; minus {8, (12, 24), 16} +0.0",
-        "held in part",
+        "not held",
     ]
     # 0.1 off: split_scores() has whole pixels.
     more, between = (
         "{8, 16, 32} minus {8, 16} **+19.9**",
         "{8, (12, 24), 16} minus {8, 16} **-10.1**",
     )
-    assert spread[2:] == [f"{more}; {between}", "held in part"]
+    assert spread[2:] == [f"{more}; {between}", "mixed"]
