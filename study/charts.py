@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tables import NAMES, Panels, paired, values_of
 
-COLUMNS = 4  # panels side by side
+COLUMNS = 4, 3  # panels side by side: the first that leaves no gap, else the first
 
 
 def draw_differences(panels: Panels, path: Path) -> None:
@@ -18,7 +18,7 @@ def draw_differences(panels: Panels, path: Path) -> None:
     of cross-entropy over seeds.
     """
     losses = list(dict.fromkeys(x for rows, _ in panels.values() for x in rows if x != "ce"))
-    columns = min(len(panels), COLUMNS)
+    columns = next((n for n in COLUMNS if len(panels) % n == 0), COLUMNS[0])
     count = -(-len(panels) // columns)  # rows of panels
     size = 2.6 * columns + 1.6, count * (0.36 * len(losses) + 0.9) + 0.2
     figure = Figure(size, layout="constrained")
