@@ -136,14 +136,25 @@ def plan(data: Sequence[str], results: Results) -> list[Run]:
     runs = []
     for stage in (FIRST, THEN, None, LAST):
         for name in data:
-            setting = SETTINGS[name]
-            rates = [Run(name, "ce", setting.steps, rate) for rate in setting.learning_rates]
+            rates = learning_rates(name)
             runs += rates
             if any(run.name not in results for run in rates):
                 return list(dict.fromkeys(runs))
-            best = max(rates, key=lambda run: validation(results[run.name]))
+            best = chosen_base(name, results)
             runs += search(best, results) if stage is None else with_losses(best, stage)
     return list(dict.fromkeys(runs))
+
+
+def learning_rates(data: str) -> list[Run]:
+    """Cross-entropy with the first seed, the rates to choose from."""
+    setting = SETTINGS[data]
+    return [Run(data, "ce", setting.steps, rate) for rate in setting.learning_rates]
+
+
+def chosen_base(data: str, results: Results) -> Run | None:
+    """The one that the validation split chooses of the runs that are known."""
+    known = [run for run in learning_rates(data) if run.name in results]
+    return max(known, key=lambda run: validation(results[run.name])) if known else None
 
 
 def with_losses(base: Run, losses: dict[str, float]) -> list[Run]:
@@ -481,8 +492,8 @@ def draw(folders: dict[str, Path], output: Path, collected: Path) -> None:
     results = finished(output, collected)
     for name, folder in folders.items():
         setting, data, maps = SETTINGS[name], load(folder, SETTINGS[name]), {}
-        rate = plan([name], results)[-1].learning_rate  # which cross-entropy chose
-        for run in with_losses(Run(name, "ce", setting.steps, rate), WEIGHTS):
+        base = chosen_base(name, results)
+        for run in with_losses(base, WEIGHTS) if base else ():
             if run.seed or not (output / f"{run.name}.pt").exists():
                 continue
             network = trained(run, data, output)

@@ -12,6 +12,7 @@ import torch
 from charts import draw_differences, draw_sizes
 from page import Page
 from tables import (
+    CHART,
     METRICS,
     NAMES,
     PROPAGATED,
@@ -76,11 +77,7 @@ def comparison(page: Page, data: str) -> None:
         {k: (drawn, m) for k, m in main.items()},
         page.picture(data, f"Differences to cross-entropy, {data}"),
     )
-    page.say(
-        "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range "
-        "of cross-entropy over seeds: a bar within the band is no difference. Propagation is "
-        "left out, because its bars would set the scale."
-    )
+    page.say(CHART)
     val: dict[str, list[float]] = {}
     for result in page.named(data):
         miou = 100 * result["val"][-1]["miou"]
@@ -155,8 +152,7 @@ def step_cost(page: Page) -> None:
         f"Forward, backward and optimiser of the decoder, batch {page.cost['batch_size']}, "
         f"on {facts['device']}, {'compiled' if facts['compiled'] else 'eager'}: median, all "
         "losses in turn. Memory is the most that the step held beyond weights, optimiser and "
-        "batch. The decoder is small: with a backbone that is trained too, the same loss is a "
-        "smaller part.",
+        "batch.",
         table(["loss", "ms", "of cross-entropy", "peak memory (MB)", "of cross-entropy"], rows),
     )
 
@@ -414,7 +410,7 @@ LIMITS = """\
 
 - The backbone is frozen and small, the training short: far from the papers' networks, and from
   their scores. A loss that helps a small decoder need not help a network that is trained whole;
-  the first part of this page has the same network trained whole, on CamVid to a lower mIoU.
+  the first part of this page has the same network trained whole.
 - CamVid's validation split is one clip of near-identical frames; a choice by this split is weak.
   The test split holds a clip whose other part is in the training split. Images are JPEG copies of
   the usual PNGs. ISBI's 30 slices are one stack: neighbouring slices are alike across the splits,

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import end_to_end
 import frozen
+import numpy as np
 from charts import draw_differences
 from claims import claims, structure_table
 from page import Page
 from tables import (
+    CHART,
     METRICS,
     NAMES,
     PROPAGATED,
@@ -27,6 +29,7 @@ from tables import (
     paired,
     short_cell,
     table,
+    values_of,
     verdict,
 )
 
@@ -77,7 +80,8 @@ def first_page(page: Page) -> None:
     tried = {loss for name in page.study["data"] for loss in page.rows(name)} - set(losses)
     elsewhere = [NAMES[loss].removeprefix("+ ") for loss in NAMES if loss in tried]
     page.say("# Does it help? A controlled study", " ".join(sentences(page, found, losses)))
-    lines = []
+    scores = [f"{np.mean(values_of(rows, 'ce', metric)):.1f}" for rows, metric in found.values()]
+    lines = [[NAMES["ce"], *scores]]
     for loss in losses:
         if loss != "ce":
             cells = [
@@ -88,7 +92,7 @@ def first_page(page: Page) -> None:
     page.say(
         table(["minus cross-entropy", *found], lines),
         "Mean differences in percent points, bold where they exceed the spread over seeds: the "
-        "larger range of the two losses. The chart has each seed:",
+        "larger range of the two losses; of cross-entropy the scores. The chart has each seed:",
     )
     shown = {
         title.replace(" (", "\n("): (
@@ -99,9 +103,8 @@ def first_page(page: Page) -> None:
     }
     draw_differences(shown, page.picture("differences", "Differences to cross-entropy"))
     page.say(
-        "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range of "
-        "cross-entropy over seeds: a bar within the band is no difference. Propagation is left "
-        "out, because its bars would set the scale.",
+        CHART,
+        *([about] if (about := end_to_end.undertrained(page)) else ()),
         *([FROZEN] if any("frozen" in title for title in found) else ()),
         *([THRESHOLD] if end_to_end.data_sets(page) else ()),
         *(
@@ -120,10 +123,11 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
     counts = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
     dilated = [loss for loss in ("ce+dilated", PROPAGATED) if loss in losses]
     others = [x for x in losses if x not in ("ce", *FIELDS, *dilated)]
+    whole = ", in the table trained end to end" * bool(end_to_end.data_sets(page))
     told = [
         f"**Five sentences.** {runs} trainings, choices of settings included, compare losses on "
-        f"the same network with the same batches, {counts} seeds for each loss; a difference is "
-        "one above the spread over seeds.",
+        f"the same network with the same batches{whole}, {counts} seeds for each loss; a "
+        "difference is one above the spread over seeds.",
         *(
             f"{start}, {verdicts(found, names)}."
             for start, names in (
@@ -142,8 +146,7 @@ def sentences(page: Page, found: Panels, losses: list[str]) -> list[str]:
         ]
         told.append(
             f"A step of the small decoder takes {listed(ratios)} times as long as with "
-            "cross-entropy, a smaller part of a step that trains the backbone too; inference takes "
-            "no longer, but for a CRF and propagation."
+            "cross-entropy; inference takes no longer, but for a CRF and propagation."
         )
     return told
 

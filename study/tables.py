@@ -145,6 +145,11 @@ def difference_table(
     )
 
 
+CHART = (
+    "A dot is a seed, a bar their mean; the gray band is as wide on each side as the range of "
+    "cross-entropy over seeds: a bar within the band is no difference, a bar outside is one where "
+    "the table is bold. Propagation is left out, because its bars would set the scale."
+)
 Panels = dict[str, tuple[Rows, Metric]]  # by title
 
 

@@ -129,14 +129,6 @@ def test_the_scores_of_cracks_are_those_of_the_trainings():
     assert f"--steps {rows[0]['steps']}" in page
 
 
-def test_the_readme_quotes_the_study():
-    study = (ROOT / "docs/study.md").read_text()
-    section = (ROOT / "README.md").read_text().split("## Does it help?")[1].split("\n## ")[0]
-    quoted = re.findall(r"\d+\.\d", section)
-    assert len(quoted) > 5
-    assert [x for x in quoted if not re.search(rf"(?<![\d.]){x}(?![\d.])", study)] == []
-
-
 def test_the_times_beside_a_busy_process_are_measurements():
     page = (ROOT / "docs/native.md").read_text()
     for row in json.loads((ROOT / "docs/results/busy.json").read_text())["rows"]:

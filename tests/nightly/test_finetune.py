@@ -66,7 +66,8 @@ def cracks(tmp_path_factory):
 def small(finetune, monkeypatch):
     """Short runs on small crops."""
     setting = replace(finetune.SETTINGS["crackforest"], steps=6)
-    monkeypatch.setattr(finetune, "SETTINGS", {"crackforest": setting, "isbi": setting})
+    both = {"crackforest": setting, "isbi": setting}
+    monkeypatch.setattr(finetune, "SETTINGS", finetune.SETTINGS | both)
     monkeypatch.setattr(finetune, "CROP", 32)
     monkeypatch.setattr(finetune, "EfficientNetLite0", Backbone)
     monkeypatch.setattr(finetune, "SEEDS", (0, 1))
