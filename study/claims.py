@@ -83,16 +83,14 @@ def judged(
         said = "not testable: one seed"
     elif all(right):
         said = "held"
-    elif any(right) and any(wrong) and not every:
-        said = "mixed"
     elif any(right) and not every:
-        said = "held in part"
+        said = "mixed" if any(wrong) else "held in part"
+    elif all(wrong):
+        said = "not held: the reverse"
+    elif any(right) or any(wrong):
+        said = "not held"
     else:
-        said = "not held" + (
-            ": the reverse"
-            if all(wrong)
-            else ", no difference" * (not any(right) and not any(wrong))
-        )
+        said = "not held, no difference"
     return [paper, claim, "; ".join(map(str, cases)), said]
 
 

@@ -67,9 +67,9 @@ def untuned(metric: ByThreshold) -> Metric:
     return lambda s: float(metric(s["thin"])[s["thin"]["thresholds"].index(0.5)])
 
 
-BY_THRESHOLD = {"F1 at 2 pixels": tolerant_f1, "clDice": cl_dice, "IoU": thin_iou}
-THIN_METRICS: dict[str, Metric] = {name: tuned(f) for name, f in BY_THRESHOLD.items()} | {
-    f"{name.removesuffix(' at 2 pixels')} at 0.5": untuned(f) for name, f in BY_THRESHOLD.items()
+THIN_SCORES = {"F1 at 2 pixels": tolerant_f1, "clDice": cl_dice, "IoU": thin_iou}
+UNTUNED: dict[str, Metric] = {
+    f"{name.removesuffix(' at 2 pixels')} at 0.5": untuned(f) for name, f in THIN_SCORES.items()
 }
 BOUNDARY: dict[str, Metric] = {
     f"boundary {name}, {k} pixel{'s' * (k > 1)}": mean(by_class(f"boundary_{key}_{k}"))
@@ -78,12 +78,19 @@ BOUNDARY: dict[str, Metric] = {
 }
 
 
+def by_threshold(data: str) -> dict[str, ByThreshold]:
+    """The scores of a data set that have a threshold to choose."""
+    setting = finetune.SETTINGS[data]
+    if setting.thin is None:
+        return {}
+    return ({"1 - Rand error": no_rand_error} if setting.cells else {}) | THIN_SCORES
+
+
 def metrics_of(page: Page, data: str) -> dict[str, Metric]:
     """The main metrics of a data set."""
-    if data == "isbi":
-        return {"1 - Rand error": tuned(no_rand_error)} | THIN_METRICS
-    if data != "camvid":
-        return THIN_METRICS
+    chosen = by_threshold(data)
+    if chosen:
+        return {name: tuned(metric) for name, metric in chosen.items()} | UNTUNED
     thin = mean_of(class_metrics(page.study["data"]["camvid"]["classes"], THIN))
     return {
         "mIoU": mean(iou),
@@ -167,7 +174,7 @@ def section(page: Page) -> None:
         rows, metrics = rows_of(page, name), metrics_of(page, name)
         counts = {NAMES[loss]: len(rows[loss]) for loss in finetune.WEIGHTS if loss in rows}
         seeds = "; ".join(f"{loss} {count}" for loss, count in counts.items())
-        page.say(f"### {TITLE[name]}, end to end", *data(page, name), f"Seeds: {seeds}.")
+        page.say(f"### {TITLE[name]}, end to end", *facts(page, name), f"Seeds: {seeds}.")
         page.say(value_table(rows, metrics), difference_table(rows, metrics))
         at_an_end(page, name)
         page.say("Boundaries, mean over the classes:", value_table(rows, BOUNDARY))
@@ -179,7 +186,7 @@ def section(page: Page) -> None:
     cost(page, names)
 
 
-def data(page: Page, name: str) -> list[str]:
+def facts(page: Page, name: str) -> list[str]:
     """Facts about a set that its scores need."""
     if name == "crackforest":
         return [CRACKS]
@@ -237,21 +244,15 @@ CHOICE = "choice, validation split"
 def at_an_end(page: Page, name: str) -> None:
     """Says where a better threshold may lie beyond the ones to choose from."""
     ends: dict[str, list[str]] = {}
-    metrics = {"1 - Rand error": no_rand_error} | BY_THRESHOLD
     for loss, by_seed in rows_of(page, name).items():
-        for title, metric in metrics.items():
-            for scores in by_seed.values():
-                thin = (scores.get("val") or {}).get("thin", {})
-                if thin and (title != "1 - Rand error" or "rand_error" in thin):
-                    values = metric(thin)
-                    if values.argmax() in (0, len(values) - 1):
-                        ends.setdefault(title, []).append(NAMES.get(loss, loss))
+        for title, metric in by_threshold(name).items():
+            values = [metric(scores["val"]["thin"]) for scores in by_seed.values()]
+            count = sum(v.argmax() in (0, len(v) - 1) for v in values)
+            if count:
+                ends.setdefault(title, []).append(f"{NAMES.get(loss, loss)} {count}")
     if ends:
-        words = (
-            f"{title} of {', '.join(f'{x} {losses.count(x)}' for x in dict.fromkeys(losses))}"
-            for title, losses in ends.items()
-        )
-        page.say(f"Choices at an end of the thresholds, by number of seeds: {'; '.join(words)}.")
+        words = "; ".join(f"{title} of {', '.join(losses)}" for title, losses in ends.items())
+        page.say(f"Choices at an end of the thresholds, by number of seeds: {words}.")
 
 
 def search(page: Page, names: list[str]) -> None:

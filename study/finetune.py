@@ -469,34 +469,36 @@ def train_missing(folders: dict[str, Path], output: Path, collected: Path) -> No
         write_json(output / f"{run.name}.json", result)  # says that the run is complete
 
 
-def trained(run: Run, data: Dataset, output: Path) -> Network:
-    network, _ = make(run, data, EfficientNetLite0())
+def trained(run: Run, data: Dataset, backbone: nn.Module, output: Path) -> Network:
+    """The network of a run that left its weights."""
+    network, _ = make(run, data, backbone)
     network.load_state_dict(torch.load(output / f"{run.name}.pt"))
     return network
 
 
 def score_again(folders: dict[str, Path], output: Path, collected: Path) -> None:
     """Scores the networks that are here once more, after a change of the metrics."""
+    backbone = EfficientNetLite0()
     for name, folder in folders.items():
         data = load(folder, SETTINGS[name])
         for key, result in finished(output, collected).items():
             run = Run.read(result["run"])
             if run.data == name and (output / f"{key}.pt").exists():
                 print(key, flush=True)
-                again = result | score(run, trained(run, data, output), data)
+                again = result | score(run, trained(run, data, backbone, output), data)
                 write_json(output / f"{key}.json", again)
 
 
 def draw(folders: dict[str, Path], output: Path, collected: Path) -> None:
     """For every loss whose network of the first seed is here, the images in which it fails most."""
-    results = finished(output, collected)
+    results, backbone = finished(output, collected), EfficientNetLite0()
     for name, folder in folders.items():
         setting, data, maps = SETTINGS[name], load(folder, SETTINGS[name]), {}
         base = chosen_base(name, results)
         for run in with_losses(base, WEIGHTS) if base else ():
             if run.seed or not (output / f"{run.name}.pt").exists():
                 continue
-            network = trained(run, data, output)
+            network = trained(run, data, backbone, output)
             pairs = outputs(network, data.test, setting.ignore_index)
             maps[run.loss] = [probabilities(output.logits).argmax(dim=1)[0] for output, _ in pairs]
         others = sorted(maps.keys() - {"ce"})

@@ -157,13 +157,12 @@ def test_a_choice_at_an_end_of_the_thresholds_is_told(finetune, monkeypatch):
         "predicted_skeleton_hit": [1, 2, 3],  # clDice is best at the last
         "true_skeleton_hit": [1, 2, 3],
     }
-    rows = {
-        "ce": {0: {"val": {"thin": thin}}, 1: {"val": {"thin": thin}}},
-        "unet": {0: {"val": None}},
-    }
+    rows = {"ce": {0: {"val": {"thin": thin}}, 1: {"val": {"thin": thin}}}}
     monkeypatch.setattr(end_to_end, "rows_of", lambda page, name: rows)
     said = []
-    end_to_end.at_an_end(type("Page", (), {"say": lambda self, text: said.append(text)})(), "isbi")
+    page = type("Page", (), {"say": lambda self, text: said.append(text)})()
+    end_to_end.at_an_end(page, "crackforest")
+    end_to_end.at_an_end(page, "camvid")  # which has no threshold to choose
     assert [text.split(": ")[1] for text in said] == ["clDice of cross-entropy 2."]
 
 

@@ -48,18 +48,19 @@ class Scores:
         assert len(values) >= 3
         return f"{np.mean(values):.1f}"
 
-    def differs(self, data, loss, metric, base="ce"):
-        pair = self.tables.paired(self.rows[data], loss, self.metrics[data][metric], base)
-        return self.tables.differs(*pair)
+    def pair(self, data, loss, metric, base="ce"):
+        return self.tables.paired(self.rows[data], loss, self.metrics[data][metric], base)
 
-    def rises(self, data, loss, metric):
-        mean, before = (float(self.mean(data, x, metric)) for x in (loss, "ce"))
-        return mean > before and self.differs(data, loss, metric)
+    def differs(self, *where):
+        return self.tables.differs(*self.pair(*where))
 
-    def change(self, data, loss, metric, base="ce"):
-        assert self.differs(data, loss, metric, base)
-        pair = self.tables.paired(self.rows[data], loss, self.metrics[data][metric], base)
-        return f"{abs(np.mean(pair[0]) - np.mean(pair[1])):.1f}"
+    def rises(self, *where):
+        return self.differs(*where) and np.subtract(*self.pair(*where)).mean() > 0
+
+    def change(self, *where):
+        """The mean difference, which is one, without its sign."""
+        assert self.differs(*where)
+        return f"{abs(np.subtract(*self.pair(*where)).mean()):.1f}"
 
 
 @pytest.fixture(scope="module")
